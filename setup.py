@@ -1,0 +1,45 @@
+"""Installs tulu_jax. The base requirements train, convert and generate without torch or TensorFlow."""
+
+import setuptools
+
+BASE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "grain>=0.2.18",
+    "datasets>=4.0",
+    "tokenizers>=0.21",
+    "transformers>=5.0",
+    "safetensors>=0.6",
+    "jinja2>=3.1",
+    "numpy>=2.0",
+    "absl-py>=2.1",
+    "gin-config>=0.5",
+    "beartype>=0.20",
+    "jaxtyping>=0.3",
+    "etils[epath]>=1.10",
+    "tensorboardX>=2.6",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+]
+# SentencePiece checkpoints (a bare tokenizer.model) are read through transformers' converter.
+SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]
+TORCH = ["torch==2.13.0"]
+
+setuptools.setup(
+    name="tulu_jax",
+    version="0.1.0",
+    description="TÜLU 2 post-training for Llama-2 and Code Llama in JAX",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["tulu_jax", "tulu_jax.*"]) + ["tulu_jax.configs"],
+    package_dir={"tulu_jax.configs": "configs"},
+    package_data={"tulu_jax.configs": ["*.gin", "*/*.gin"]},
+    install_requires=BASE + SENTENCEPIECE,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gcs": ["gcsfs>=2024.6"],
+        "test": TORCH + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
+        "bench": TORCH,
+    },
+)

@@ -1,0 +1,25 @@
+"""Eight fake CPU devices, rank promotion as an error, and the real data where it is present."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real tokenizers, weights and rows; tests that need it skip where it is absent."""
+    root = pathlib.Path(os.environ.get("TULU_JAX_DATA", REPO.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"real data not found at {root}; set TULU_JAX_DATA to its folder")
+    return root

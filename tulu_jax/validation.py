@@ -1,0 +1,86 @@
+"""Checks of configuration values: types and rules, reported together.
+
+Every config dataclass calls `check` from `__post_init__`. Alone it raises one `ValueError` that
+lists every problem of that object; inside `collect()` the problems of a whole tree of configs are
+gathered, so a user sees all of them at once.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterable, Iterator
+
+_collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+    "collected", default=None
+)
+
+Rule = tuple[bool, str]
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[str]]:
+    """Gathers the problems of every config built inside, instead of raising at the first."""
+    problems: list[str] = []
+    token = _collected.set(problems)
+    try:
+        yield problems
+    finally:
+        _collected.reset(token)
+
+
+def raise_if(problems: Iterable[str]) -> None:
+    """Raises one `ValueError` that lists `problems`, if there are any."""
+    problems = list(problems)
+    if problems:
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        noun = "problem" if len(problems) == 1 else "problems"
+        raise ValueError(f"{len(problems)} {noun} in the configuration:\n{lines}")
+
+
+def check(config, rules: Callable[[], Iterable[Rule]] = lambda: ()) -> None:
+    """Checks the field types of a dataclass and then `rules`: pairs of (holds, message if not).
+
+    The rules run only if every type is right. Raises `ValueError`, or adds to `collect()`.
+    """
+    problems = _type_problems(config)
+    if not problems:
+        name = type(config).__name__
+        problems = [f"{name}: {message}" for holds, message in rules() if not holds]
+    collected = _collected.get()
+    if collected is None:
+        raise_if(problems)
+    else:
+        collected.extend(problems)
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:
+    """The rule that `value` is among `allowed`; names the nearest allowed value."""
+    allowed = sorted(allowed)
+    return value in allowed, f"{name} = {value!r}: expected one of {allowed}{nearest(value, allowed)}"
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """`'; did you mean X?'` for the known name closest to `value`, or nothing."""
+    matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _type_problems(config) -> list[str]:
+    from beartype import BeartypeConf
+    from beartype.door import is_bearable
+
+    conf = BeartypeConf(is_pep484_tower=True)  # an int is a float
+    problems = []
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        confused = isinstance(value, bool) and hint in (int, float)  # True is an int to Python
+        if confused or not is_bearable(value, hint, conf=conf):
+            name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            problems.append(
+                f"{type(config).__name__}.{field.name} = {value!r} is a {type(value).__name__}; "
+                f"expected {name}"
+            )
+    return problems
