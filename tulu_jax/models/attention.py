@@ -1,0 +1,192 @@
+"""Causal grouped-query attention over packed rows: one function, chosen implementations.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head
+size. Query head n reads key/value head n // G. A key is visible to a query if it is in the same
+segment (segment 0 is padding, visible to nobody) and not later in the row. Queries may start at an
+offset into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give zeros.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp(MASKED - max) is exactly 0
+
+
+BLOCK = 512  # query and key rows of one tile of the blockwise form
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    query_offset: Int[Array, ""] | int,
+    implementation: str,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention in float32 statistics; the result has the dtype of `q`.
+
+    Raises `ValueError` for an implementation that does not exist here; nothing is substituted.
+    """
+    arguments = (q, k, v, segment_ids, kv_segment_ids, jnp.asarray(query_offset, jnp.int32))
+    if implementation == "xla":
+        return _dense(*arguments)
+    if implementation in ("blockwise", "auto"):
+        return _blockwise(*arguments)
+    raise ValueError(
+        f"attention implementation {implementation!r} does not exist yet; expected 'auto', "
+        "'blockwise' or 'xla'"
+    )
+
+
+def _visible(query_index, key_index, segment_ids, kv_segment_ids):
+    """bool [B, T, S]: the key is not later than the query, in its segment, and not padding."""
+    same = segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+    earlier = (key_index[None, :] <= query_index[:, None])[None]
+    return same & earlier & (segment_ids != 0)[:, :, None]
+
+
+def _dense(q, k, v, segment_ids, kv_segment_ids, query_offset):
+    """The reference: all [T, S] scores at once."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    visible = _visible(query_offset + jnp.arange(T), jnp.arange(S), segment_ids, kv_segment_ids)
+    visible = visible[:, None, None]  # [B, 1, 1, T, S]
+    scores = jnp.where(visible, scores * H**-0.5, MASKED)
+    exp = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    probabilities = exp / jnp.maximum(exp.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities.astype(v.dtype), v)
+    return out.reshape(B, T, N, H)
+
+
+def _pad(x, length):
+    """Zeros appended to axis 1 up to `length`."""
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+
+def _blockwise(q, k, v, segment_ids, kv_segment_ids, query_offset):
+    """Tiles of BLOCK x BLOCK with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
+
+    Memory is one tile of scores a head. Tiles that are later than the query block, or earlier than
+    every segment in it, are not computed.
+    """
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    block_q, block_k = min(BLOCK, T), min(BLOCK, S)
+    padded_T, padded_S = -(-T // block_q) * block_q, -(-S // block_k) * block_k
+    # [blocks, B, K, G, block, H] and [blocks, B, K, block, H]
+    q = _pad(q, padded_T).reshape(B, -1, block_q, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
+    k, v = (
+        _pad(x, padded_S).reshape(B, -1, block_k, K, H).transpose(1, 0, 3, 2, 4) for x in (k, v)
+    )
+    segment_ids = _pad(segment_ids, padded_T).reshape(B, -1, block_q).swapaxes(0, 1)
+    kv_segment_ids = _pad(kv_segment_ids, padded_S).reshape(B, -1, block_k).swapaxes(0, 1)
+    out = _tiles(q, k, v, segment_ids, kv_segment_ids, query_offset)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, padded_T, N, H)[:, :T]
+
+
+@jax.custom_vjp
+def _tiles(q, k, v, segment_ids, kv_segment_ids, query_offset):
+    return _tiles_forward(q, k, v, segment_ids, kv_segment_ids, query_offset)[0]
+
+
+def _tile_scores(i, j, q_i, k_j, segment_ids, kv_segment_ids, query_offset):
+    """Masked float32 scores [B, K, G, block_q, block_k] of one tile, and the mask."""
+    block_q, block_k = q_i.shape[3], k_j.shape[2]
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_i, k_j, preferred_element_type=jnp.float32)
+    visible = _visible(
+        query_offset + i * block_q + jnp.arange(block_q),
+        j * block_k + jnp.arange(block_k),
+        segment_ids[i],
+        kv_segment_ids[j],
+    )[:, None, None]
+    return jnp.where(visible, scores * q_i.shape[-1] ** -0.5, MASKED), visible
+
+
+def _key_range(i, block_q, segment_ids, kv_segment_ids, query_offset):
+    """First and past-the-last key block that query block `i` can see."""
+    blocks_k, _, block_k = kv_segment_ids.shape
+    last = (query_offset + (i + 1) * block_q - 1) // block_k
+    segments = segment_ids[i][:, :, None]  # [B, block_q, 1]
+    shared = kv_segment_ids.swapaxes(0, 1).reshape(segments.shape[0], 1, -1)
+    lowest = jnp.min(jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments), axis=1)
+    highest = jnp.max(segments, axis=1)
+    inside = (shared[:, 0] >= lowest) & (shared[:, 0] <= highest) & (shared[:, 0] != 0)
+    inside = jnp.any(inside, axis=0).reshape(blocks_k, block_k).any(axis=1)
+    first = jnp.argmax(inside)
+    return first, jnp.where(inside.any(), jnp.minimum(last + 1, blocks_k), first)
+
+
+def _tiles_forward(q, k, v, segment_ids, kv_segment_ids, query_offset):
+    def query_block(i):
+        def key_block(j, carry):
+            acc, largest, total = carry
+            scores, visible = _tile_scores(
+                i, j, q[i], k[j], segment_ids, kv_segment_ids, query_offset
+            )
+            new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
+            exp = jnp.where(visible, jnp.exp(scores - new_largest), 0.0)
+            decay = jnp.exp(largest - new_largest)
+            acc = acc * decay + jnp.einsum(
+                "BKGTS,BKSH->BKGTH", exp.astype(v.dtype), v[j], preferred_element_type=jnp.float32
+            )
+            return acc, new_largest, total * decay + exp.sum(-1, keepdims=True)
+
+        shape = q.shape[1:]
+        start = (
+            jnp.zeros(shape, jnp.float32),
+            jnp.full((*shape[:-1], 1), MASKED, jnp.float32),
+            jnp.zeros((*shape[:-1], 1), jnp.float32),
+        )
+        first, last = _key_range(i, shape[3], segment_ids, kv_segment_ids, query_offset)
+        acc, largest, total = jax.lax.fori_loop(first, last, key_block, start)
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return (acc / total).astype(q.dtype), largest + jnp.log(total)
+
+    out, log_sum_exp = jax.lax.map(query_block, jnp.arange(q.shape[0]))
+    return out, (q, k, v, segment_ids, kv_segment_ids, query_offset, out, log_sum_exp)
+
+
+def _tiles_backward(residuals, d_out):
+    q, k, v, segment_ids, kv_segment_ids, query_offset, out, log_sum_exp = residuals
+    f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+
+    def query_block(dk_dv, i):
+        d_out_i = d_out[i].astype(q.dtype)
+        # sum_s p·dp of softmax's backward, from the outputs alone
+        delta = (d_out[i].astype(jnp.float32) * out[i].astype(jnp.float32)).sum(-1, keepdims=True)
+
+        def key_block(j, carry):
+            dq, dk, dv = carry
+            scores, visible = _tile_scores(
+                i, j, q[i], k[j], segment_ids, kv_segment_ids, query_offset
+            )
+            p = jnp.where(visible, jnp.exp(scores - log_sum_exp[i]), 0.0)
+            dp = f32("BKGTH,BKSH->BKGTS", d_out_i, v[j])
+            ds = (p * (dp - delta) * scale).astype(q.dtype)
+            dq = dq + f32("BKGTS,BKSH->BKGTH", ds, k[j])
+            dk = dk.at[j].add(f32("BKGTS,BKGTH->BKSH", ds, q[i]))
+            dv = dv.at[j].add(f32("BKGTS,BKGTH->BKSH", p.astype(v.dtype), d_out_i))
+            return dq, dk, dv
+
+        first, last = _key_range(i, q.shape[4], segment_ids, kv_segment_ids, query_offset)
+        dq, dk, dv = jax.lax.fori_loop(
+            first, last, key_block, (jnp.zeros(q.shape[1:], jnp.float32), *dk_dv)
+        )
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    (dk, dv), dq = jax.lax.scan(query_block, zeros, jnp.arange(q.shape[0]))
+    integers = tuple(
+        np.zeros(x.shape, jax.dtypes.float0) for x in (segment_ids, kv_segment_ids, query_offset)
+    )
+    return (dq, dk.astype(k.dtype), dv.astype(v.dtype), *integers)
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)

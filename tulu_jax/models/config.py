@@ -1,0 +1,122 @@
+"""Llama configurations: the published sizes by name, and how a model is executed."""
+
+import dataclasses
+
+from tulu_jax import validation
+
+ATTENTION = ("auto", "xla", "blockwise", "pallas")
+REMAT_POLICIES = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a Llama: D `embed_dim`, F `mlp_dim`, N `num_heads`, K `num_kv_heads`, V `vocab_size`.
+
+    `max_positions` is recorded in exports; nothing in the model depends on it, because rotary
+    angles are computed from the positions of each batch.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    max_positions: int
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        for field in dataclasses.fields(self):
+            if field.name != "tie_embeddings":
+                value = getattr(self, field.name)
+                yield value > 0, f"{field.name} = {value}: expected a positive number"
+        yield (
+            self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+            f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}",
+        )
+        yield self.head_dim % 2 == 0, f"head_dim = {self.head_dim}: rotary needs an even number"
+
+    @property
+    def num_params(self) -> int:
+        """Exact number of parameters (reference: 2VD + L(2D² + 2DKH + 3DF + 2D) + D for N·H = D)."""
+        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
+        tables = 1 if self.tie_embeddings else 2
+        return tables * self.vocab_size * self.embed_dim + self.num_layers * layer + self.embed_dim
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs of one trained position: forward and backward, causal attention over `length`.
+
+        6 per matrix-multiply weight, plus 6·L·N·H·length for the two attention products over the
+        lower triangle (Chowdhery et al. 2022, appendix B, with the causal half). The embedding
+        lookup is free; rematerialisation is not counted.
+        """
+        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        weights = self.num_layers * (attention + 3 * self.embed_dim * self.mlp_dim)
+        weights += self.vocab_size * self.embed_dim
+        return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_dim * length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How the model runs; none of it changes what is computed beyond rounding.
+
+    `attention` is 'xla' (dense, the reference), 'blockwise' (memory-bounded), 'pallas' (TPU), or
+    'auto': 'pallas' on TPU, else 'blockwise'. `remat` recomputes each layer in the backward pass,
+    keeping what `remat_policy` (a name in `jax.checkpoint_policies`) says.
+    """
+
+    compute_dtype: str = "bfloat16"
+    attention: str = "auto"
+    remat: bool = True
+    remat_policy: str = "nothing_saveable"
+
+    def __post_init__(self):
+        validation.check(
+            self,
+            lambda: [
+                validation.one_of("compute_dtype", self.compute_dtype, DTYPES),
+                validation.one_of("attention", self.attention, ATTENTION),
+                validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES),
+            ],
+        )
+
+
+_LLAMA2 = dict(
+    vocab_size=32000, head_dim=128, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False,
+    max_positions=4096,
+)  # fmt: skip
+_CODE = dict(
+    vocab_size=32016, head_dim=128, rope_theta=1e6, norm_eps=1e-5, tie_embeddings=False,
+    max_positions=16384,
+)  # fmt: skip
+_7B = dict(num_layers=32, embed_dim=4096, mlp_dim=11008, num_heads=32, num_kv_heads=32)
+_13B = dict(num_layers=40, embed_dim=5120, mlp_dim=13824, num_heads=40, num_kv_heads=40)
+_34B = dict(num_layers=48, embed_dim=8192, mlp_dim=22016, num_heads=64, num_kv_heads=8)
+_70B = dict(num_layers=80, embed_dim=8192, mlp_dim=28672, num_heads=64, num_kv_heads=8)
+
+NAMED = {
+    "llama2_7b": LlamaConfig(**_LLAMA2, **_7B),
+    "llama2_13b": LlamaConfig(**_LLAMA2, **_13B),
+    "llama2_70b": LlamaConfig(**_LLAMA2, **_70B),
+    "codellama_7b": LlamaConfig(**_CODE, **_7B),
+    "codellama_13b": LlamaConfig(**_CODE, **_13B),
+    "codellama_34b": LlamaConfig(**(_CODE | {"vocab_size": 32000}), **_34B),
+}
+
+
+def named(name: str) -> LlamaConfig:
+    """The published model `name`, e.g. 'llama2_7b'. Raises `ValueError` for an unknown name."""
+    if name not in NAMED:
+        raise ValueError(
+            f"model {name!r} is unknown; expected one of {sorted(NAMED)}"
+            f"{validation.nearest(name, NAMED)}"
+        )
+    return NAMED[name]

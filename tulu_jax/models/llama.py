@@ -1,0 +1,290 @@
+"""Llama in Flax NNX, and the plain functions everything else calls.
+
+Outside this folder a model is its `LlamaConfig` and a plain nested dict of arrays, whose paths are
+Hugging Face's without the layer number: `model/layers/self_attn/q_proj/kernel` `[L, D, N, H]`.
+Layers are stacked on axis 0 and run by `jax.lax.scan`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tulu_jax.models import attention as attention_lib
+from tulu_jax.models.config import ExecutionConfig, LlamaConfig
+from tulu_jax.parallel.sharding import constrain
+
+Params = dict[str, Any]
+Cache = dict[str, jax.Array]
+
+INIT_STDDEV = 0.02  # Llama's `initializer_range`
+
+
+class Projection(nnx.Module):
+    """An einsum with one kernel, computed in the dtype of its input."""
+
+    def __init__(self, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.equation = equation
+        self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (x32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def rotary_angles(positions: Int[Array, "B T"], *, head_dim: int, theta: float):
+    """cos and sin, each float32 [B, T, 1, H/2]; bfloat16 angles are wrong past ~256 positions."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of [B, T, heads, H] in the half-split form Hugging Face weights expect."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.implementation = implementation
+        self.q_proj = Projection("BTD,DNH->BTNH", (D, N, H), rngs=rngs)
+        self.k_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
+        self.v_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
+        self.o_proj = Projection("BTNH,NHD->BTD", (N, H, D), rngs=rngs)
+
+    def __call__(self, x, *, angles, segment_ids, kv_segment_ids, cache, query_offset):
+        q = rotate(self.q_proj(x), *angles)
+        k = rotate(self.k_proj(x), *angles)
+        v = self.v_proj(x)
+        q = constrain(q, "batch", "length", "heads", None)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
+            cache = {"k": k, "v": v}
+        # Over `context` the queries stay sharded and keys and values are gathered.
+        k = constrain(k, "batch", None, "kv_heads", None)
+        v = constrain(v, "batch", None, "kv_heads", None)
+        out = attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            query_offset=query_offset,
+            implementation=self.implementation,
+        )
+        return self.o_proj(out), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        D, F = config.embed_dim, config.mlp_dim
+        self.gate_proj = Projection("BTD,DF->BTF", (D, F), rngs=rngs)
+        self.up_proj = Projection("BTD,DF->BTF", (D, F), rngs=rngs)
+        self.down_proj = Projection("BTF,FD->BTD", (F, D), rngs=rngs)
+
+    def __call__(self, x):
+        hidden = constrain(jax.nn.silu(self.gate_proj(x)), "batch", "length", "mlp")
+        return self.down_proj(hidden * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.self_attn = SelfAttention(config, implementation=implementation, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, **attention_inputs):
+        with jax.named_scope("attention"):
+            out, cache = self.self_attn(self.input_layernorm(x), **attention_inputs)
+            x = constrain(x + out, "batch", "length", None)
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "batch", "length", None), cache
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.embed_dim)
+        self.embedding = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, tokens, dtype):
+        return self.embedding[...].astype(dtype)[tokens]
+
+
+class Trunk(nnx.Module):
+    """Everything but the output projection: tokens to normalised hidden states."""
+
+    def __init__(self, config: LlamaConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
+        self.config, self.execution = config, execution
+        self.embed_tokens = Embedding(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs):
+            return Block(config, implementation=execution.attention, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+
+    def __call__(self, tokens, segment_ids, positions, kv_segment_ids, cache, query_offset):
+        x = self.embed_tokens(tokens, jnp.dtype(self.execution.compute_dtype))
+        x = constrain(x, "batch", "length", None)
+        inputs = dict(
+            angles=rotary_angles(
+                positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+            ),
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            query_offset=query_offset,
+        )
+
+        def body(x, layer):
+            block, layer_cache = layer
+            return block(x, cache=layer_cache, **inputs)
+
+        if self.execution.remat and cache is None:
+            policy = getattr(jax.checkpoint_policies, self.execution.remat_policy)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        x, cache = jax.lax.scan(body, x, (self.layers, cache))
+        return self.norm(x), cache
+
+
+class Head(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        shape = (config.embed_dim, config.vocab_size)
+        self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: LlamaConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
+        self.model = Trunk(config, execution, rngs=rngs)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: LlamaConfig, execution: ExecutionConfig):
+    """The graph definition and the abstract state of a model."""
+    build = functools.partial(Llama, config, execution)
+    return nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+
+
+def init_params(config: LlamaConfig, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(0, 0.02) kernels, norms of one. `key` is a typed key."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, ExecutionConfig(), rngs=nnx.Rngs(key))))
+
+
+def abstract_params(config: LlamaConfig, dtype: str) -> Params:
+    """Shapes of the parameters as `jax.ShapeDtypeStruct`s of `dtype`; nothing is allocated."""
+    _, state = _abstract(config, ExecutionConfig())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), nnx.to_pure_dict(state)
+    )
+
+
+def _trunk(config, execution, params, *inputs):
+    graphdef, state = _abstract(config, execution)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one must hold no tracer
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state).model(*inputs)
+
+
+def hidden_states(
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    params: Params,
+    *,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Normalised hidden states of packed rows, in the compute dtype; attention stays in a segment."""
+    hidden, _ = _trunk(
+        config, execution, params, tokens, segment_ids, positions, segment_ids, None, 0
+    )
+    return hidden
+
+
+def unembedding(params: Params) -> Float[Array, "D V"]:
+    """The output projection: the head, or the transposed embedding where they are tied."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return params["model"]["embed_tokens"]["embedding"].T
+
+
+def logits(
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    params: Params,
+    *,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T V"]:
+    """float32 scores of every position, for tests and short rows; training uses chunked losses."""
+    hidden = hidden_states(
+        config,
+        execution,
+        params,
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+    )
+    return project(hidden, params)
+
+
+def project(hidden: Float[Array, "B T D"], params: Params) -> Float[Array, "B T V"]:
+    """float32 logits of hidden states, multiplied in the dtype of `hidden`."""
+    kernel = unembedding(params).astype(hidden.dtype)
+    return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: str) -> Cache:
+    """Keys and values of `length` slots for each layer: [L, B, S, K, H] zeros."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+def decode(
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    params: Params,
+    cache: Cache,
+    *,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states of T tokens written at cache slots `slot : slot + T`, and the new cache.
+
+    `kv_segment_ids` marks the cache slots each row may read (0: never), the new ones included.
+    Prefill is the call with T = prompt length at slot 0; a step is the call with T = 1.
+    """
+    return _trunk(
+        config, execution, params, tokens, segment_ids, positions, kv_segment_ids, cache, slot
+    )

@@ -1,0 +1,61 @@
+"""The device mesh: axes `data, fsdp, context, tensor`, and multi-host set-up."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from tulu_jax import validation
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left.
+
+    `data` replicates parameters (and spans slices), `fsdp` shards them over their embed axis,
+    `context` shards the sequence, `tensor` shards heads, the MLP and the vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        for name in AXES:
+            size = getattr(self, name)
+            yield size > 0 or size == -1, f"{name} = {size}: expected a positive size or -1"
+        free = [name for name in AXES if getattr(self, name) == -1]
+        yield len(free) <= 1, f"axes {free} are all -1: at most one may be"
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes on `num_devices` devices. Raises `ValueError` if they do not fit."""
+        sizes = {name: getattr(self, name) for name in AXES}
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if -1 in sizes.values() and num_devices % fixed == 0:
+            sizes = {k: num_devices // fixed if v == -1 else v for k, v in sizes.items()}
+        if math.prod(sizes.values()) != num_devices:
+            product = " x ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(
+                f"mesh {product} does not fill {num_devices} devices; set one axis to -1 or make "
+                f"the product {num_devices}"
+            )
+        return sizes
+
+
+def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all). Raises `ValueError` if the axes do not fill them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+        devices=np.asarray(devices),
+    )

@@ -1,0 +1,110 @@
+"""Where every array lives: parameter path -> logical axes -> mesh axes."""
+
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Every parameter path matches exactly one line; there is no catch-all.
+PARAM_AXES = (
+    (r"model/embed_tokens/embedding", ("vocab", "embed")),
+    (r"model/layers/input_layernorm/scale", ("layers", "norm")),
+    (r"model/layers/self_attn/q_proj/kernel", ("layers", "embed", "heads", "head_dim")),
+    (r"model/layers/self_attn/[kv]_proj/kernel", ("layers", "embed", "kv_heads", "head_dim")),
+    (r"model/layers/self_attn/o_proj/kernel", ("layers", "heads", "head_dim", "embed")),
+    (r"model/layers/post_attention_layernorm/scale", ("layers", "norm")),
+    (r"model/layers/mlp/(gate|up)_proj/kernel", ("layers", "embed", "mlp")),
+    (r"model/layers/mlp/down_proj/kernel", ("layers", "mlp", "embed")),
+    (r"model/norm/scale", ("norm",)),
+    (r"lm_head/kernel", ("embed", "vocab")),
+)
+
+AXIS_RULES = {
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "norm": None,
+}
+
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions carry these logical names (None: replicated)."""
+    return PartitionSpec(*(AXIS_RULES[axis] if axis else None for axis in logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """`x` placed by its logical axes on the ambient mesh (`jax.set_mesh`); `x` itself without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def path_name(path) -> str:
+    """A pytree path as 'model/norm/scale'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_axes(name: str) -> tuple[str, ...]:
+    """Logical axes of the parameter `name`. Raises `ValueError` unless exactly one line matches."""
+    matches = [axes for pattern, axes in PARAM_AXES if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise ValueError(
+            f"parameter {name!r} matches {len(matches)} lines of PARAM_AXES; expected exactly one"
+        )
+    return matches[0]
+
+
+def param_specs(params: dict) -> dict:
+    """The `PartitionSpec` of every leaf of a parameter dict."""
+    return jax.tree.map_with_path(lambda path, _: spec(*param_axes(path_name(path))), params)
+
+
+def state_shardings(mesh: Mesh, state):
+    """`NamedSharding` for every leaf of a training state: parameter-like leaves by their path.
+
+    Optimizer moments carry the path of their parameter as a suffix, so one table serves both.
+    Scalars (steps and counts) are replicated.
+    """
+
+    def leaf(path, value):
+        if value.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        match = re.search(r"(model/|lm_head/).*", path_name(path))
+        if match is None:
+            raise ValueError(f"state leaf {path_name(path)!r} belongs to no parameter")
+        return NamedSharding(mesh, spec(*param_axes(match.group())))
+
+    return jax.tree.map_with_path(leaf, state)
+
+
+def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
+    """Sharding of batch field `name`: rows over `batch`; the last axis of per-token fields over `length`."""
+    axes: list[str | None] = ["batch"] + [None] * (ndim - 1)
+    if name in ("tokens", "targets", "loss_mask", "segment_ids", "positions"):
+        axes[-1] = "length"
+    return NamedSharding(mesh, spec(*axes))
+
+
+def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:
+    """What the mesh cannot divide, one line for each logical axis with its size and divisor."""
+    problems = {}
+
+    def check(path, leaf):
+        name = path_name(path)
+        for size, axis in zip(leaf.shape, param_axes(name), strict=True):
+            mesh_axis = AXIS_RULES[axis]
+            if isinstance(mesh_axis, str) and size % mesh_sizes[mesh_axis]:
+                problems.setdefault(
+                    (axis, size),
+                    f"{axis} of size {size} ({name}) cannot be divided over mesh axis "
+                    f"{mesh_axis} = {mesh_sizes[mesh_axis]}",
+                )
+
+    jax.tree.map_with_path(check, abstract_params)
+    return list(problems.values())
