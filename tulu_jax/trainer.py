@@ -1,0 +1,469 @@
+"""The one training loop, for SFT and DPO: a config in, checkpoints and curves out."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+
+from tulu_jax import validation
+from tulu_jax.data import loader
+from tulu_jax.interop import hf
+from tulu_jax.models import llama
+from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
+from tulu_jax.objectives import dpo, sft
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.parallel import sharding
+from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import metrics as metrics_lib
+from tulu_jax.training import optim, reference
+from tulu_jax.training import state as state_lib
+from tulu_jax.training.state import TrainState
+
+OBJECTIVES = {sft.SFTConfig: sft, dpo.DPOConfig: dpo}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. Batch k depends on this and k alone.
+
+    An update is `batch_size` rows (pairs for DPO), in forwards of `micro_batch_size` (None: all at
+    once). Its length is `num_steps` updates or `num_epochs` passes over the data; exactly one is
+    given. `base` is where the parameters come from: a Hugging Face folder, the workdir of another
+    run, or None for random ones. `eval_every` None evaluates only at the end.
+    """
+
+    model: LlamaConfig
+    data: loader.DataConfig
+    objective: sft.SFTConfig | dpo.DPOConfig
+    optimizer: optim.OptimizerConfig
+    checkpoint: checkpoint_lib.CheckpointConfig
+    execution: ExecutionConfig = ExecutionConfig()
+    mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
+    logging: metrics_lib.LoggingConfig = metrics_lib.LoggingConfig()
+    workdir: str
+    base: str | None
+    batch_size: int
+    micro_batch_size: int | None = None
+    num_steps: int | None = None
+    num_epochs: float | None = None
+    eval_every: int | None = None
+    param_dtype: str = "float32"
+    seed: int = 42
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
+            value = getattr(self, name)
+            yield value is None or value > 0, f"{name} = {value}: expected a positive number"
+        micro = self.micro_batch_size or self.batch_size
+        yield (
+            micro > 0 and self.batch_size % micro == 0,
+            f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {micro}",
+        )
+        yield (
+            (self.num_steps is None) != (self.num_epochs is None),
+            f"num_steps = {self.num_steps} and num_epochs = {self.num_epochs}: give exactly one",
+        )
+        yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
+        paper = isinstance(self.objective, sft.SFTConfig) and self.objective.loss_norm == "paper"
+        rows = self.objective.loss_norm_rows if paper else 1
+        yield (
+            self.batch_size % rows == 0,
+            f"loss_norm = 'paper' averages groups of {rows} rows; batch_size = {self.batch_size} "
+            "is not a multiple",
+        )
+        yield (
+            not paper or self.data.packing == "none",
+            "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forwards per update."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+def make_train_step(config: TrainConfig, num_steps: int) -> Callable:
+    """The pure function (state, batch) -> (state, metrics) of one update, to be jitted."""
+    objective = OBJECTIVES[type(config.objective)]
+    optimizer = optim.make(config.optimizer, num_steps)
+    learning_rate = optim.schedule(config.optimizer, num_steps)
+
+    def loss(params, batch):
+        return objective.loss(
+            params,
+            batch,
+            config=config.objective,
+            model=config.model,
+            execution=config.execution,
+        )
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        # Weights are those of the whole update, so the shares of its pieces add up exactly.
+        batch = objective.add_weights(batch, config.objective)
+        if config.micro_batches == 1:
+            (_, metrics), grads = value_and_grad(state.params, batch)
+        else:
+            metrics, grads = _accumulate(value_and_grad, state.params, batch, config.micro_batches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            **metrics,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate(state.step),
+            **metrics_lib.batch_counts(batch),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def _accumulate(value_and_grad, params, batch, micro_batches):
+    """Sums metrics and float32 gradients over pieces of the batch; row r goes to piece r mod A,
+    so that rows stay on their devices."""
+
+    def split(x):
+        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+    def piece(total, micro_batch):
+        (_, metrics), grads = value_and_grad(params, micro_batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.tree.map(jnp.add, total, (metrics, grads)), None
+
+    pieces = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], pieces))
+    (_, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    (metrics, grads), _ = jax.lax.scan(piece, (metrics, grads), pieces)
+    return metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def make_eval_step(config: TrainConfig) -> Callable:
+    """(params, batch) -> metric sums and their count: trained tokens (SFT) or pairs (DPO)."""
+    objective, settings = OBJECTIVES[type(config.objective)], config.objective
+    if isinstance(settings, sft.SFTConfig):
+        settings = dataclasses.replace(settings, loss_norm="token")
+
+    def eval_step(params, batch):
+        batch = objective.add_weights(batch, settings)
+        _, metrics = objective.loss(
+            params, batch, config=settings, model=config.model, execution=config.execution
+        )
+        counted = batch["loss_mask"] if objective is sft else batch["example"] >= 0
+        count = jnp.sum(counted, dtype=jnp.float32)
+        return {name: value * count for name, value in metrics.items()}, count
+
+    return eval_step
+
+
+def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh, num_steps: int) -> TrainState:
+    """Shapes, dtypes and shardings of the whole training state; nothing is allocated."""
+    params = llama.abstract_params(config.model, config.param_dtype)
+    opt_state = jax.eval_shape(optim.make(config.optimizer, num_steps).init, params)
+    state = TrainState(step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=opt_state)
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        state,
+        sharding.state_shardings(mesh, state),
+    )
+
+
+def initial_params(config: TrainConfig, abstract_params: dict) -> dict:
+    """Parameters of `config.base`, or random ones from `config.seed`, as `abstract_params` says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+    if config.base is None:
+        logging.info("Random parameters from seed %d", config.seed)
+
+        def init(key):
+            params = llama.init_params(config.model, key)
+            return jax.tree.map(lambda p: p.astype(config.param_dtype), params)
+
+        return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+    return load_base(config.base, config.model, abstract_params)
+
+
+def load_base(base: str, model: LlamaConfig, abstract_params: dict) -> dict:
+    """Parameters from a Hugging Face folder or from the latest checkpoint of a run's workdir."""
+    if (epath.Path(base) / "config.json").exists():
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+        dtype = jax.tree.leaves(abstract_params)[0].dtype
+        return hf.load(base, model, shardings, dtype.name)
+    return checkpoint_lib.load_params(base, abstract_params)
+
+
+def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
+    """The global arrays of a batch from each process's local rows."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding.batch_sharding(mesh, name, value.ndim), value
+        )
+        for name, value in batch.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one split and, for DPO, the reference log-probabilities [examples, 2] of its pairs."""
+
+    rows: loader.Rows
+    ref_logps: np.ndarray | None = None
+
+    def attach(self, batch: dict) -> dict:
+        """`batch` with `ref_logps` [B, 2] of its pairs (zeros for padding rows)."""
+        if self.ref_logps is None:
+            return batch
+        known = batch["example"] >= 0
+        logps = np.where(known[:, None], self.ref_logps[batch["example"]], 0.0)
+        return {**batch, "ref_logps": logps.astype(np.float32)}
+
+
+class Run:
+    """One run on one mesh: its data, its compiled steps, its state. `Run(config).train()`."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.mesh = mesh_lib.make(config.mesh)
+        self.objective = OBJECTIVES[type(config.objective)]
+        self.train_split = Split(loader.prepare(config.data, split="train"))
+        self.eval_split = Split(loader.prepare(config.data, split="validation"))
+        self.num_steps = config.num_steps or max(
+            1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
+        )
+        self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
+        self.abstract = abstract_state(config, self.mesh, self.num_steps)
+        self.eval_step = jax.jit(make_eval_step(config))
+
+    @property
+    def rows(self) -> loader.Rows:
+        return self.train_split.rows
+
+    def train(self) -> dict[str, float]:
+        """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
+
+        Raises `FloatingPointError` if the loss or a gradient is not finite.
+        """
+        with jax.set_mesh(self.mesh):
+            state, self.weights = self._start()
+            if self.objective is dpo:
+                self._attach_reference(state)
+            try:
+                return self._loop(state)
+            finally:
+                self.checkpoints.close()
+
+    def _start(self) -> tuple[TrainState, str]:
+        """The state to go on from, and the fingerprint of the parameters the run began with."""
+        step = self.checkpoints.latest_step()
+        if step is not None:
+            about = self.checkpoints.about(step)
+            validation.raise_if(self._resume_problems(about))
+            logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
+            return self.checkpoints.restore(step, self.abstract), about["weights"]
+        params = initial_params(self.config, self.abstract.params)
+        init = optim.make(self.config.optimizer, self.num_steps).init
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=jax.jit(init, out_shardings=shardings)(params),
+        )
+        return state, state_lib.fingerprint(params)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, and what a resumed run must agree with."""
+        config = self.config
+        return {
+            "params": checkpoint_lib.param_shapes(self.abstract.params),
+            "weights": self.weights,
+            "must_match": {
+                "data": self.rows.fingerprint,
+                "data_seed": config.data.seed,
+                "batch_size": config.batch_size,
+                "num_steps": self.num_steps,
+                "model": dataclasses.asdict(config.model),
+                "objective": dataclasses.asdict(config.objective),
+                "optimizer": dataclasses.asdict(config.optimizer),
+                "param_dtype": config.param_dtype,
+            },
+        }
+
+    def _resume_problems(self, about: dict) -> list[str]:
+        self.weights = about["weights"]
+        ours, theirs = self.about()["must_match"], about["must_match"]
+        return checkpoint_lib.param_problems(about["params"], self.abstract.params) + [
+            f"the checkpoints in {self.checkpoints.folder} were made with {name} = {theirs[name]}; "
+            f"this run has {ours[name]}. Restore the setting or choose another --workdir"
+            for name in ours
+            if ours[name] != theirs.get(name)
+        ]
+
+    def _attach_reference(self, state: TrainState) -> None:
+        """Reference log-probabilities of both splits, from the parameters the run began with."""
+        score = functools.partial(
+            dpo.response_logps,
+            config=self.config.objective,
+            model=self.config.model,
+            execution=self.config.execution,
+        )
+        score = jax.jit(score, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
+
+        def parts(rows):
+            params = state.params
+            if int(state.step) > 0:  # resumed without the cache: the reference is the base again
+                params = initial_params(self.config, self.abstract.params)
+            for batch in self._progress(self._eval_batches(rows), "reference"):
+                put = put_batch(batch, self.mesh)
+                example = jax.device_put(put["example"], jax.NamedSharding(self.mesh, jax.P()))
+                yield np.asarray(example), np.asarray(score(params, put))
+
+        def logps(split):
+            rows = getattr(self, f"{split}_split").rows
+            return reference.cached(
+                epath.Path(self.config.workdir) / f"reference_{split}.npz",
+                key={"weights": self.weights, "data": rows.fingerprint},
+                compute=lambda: reference.gather(rows.num_examples, parts(rows)),
+            )
+
+        for split in ("train", "eval"):
+            rows = getattr(self, f"{split}_split").rows
+            setattr(self, f"{split}_split", Split(rows, logps(split)))
+
+    def _eval_batches(self, rows: loader.Rows) -> Iterator[dict]:
+        return loader.eval_batches(
+            rows,
+            batch_size=self.config.micro_batch_size or self.config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _progress(self, items, name: str, **options):
+        import tqdm
+
+        return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """`eval/*` means over the whole validation split."""
+        totals, count = dict.fromkeys(self.objective.METRICS, 0.0), 0.0
+        for batch in self._eval_batches(self.eval_split.rows):
+            batch = put_batch(self.eval_split.attach(batch), self.mesh)
+            sums, n = jax.device_get(self.eval_step(params, batch))
+            totals = {name: totals[name] + float(sums[name]) for name in totals}
+            count += float(n)
+        return {f"eval/{name}": total / count for name, total in totals.items()}
+
+    def _loop(self, state: TrainState) -> dict[str, float]:
+        config = self.config
+        start = int(state.step)
+        recorder = metrics_lib.Recorder(
+            config.logging, config.workdir, start, dataclasses.asdict(config)
+        )
+        meter = Meter(self, recorder)
+        train_step = jax.jit(make_train_step(config, self.num_steps), donate_argnums=0)
+        batches = loader.batches(
+            self.rows,
+            batch_size=config.batch_size,
+            start_step=start,
+            num_steps=self.num_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+        last_eval: dict[str, float] = {}
+        if start == 0:
+            last_eval = self.evaluate(state.params)
+            recorder.write(0, last_eval)
+        bar = self._progress(batches, "train", initial=start, total=self.num_steps)
+        for step, batch in enumerate(bar, start + 1):
+            batch = put_batch(self.train_split.attach(batch), self.mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+            meter.push(step, metrics, bar)
+            final = step == self.num_steps
+            save = final or step % config.checkpoint.every == 0
+            evaluate = final or bool(config.eval_every and step % config.eval_every == 0)
+            if save or evaluate:
+                meter.flush(bar)  # a checkpoint is of finite numbers only
+            if evaluate:
+                last_eval = self.evaluate(state.params)
+                recorder.write(step, last_eval)
+                logging.info("step %d %s", step, _line(last_eval))
+                meter.restart()
+            if save:
+                measured = last_eval if evaluate else {}
+                self.checkpoints.save(step, state, self.about(), measured)
+        recorder.close()
+        return last_eval
+
+
+class Meter:
+    """Reads metrics one update late, so that the device never waits, and reports rates."""
+
+    def __init__(self, run: Run, recorder: metrics_lib.Recorder):
+        self.run, self.recorder = run, recorder
+        self.pending: tuple[int, dict] | None = None
+        self.peak = metrics_lib.peak_flops(list(run.mesh.devices.flat))
+        self.flops = run.config.model.flops_per_token(run.config.data.max_length)
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves what happened since the last update out of the rates."""
+        self.time = time.perf_counter()
+
+    def push(self, step: int, metrics: dict, bar) -> None:
+        """Remembers the metrics of `step` and reports those of the update before."""
+        self.flush(bar)
+        self.pending = step, metrics
+
+    def flush(self, bar) -> None:
+        """Reports what is pending. Raises `FloatingPointError` if it is not finite."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self.time = now - self.time, now
+        self._require_finite(step, values)
+        counts = {name: values.pop(name) for name in metrics_lib.COUNTS}
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars |= {f"batch/{name}": value for name, value in counts.items()}
+        scalars |= metrics_lib.rates(
+            counts, seconds, flops=self.flops * counts["positions"], peak_flops=self.peak
+        )
+        if step % self.run.config.logging.every == 0 or step == self.run.num_steps:
+            self.recorder.write(step, scalars)
+        rate = scalars["perf/nonpadding_tokens_per_second"]
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} useful tokens/s")
+
+    def _require_finite(self, step: int, values: dict[str, float]) -> None:
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not bad:
+            return
+        run, size = self.run, self.run.config.batch_size
+        ids = [
+            example
+            for row in range((step - 1) * size, step * size)
+            for example in run.rows.example_ids(row)
+        ]
+        run.checkpoints.wait()
+        raise FloatingPointError(
+            f"step {step}: {_line(bad)} is not finite. Rows of the batch: {', '.join(ids)}. Last "
+            f"good checkpoint: {run.checkpoints.describe_latest()}. Look at these rows, lower the "
+            "learning rate, or start again to resume from that checkpoint."
+        )
+
+
+def _line(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.5g}" for name, value in values.items())

@@ -1,0 +1,158 @@
+"""What a run reports: JSONL always, TensorBoard, Weights & Biases if asked for; rates and MFU."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from tulu_jax import validation
+
+FILE = "metrics.jsonl"
+COUNTS = ("positions", "nonpadding", "trained", "conversations")
+
+# Peak dense bfloat16 FLOP/s of one jax device (a v3 device is one core; others are chips).
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """`every`: updates between lines of metrics. `wandb_project`: None for no Weights & Biases."""
+
+    every: int = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    def __post_init__(self):
+        validation.check(self, lambda: [(self.every > 0, f"every = {self.every}: not positive")])
+
+
+class Recorder:
+    """Writes scalars by step on process 0. Lines after `start_step` of an earlier try are removed,
+    so a resumed run has each step once."""
+
+    def __init__(self, config: LoggingConfig, workdir: str, start_step: int, run_config: dict):
+        self._file = self._tensorboard = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        lines = read(workdir) if path.exists() else []
+        kept = [line for line in lines if line["step"] <= start_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if config.tensorboard:
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=start_step + 1
+            )
+        if config.wandb_project:
+            self._wandb = _start_wandb(config.wandb_project, folder.name, run_config)
+        self._file = path.open("a")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line of metrics, at once on disk, so that a killed run keeps its curve."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes every sink."""
+        for sink in (self._file, self._tensorboard):
+            if sink:
+                sink.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, name: str, run_config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"LoggingConfig.wandb_project = {project!r} needs the package wandb: pip install wandb"
+        ) from error
+    return wandb.init(project=project, name=name, config=run_config, resume="allow")
+
+
+def read(workdir: str) -> list[dict[str, float]]:
+    """The lines of a run's metrics. A torn last line (a kill while writing) is left out."""
+    lines = (epath.Path(workdir) / FILE).read_text().split("\n")
+    whole, last = lines[:-1], lines[-1]
+    if last:
+        logging.warning("%s/%s ends in a torn line, left out: %r", workdir, FILE, last[:80])
+    return [json.loads(line) for line in whole]
+
+
+def batch_counts(batch: dict) -> dict[str, jax.Array]:
+    """float32 counts of one update: positions, non-padding and trained tokens, conversations."""
+    present = batch["segment_ids"] > 0
+    return {
+        "positions": jnp.float32(math.prod(batch["tokens"].shape)),
+        "nonpadding": jnp.sum(present, dtype=jnp.float32),
+        "trained": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
+        "conversations": jnp.sum(present & (batch["positions"] == 0), dtype=jnp.float32),
+    }
+
+
+def rates(
+    counts: Mapping[str, float], seconds: float, *, flops: float, peak_flops: float
+) -> dict[str, float]:
+    """`perf/*` of updates that took `seconds`: hardware MFU, and the rates of useful work.
+
+    MFU counts every position of the batch, padding included: `flops` is model FLOPs for all of
+    them, `peak_flops` that of all devices. The useful rates say how much of it was worth doing.
+    """
+    return {
+        "perf/step_seconds": seconds,
+        "perf/mfu": flops / seconds / peak_flops,
+        "perf/tokens_per_second": counts["positions"] / seconds,
+        "perf/nonpadding_tokens_per_second": counts["nonpadding"] / seconds,
+        "perf/trained_tokens_per_second": counts["trained"] / seconds,
+        "perf/conversations_per_second": counts["conversations"] / seconds,
+        "perf/useful_fraction": counts["nonpadding"] / counts["positions"],
+    }
+
+
+def peak_flops(devices: list[jax.Device]) -> float:
+    """Peak FLOP/s of `devices` together: published bfloat16 peaks, or on a CPU what a matrix
+    multiplication reaches here (all devices share the cores)."""
+    kind = devices[0].device_kind
+    if kind in PEAK_FLOPS:
+        return PEAK_FLOPS[kind] * len(devices)
+    x = jax.device_put(np.ones((1024, 1024), np.float32), jax.local_devices()[0])
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    measured = 2 * 1024**3 / min(seconds)
+    logging.info("No published peak for device %r; MFU is against a measured %.3g FLOP/s float32",
+                 kind, measured)  # fmt: skip
+    return measured

@@ -1,0 +1,65 @@
+"""AdamW with linear warm-up and linear decay to zero, counted in updates."""
+
+import dataclasses
+import math
+
+import optax
+
+from tulu_jax import validation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The recipe's AdamW (tulu2.md §3): b2 0.95, no weight decay, global-norm clip 1.0.
+
+    The learning rate rises from 0 over ceil(`warmup_ratio` × updates) updates to `learning_rate`
+    and falls linearly to 0 at the last. `mu_dtype` is the dtype of the first moment.
+    """
+
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    mu_dtype: str = "float32"
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        yield self.learning_rate > 0, f"learning_rate = {self.learning_rate}: not positive"
+        yield 0 <= self.warmup_ratio <= 1, f"warmup_ratio = {self.warmup_ratio}: not in [0, 1]"
+        yield self.weight_decay >= 0, f"weight_decay = {self.weight_decay}: negative"
+        yield 0 <= self.b1 < 1, f"b1 = {self.b1}: not in [0, 1)"
+        yield 0 <= self.b2 < 1, f"b2 = {self.b2}: not in [0, 1)"
+        yield self.clip_norm > 0, f"clip_norm = {self.clip_norm}: not positive"
+        yield validation.one_of("mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
+
+
+def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of update i (from 0). The first update has rate 0, as in the original."""
+    warmup = min(math.ceil(config.warmup_ratio * num_steps), num_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, warmup),
+            optax.linear_schedule(config.learning_rate, 0.0, max(num_steps - warmup, 1)),
+        ],
+        [warmup],
+    )
+
+
+def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW on the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.mu_dtype,
+        ),
+    )

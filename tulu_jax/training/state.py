@@ -1,0 +1,45 @@
+"""What one update changes: step, parameters and optimizer state."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tulu_jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` is an int32 scalar: the number of updates made. `params` is a nested dict of arrays."""
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+
+
+def fingerprint(params: dict) -> str:
+    """A hash of the values of all parameters, the same on every mesh.
+
+    Each leaf is reduced on its devices to two wrap-around uint32 sums of its bits, one of them
+    weighted by position; integer sums do not depend on the order of reduction.
+    """
+
+    def digest(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
+        bits = bits.astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):
+            place = place * jnp.uint32(leaf.shape[axis]) + jax.lax.broadcasted_iota(
+                jnp.uint32, leaf.shape, axis
+            )
+        return jnp.sum(bits), jnp.sum(bits * (2 * place + 1))
+
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(digest, tree))(params))
+    result = hashlib.sha256()
+    for path, value in jax.tree.leaves_with_path(sums):
+        result.update(f"{sharding.path_name(path)}={np.uint32(value)};".encode())
+    return result.hexdigest()[:16]
