@@ -1,0 +1,133 @@
+"""One parameter between safetensors rows and the devices of a mesh.
+
+In: each weight is cut by rows over all devices, so every process reads its own contiguous part of
+every file once; the devices gather one weight at a time and each keeps its part of it. Out: one
+layer at a time is brought into Hugging Face's axis order and gathered to the host.
+"""
+
+import collections
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from tulu_jax.interop.layout import Layout
+from tulu_jax.interop.weight_files import WeightFiles
+
+READ_AHEAD = 4  # layers of one parameter on the host at a time
+
+
+def read(
+    files: WeightFiles, layout: Layout, *, sharding: Sharding, pool: Executor
+) -> Iterator[jax.Array]:
+    """The weights of a parameter as they are in the files, in layer order, cut by rows."""
+    shape = layout.hf_shape
+    sharding = _row_sharding(sharding, shape[0])
+
+    def rows(index) -> tuple[int, int]:
+        return index[0].indices(shape[0])[:2]
+
+    needed = set(map(rows, sharding.addressable_devices_indices_map(shape).values()))
+
+    def blocks(name):
+        return {block: files.rows(name, slice(*block)) for block in needed}
+
+    def array(blocks):
+        return jax.make_array_from_callback(shape, sharding, lambda index: blocks[rows(index)])
+
+    names = iter(layout.names)
+    queue = collections.deque(
+        pool.submit(blocks, name) for name in itertools.islice(names, READ_AHEAD)
+    )
+    while queue:
+        yield array(queue.popleft().result())
+        queue.extend(pool.submit(blocks, name) for name in itertools.islice(names, 1))
+
+
+def load(
+    files: WeightFiles, layout: Layout, *, sharding: Sharding, dtype: str, pool: Executor
+) -> jax.Array:
+    """A parameter in our layout, `dtype` and `sharding`."""
+    pieces = read(files, layout, sharding=sharding, pool=pool)
+    if not layout.stacked:
+        return _place(layout, sharding, dtype)(next(pieces))
+    stack = _zeros(layout, sharding, dtype)()
+    for layer, piece in enumerate(pieces):
+        stack = _place_layer(layout, sharding, dtype)(stack, piece, layer)
+        stack.block_until_ready()  # or pieces would queue up on the devices
+    return stack
+
+
+def gather(parameter, layout: Layout, *, layer: int, dtype: np.dtype) -> np.ndarray:
+    """One Hugging Face weight of a parameter, on the host of every process.
+
+    `parameter` is a `jax.Array`, or anything that is read by indexing and `numpy.asarray`, such as
+    a memory map or a TensorStore handle of a checkpoint too large for this machine.
+    """
+    if not isinstance(parameter, jax.Array):
+        weight = np.asarray(parameter[layer] if layout.stacked else parameter)
+        return np.ascontiguousarray(layout.to_hf(weight).astype(dtype))
+    weight = _take(layout, dtype)(parameter, layer)
+    if not weight.is_fully_addressable:
+        weight = multihost_utils.process_allgather(weight, tiled=True)
+    return np.ascontiguousarray(weight)
+
+
+def _row_sharding(sharding: Sharding, rows: int) -> Sharding:
+    """Rows of a weight over as many devices of `sharding` as divide them."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    sizes, axes = sharding.mesh.shape, []
+    for axis, size in sizes.items():
+        if rows % math.prod([size, *(sizes[other] for other in axes)]) == 0:
+            axes.append(axis)
+    return NamedSharding(sharding.mesh, PartitionSpec(tuple(axes)))
+
+
+def _whole(piece, sharding: Sharding):
+    """`piece` on every device; the compiler does the same, with a warning, if it is left to it."""
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(piece, sharding)
+
+
+# One small program a parameter, kept for the next call. They move data; nothing is computed.
+
+
+@functools.lru_cache(maxsize=64)
+def _place(layout: Layout, sharding: Sharding, dtype: str):
+    return jax.jit(
+        lambda piece: layout.to_ours(_whole(piece, sharding)).astype(dtype), out_shardings=sharding
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(layout: Layout, sharding: Sharding, dtype: str):
+    shape = (len(layout.names), *(layout.split[axis] for axis in layout.permutation))
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _place_layer(layout: Layout, sharding: Sharding, dtype: str):
+    def write(stack, piece, layer):
+        ours = layout.to_ours(_whole(piece, sharding)).astype(dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, axis=0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _take(layout: Layout, dtype: np.dtype):
+    def take(parameter, layer):
+        if layout.stacked:
+            parameter = jax.lax.dynamic_index_in_dim(parameter, layer, axis=0, keepdims=False)
+        return layout.to_hf(parameter).astype(dtype)
+
+    return jax.jit(take)
