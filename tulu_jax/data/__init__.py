@@ -1,0 +1,1 @@
+"""From raw rows to packed batches; knows nothing of models, meshes or kernels."""

@@ -1,0 +1,252 @@
+"""From a configuration to batches: batch k is a function of (fingerprint, seed, k) and nothing else.
+
+    registry -> convert -> chat -> encode cache -> plan(seed, epoch) -> rows of T -> batches
+
+The planned rows form one infinite stream, epoch after epoch; batch k of size B is rows k·B to
+(k + 1)·B of it, and each process takes a contiguous slice. Resuming needs the step number alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from absl import logging
+
+from tulu_jax import validation
+from tulu_jax.data import chat as chat_lib
+from tulu_jax.data import encode, packing, registry, stats, store
+
+CHOSEN, REJECTED = 0, 1
+NO_EXAMPLE = -1
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and how it becomes rows.
+
+    `train` and `validation` name a mixture or task; with `validation = None` the validation split
+    of `train` is used. `tokenizer` is a file or its folder. `data_root` is the folder, or `gs://`
+    prefix, below which tasks find their files. `max_length` is T, in tokens after the shift; longer
+    examples are cut on the right or dropped (`truncation`), and counted. `packing` is "best_fit" or
+    "none" (one example a row). `workers` is the number of threads that build batches ahead.
+    """
+
+    train: str
+    validation: str | None = None
+    tokenizer: str
+    data_root: str | None = None
+    max_length: int
+    packing: str = "best_fit"
+    truncation: str = "cut"
+    chat: str = "spec"
+    cache_dir: str = "cache"
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        yield validation.one_of("packing", self.packing, packing.PACKINGS)
+        yield validation.one_of("truncation", self.truncation, encode.TRUNCATIONS)
+        yield validation.one_of("chat", self.chat, chat_lib.MODES)
+        yield self.max_length >= 2, f"max_length = {self.max_length}: expected 2 or more"
+        yield self.seed >= 0, f"seed = {self.seed}: expected 0 or more"
+        yield self.workers >= 0, f"workers = {self.workers}: expected 0 or more"
+        kinds = {}
+        for field in ("train", "validation"):
+            name = getattr(self, field)
+            if name is not None:
+                try:
+                    kinds[field] = registry.kind_of(name)
+                except ValueError as error:
+                    yield False, f"{field}: {error}"
+        yield len(set(kinds.values())) < 2, f"train and validation are of different kinds: {kinds}"
+        yield (
+            "preference" not in kinds.values() or self.packing == "none",
+            f"packing = {self.packing!r} with the preference task {self.train!r}: "
+            "pairs are not packed yet; expected 'none'",
+        )
+
+    @property
+    def kind(self) -> str:
+        """`"sft"` or `"preference"`, as the tasks of `train` are."""
+        return registry.kind_of(self.train)
+
+
+def prepare(config: DataConfig, *, split: str) -> "Rows":
+    """Encodes the split ("train" or "validation") unless that is cached, and opens it as rows.
+
+    Raises `ValueError` if no example is left.
+    """
+    name = config.validation if split == "validation" and config.validation else config.train
+    encoding = encode.Encoding(
+        tokenizer=chat_lib.load_tokenizer(config.tokenizer),
+        chat=config.chat,
+        max_length=config.max_length,
+        truncation=config.truncation,
+    )
+    encoded = [
+        encode.encode_task(
+            task,
+            split=split,
+            rows=rows,
+            seed=seed,
+            data_root=config.data_root,
+            encoding=encoding,
+            cache_dir=config.cache_dir,
+        )
+        for task, rows, seed in registry.components(name)
+    ]
+    folders, counts = zip(*encoded, strict=True)
+    if not sum(c.examples for c in counts):
+        raise ValueError(
+            f"{name!r} has no examples in its {split} split; rows went to:\n{stats.table(counts)}"
+        )
+    rows = Rows(folders, counts, config=config, kind=registry.kind_of(name))
+    logging.info("%s, %s split:\n%s", name, split, rows.stats)
+    return rows
+
+
+class Rows:
+    """The planned rows of one split. Planned row i lies in epoch `i // rows_per_epoch`.
+
+    A row is a dict of numpy arrays: `tokens, targets` int32, `loss_mask` bool, `segment_ids,
+    positions` int32, each [T] for supervised rows and [2, T] (CHOSEN, REJECTED) for pairs, which
+    also have `example` int32 [], their index in the encoded set.
+    """
+
+    def __init__(self, folders, counts, *, config: DataConfig, kind: str):
+        self.kind = kind
+        self.seed = config.seed
+        self.max_length = config.max_length
+        self.packing = config.packing
+        self._store = store.ExampleStore(folders, kind=kind)
+        identity = [[f.name for f in folders], config.max_length, config.packing]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        self._plans, self._lock = {}, threading.Lock()
+        self._ordered = packing.ordered_plan(
+            self._store.lengths, capacity=self.max_length, packing=self.packing
+        )
+        self.rows_per_epoch = self._ordered.num_rows
+        self.num_examples = len(self._store)
+        self.num_tokens = sum(c.tokens for c in counts)
+        self.num_trained_tokens = sum(c.trained_tokens for c in counts)
+        self.stats = stats.Stats(
+            tasks=counts,
+            rows_per_epoch=self.rows_per_epoch,
+            positions_per_row=self.max_length * (2 if kind == "preference" else 1),
+        )
+
+    def row(self, index: int) -> Batch:
+        """Planned row `index` of the infinite stream of epochs."""
+        return self._filled(self.example_ids(index))
+
+    def example_ids(self, index: int) -> np.ndarray:
+        """The indices, in the encoded set, of the examples in planned row `index`."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        return self._plan(epoch).row(place)
+
+    def in_order(self, index: int) -> Batch:
+        """Row `index`, below `rows_per_epoch`, of the fixed order used for evaluation.
+
+        With packing "none" it holds example `index`.
+        """
+        return self._filled(self._ordered.row(index))
+
+    def name(self, example: int) -> str:
+        """ "task/rownumber" of an example, for messages."""
+        return self._store.name(example)
+
+    def empty(self) -> Batch:
+        """A row of padding: nothing to attend to, nothing trained, `example` -1."""
+        return self._filled(np.zeros(0, int))
+
+    def _plan(self, epoch: int) -> packing.Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                self._plans[epoch] = packing.epoch_plan(
+                    self._store.lengths,
+                    capacity=self.max_length,
+                    packing=self.packing,
+                    seed=self.seed,
+                    epoch=epoch,
+                )
+                for old in sorted(self._plans)[:-2]:  # a batch may straddle two epochs
+                    del self._plans[old]
+            return self._plans[epoch]
+
+    def _filled(self, examples: np.ndarray) -> Batch:
+        sides = [self._store.sides(int(i)) for i in examples]
+        if self.kind == "sft":
+            return packing.fill_row([side for (side,) in sides], capacity=self.max_length)
+        halves = [
+            packing.fill_row([pair[side] for pair in sides], capacity=self.max_length)
+            for side in (CHOSEN, REJECTED)
+        ]
+        row = {key: np.stack([half[key] for half in halves]) for key in halves[0]}
+        row["example"] = np.int32(examples[0] if len(examples) else NO_EXAMPLE)
+        return row
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    start_step: int,
+    num_steps: int,
+    process_index: int,
+    process_count: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """This process's slice of global batches `start_step` to `start_step + num_steps`, in order.
+
+    Batch k is planned rows [k·B, (k + 1)·B). `workers` threads build ahead (0: none); an exception
+    in one of them is raised here. Raises `ValueError` if B does not divide over the processes.
+    """
+    import grain
+
+    first, local = _slice(batch_size, process_index, process_count)
+
+    def batch(step: int) -> Batch:
+        start = step * batch_size + first
+        return _stack([rows.row(i) for i in range(start, start + local)])
+
+    steps = grain.MapDataset.range(start_step, start_step + num_steps)
+    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
+    return iter(steps.map(batch).to_iter_dataset(options))
+
+
+def eval_batches(
+    rows: Rows, *, batch_size: int, process_index: int, process_count: int
+) -> Iterator[Batch]:
+    """This process's slice of one pass in the fixed order; the last batch ends in empty rows."""
+    first, local = _slice(batch_size, process_index, process_count)
+    for start in range(first, rows.rows_per_epoch + first, batch_size):
+        indices = range(start, start + local)
+        yield _stack(
+            [rows.in_order(i) if i < rows.rows_per_epoch else rows.empty() for i in indices]
+        )
+
+
+def num_eval_batches(rows: Rows, *, batch_size: int) -> int:
+    return -(-rows.rows_per_epoch // batch_size)
+
+
+def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
+    if batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"batch_size = {batch_size}, process {process_index} of {process_count}: expected a "
+            "batch size that is a multiple of the number of processes, and an index below it"
+        )
+    local = batch_size // process_count
+    return process_index * local, local
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

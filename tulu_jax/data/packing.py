@@ -1,0 +1,116 @@
+"""Which examples share a row: a plan for each (seed, epoch), recomputed whenever it is needed."""
+
+import dataclasses
+
+import numpy as np
+
+PACKINGS = ("best_fit", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Rows of one epoch: row i holds examples `order[starts[i]:starts[i + 1]]`, in that order."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, index: int) -> np.ndarray:
+        return self.order[self.starts[index] : self.starts[index + 1]]
+
+
+def epoch_plan(lengths: np.ndarray, *, capacity: int, packing: str, seed: int, epoch: int) -> Plan:
+    """The shuffled plan of one epoch: every example once, at most `capacity` tokens a row.
+
+    The number of rows depends on the multiset of lengths alone, thus is the same in every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    ranks = rng.permutation(len(lengths))
+    if packing == "none":
+        return Plan(order=ranks, starts=np.arange(len(lengths) + 1))
+    packed = _best_fit(lengths, ranks, capacity=capacity)
+    shuffled = rng.permutation(packed.num_rows)
+    sizes = np.diff(packed.starts)[shuffled]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
+    order = packed.order[np.repeat(packed.starts[:-1][shuffled], sizes) + within]
+    return Plan(order=order, starts=starts)
+
+
+def ordered_plan(lengths: np.ndarray, *, capacity: int, packing: str) -> Plan:
+    """A plan without chance, for evaluation; with packing "none", row i holds example i."""
+    ranks = np.arange(len(lengths))
+    if packing == "none":
+        return Plan(order=ranks, starts=np.arange(len(lengths) + 1))
+    return _best_fit(lengths, ranks, capacity=capacity)
+
+
+def _best_fit(lengths: np.ndarray, ranks: np.ndarray, *, capacity: int) -> Plan:
+    """Best-fit decreasing: longest first, each into the fullest row that still holds it.
+
+    Equal lengths go in the order of `ranks`. `rows_with[r]` is a stack of the rows with r tokens
+    left, and bit r of `nonempty` tells whether it has any, so the best row is the lowest set bit at
+    or above the length: a few machine words at a capacity of 8,192.
+    """
+    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(
+            f"lengths from {lengths.min()} to {lengths.max()} do not fit in rows of {capacity}"
+        )
+    longest_first = np.lexsort((ranks, -lengths))
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    nonempty, num_rows = 0, 0
+    row_of = np.empty(len(lengths), np.int64)
+    chosen = []
+    for length in lengths[longest_first].tolist():
+        fitting = nonempty >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with[left].pop()
+            if not rows_with[left]:
+                nonempty ^= 1 << left
+        else:
+            left, row = capacity, num_rows
+            num_rows += 1
+        chosen.append(row)
+        left -= length
+        rows_with[left].append(row)
+        nonempty |= 1 << left
+    row_of[longest_first] = chosen
+    order = np.lexsort((ranks, row_of))
+    starts = np.searchsorted(row_of[order], np.arange(num_rows + 1))
+    return Plan(order=order, starts=starts)
+
+
+def fill_row(
+    examples: list[tuple[np.ndarray, np.ndarray]], *, capacity: int
+) -> dict[str, np.ndarray]:
+    """One row of `capacity` positions from (ids [n + 1], trained ranges of targets [turns, 2]).
+
+    Each example's shift happens inside its own segment, so no target crosses into the next.
+    """
+    row = {
+        name: np.zeros(capacity, dtype)
+        for name, dtype in (
+            ("tokens", np.int32),
+            ("targets", np.int32),
+            ("loss_mask", np.bool_),
+            ("segment_ids", np.int32),
+            ("positions", np.int32),
+        )
+    }
+    start = 0
+    for segment, (ids, spans) in enumerate(examples, 1):
+        stop = start + len(ids) - 1
+        if stop > capacity:
+            raise ValueError(f"a row of {capacity} positions cannot hold {stop} tokens")
+        row["tokens"][start:stop] = ids[:-1]
+        row["targets"][start:stop] = ids[1:]
+        row["segment_ids"][start:stop] = segment
+        row["positions"][start:stop] = np.arange(stop - start)
+        for first, last in spans:
+            row["loss_mask"][start + first : start + last] = True
+        start = stop
+    return row

@@ -1,0 +1,1 @@
+"""Readers of raw files, and converters of each source's rows."""

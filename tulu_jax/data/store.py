@@ -1,0 +1,69 @@
+"""Encoded examples in memory-mapped Arrow files, addressed by one index over several tasks."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tulu_jax.data import encode
+
+
+class ExampleStore:
+    """The examples of some cached folders, in order. Reading one copies no more than itself.
+
+    `lengths` int64 [examples] counts tokens after the shift; of a pair, the longer side.
+    """
+
+    def __init__(self, folders: Sequence[pathlib.Path], *, kind: str):
+        batches = [batch for folder in folders for batch in _batches(folder)]
+        kept = [np.flatnonzero(batch["outcome"].to_numpy() <= encode.CUT) for batch in batches]
+        self._batches, self._rows = batches, kept
+        self._starts = np.cumsum([0] + [len(rows) for rows in kept])
+        self._sides = [
+            (_Lists(batches, kept, side), _Lists(batches, kept, f"{side}_spans"))
+            for side in encode.SIDES[kind]
+        ]
+        lengths = [ids.lengths - 1 for ids, _ in self._sides]
+        self.lengths = np.max(lengths, axis=0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sides(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids [n + 1], trained ranges of targets [turns, 2]) of each side of one example."""
+        return [(ids[index], spans[index].reshape(-1, 2)) for ids, spans in self._sides]
+
+    def name(self, index: int) -> str:
+        """ "task/rownumber" of one example."""
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = int(self._rows[batch][index - self._starts[batch]])
+        return self._batches[batch]["id"][row].as_py()
+
+
+class _Lists:
+    """A list column over several record batches: numpy views into the mapped file."""
+
+    def __init__(self, batches, kept: list[np.ndarray], name: str):
+        self._values, batch_of, starts, stops = [], [], [], []
+        for number, (batch, rows) in enumerate(zip(batches, kept, strict=True)):
+            offsets = batch[name].offsets.to_numpy()
+            self._values.append(batch[name].values.to_numpy())
+            batch_of.append(np.full(len(rows), number))
+            starts.append(offsets[rows])
+            stops.append(offsets[rows + 1])
+        join = lambda parts: np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, int)
+        self._batch_of, self._starts, self._stops = join(batch_of), join(starts), join(stops)
+        self.lengths = self._stops - self._starts
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._values[self._batch_of[index]][self._starts[index] : self._stops[index]]
+
+
+def _batches(folder: pathlib.Path) -> list:
+    import pyarrow as pa
+
+    path = folder / "examples.arrow"
+    if not path.exists():  # the task had no rows
+        return []
+    with pa.memory_map(str(path)) as mapped:
+        return pa.ipc.open_stream(mapped).read_all().to_batches()

@@ -1,0 +1,1 @@
+"""Registers the tasks and mixtures of TÜLU."""

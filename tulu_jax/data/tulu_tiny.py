@@ -1,0 +1,30 @@
+"""Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs)."""
+
+import functools
+
+from tulu_jax.data import registry
+from tulu_jax.data.sources import tulu_tiny
+from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
+
+__all__ = ["held_out", "is_exact", "style"]
+
+
+def _as_is(row: dict) -> dict:
+    return row
+
+
+for _name, _kind, _rows in (
+    ("tulu_tiny", "sft", tulu_tiny.sft_rows),
+    ("tulu_tiny_preference", "preference", tulu_tiny.preference_rows),
+):
+    registry.TaskRegistry.add(
+        registry.Task(
+            name=_name,
+            kind=_kind,
+            sources={split: functools.partial(_rows, split) for split in registry.SPLITS},
+            convert=_as_is,
+            holdout_every=None,
+            licence="as this project",
+            origin="written by this project",
+        )
+    )
