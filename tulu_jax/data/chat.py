@@ -30,7 +30,9 @@ CHAT_TEMPLATE = (
     "{{- raise_exception('unknown role ' + message['role']) -}}"
     "{%- endif -%}"
     "{%- set ns.text = ns.text + '<|' + message['role'] + '|>\\n' + message['content'] | trim -%}"
-    "{%- if message['role'] == 'assistant' -%}{%- set ns.text = ns.text + eos_token -%}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- set ns.text = ns.text + eos_token -%}"
+    "{%- endif -%}"
     "{%- set ns.text = ns.text + '\\n' -%}"
     "{%- endfor -%}"
     "{{- bos_token -}}"
@@ -227,8 +229,7 @@ def generation_prompt(messages: list[dict], tokenizer: ChatTokenizer, *, chat: s
 
 def _concatenate(messages: list[dict], chat: str) -> tuple[str, list[Turn]]:
     if chat not in MODES:
-        holds, message = validation.one_of("chat", chat, MODES)
-        raise ValueError(message)
+        raise ValueError(validation.one_of("chat", chat, MODES)[1])
     parts, turns, length = [], [], 0
     for message in messages:
         header, content = f"<|{message['role']}|>\n", message["content"].strip()

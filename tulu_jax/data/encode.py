@@ -1,4 +1,6 @@
-"""The encode cache: each task's split is tokenized once and kept as Arrow, keyed by all it depends on.
+"""The encode cache: each task's split is tokenized once and kept as Arrow.
+
+It is keyed by all that its content depends on: raw rows, code, tokenizer, template, length, rule.
 
 `cache_dir/<fingerprint>/` holds `examples.arrow` (every converted row with its outcome; the rows
 that are left out have no ids) and `counts.json`, and appears by a rename when it is whole. A task

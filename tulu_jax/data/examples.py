@@ -69,6 +69,14 @@ def load_examples(
     )
 
 
+def check_first_row(task: registry.Task, *, split: str, data_root: str | None) -> None:
+    """Reads and converts one raw row. Raises as `load_examples` would for it, or for no rows."""
+    for raw in _raw_rows(task, split, data_root):
+        _convert(task, raw, f"{task.name}/0")
+        return
+    raise ValueError(f"task {task.name!r} has no rows")
+
+
 def source_digest(
     task: registry.Task, *, split: str, rows: int | None, seed: int, data_root: str | None
 ) -> str:

@@ -1,4 +1,4 @@
-"""From a configuration to batches: batch k is a function of (fingerprint, seed, k) and nothing else.
+"""From a configuration to batches; batch k is a function of (fingerprint, seed, k) alone.
 
     registry -> convert -> chat -> encode cache -> plan(seed, epoch) -> rows of T -> batches
 
@@ -17,7 +17,7 @@ from absl import logging
 
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import encode, packing, registry, stats, store
+from tulu_jax.data import encode, examples, packing, registry, stats, store
 
 CHOSEN, REJECTED = 0, 1
 NO_EXAMPLE = -1
@@ -79,12 +79,42 @@ class DataConfig:
         return registry.kind_of(self.train)
 
 
+def vocab_size(config: DataConfig) -> int | None:
+    """The number of ids of the tokenizer; None if it cannot be loaded, which `problems` explains."""
+    try:
+        return chat_lib.load_tokenizer(config.tokenizer).vocab_size
+    except (OSError, ValueError):
+        return None
+
+
+def problems(config: DataConfig, *, kind: str) -> Iterator[str]:
+    """What would keep `prepare` from serving `kind` ("sft" or "preference"): one line for each.
+
+    Loads the tokenizer, and reads and converts the first raw row of each task and split.
+    """
+    if config.kind != kind:
+        yield (
+            f"the objective trains on {kind} data; {config.train!r} is {config.kind} data "
+            f"({', '.join(task.name for task, _, _ in registry.components(config.train))})"
+        )
+    try:
+        chat_lib.load_tokenizer(config.tokenizer)
+    except (OSError, ValueError) as error:
+        yield f"tokenizer: {error}"
+    for split in registry.SPLITS:
+        for task, _, _ in registry.components(_name(config, split)):
+            try:
+                examples.check_first_row(task, split=split, data_root=config.data_root)
+            except (OSError, ValueError) as error:
+                yield f"{task.name}, {split} split: {error}"
+
+
 def prepare(config: DataConfig, *, split: str) -> "Rows":
     """Encodes the split ("train" or "validation") unless that is cached, and opens it as rows.
 
     Raises `ValueError` if no example is left.
     """
-    name = config.validation if split == "validation" and config.validation else config.train
+    name = _name(config, split)
     encoding = encode.Encoding(
         tokenizer=chat_lib.load_tokenizer(config.tokenizer),
         chat=config.chat,
@@ -145,12 +175,16 @@ class Rows:
 
     def row(self, index: int) -> Batch:
         """Planned row `index` of the infinite stream of epochs."""
-        return self._filled(self.example_ids(index))
+        return self._filled(self.examples(index))
 
-    def example_ids(self, index: int) -> np.ndarray:
-        """The indices, in the encoded set, of the examples in planned row `index`."""
+    def examples(self, index: int) -> np.ndarray:
+        """The examples in planned row `index`, as indices in the encoded set, in their order."""
         epoch, place = divmod(index, self.rows_per_epoch)
         return self._plan(epoch).row(place)
+
+    def example_ids(self, index: int) -> list[str]:
+        """"task/rownumber" of the examples in planned row `index`, for messages."""
+        return [self._store.name(int(i)) for i in self.examples(index)]
 
     def in_order(self, index: int) -> Batch:
         """Row `index`, below `rows_per_epoch`, of the fixed order used for evaluation.
@@ -181,8 +215,8 @@ class Rows:
                     del self._plans[old]
             return self._plans[epoch]
 
-    def _filled(self, examples: np.ndarray) -> Batch:
-        sides = [self._store.sides(int(i)) for i in examples]
+    def _filled(self, indices: np.ndarray) -> Batch:
+        sides = [self._store.sides(int(i)) for i in indices]
         if self.kind == "sft":
             return packing.fill_row([side for (side,) in sides], capacity=self.max_length)
         halves = [
@@ -190,7 +224,7 @@ class Rows:
             for side in (CHOSEN, REJECTED)
         ]
         row = {key: np.stack([half[key] for half in halves]) for key in halves[0]}
-        row["example"] = np.int32(examples[0] if len(examples) else NO_EXAMPLE)
+        row["example"] = np.int32(indices[0] if len(indices) else NO_EXAMPLE)
         return row
 
 
@@ -204,9 +238,9 @@ def batches(
     process_count: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """This process's slice of global batches `start_step` to `start_step + num_steps`, in order.
+    """This process's slice of the global batches from `start_step` up to `num_steps`, in order.
 
-    Batch k is planned rows [k·B, (k + 1)·B). `workers` threads build ahead (0: none); an exception
+    A run of `num_steps` updates that resumes after k of them passes `start_step = k`. Batch k is planned rows [k·B, (k + 1)·B). `workers` threads build ahead (0: none); an exception
     in one of them is raised here. Raises `ValueError` if B does not divide over the processes.
     """
     import grain
@@ -217,7 +251,7 @@ def batches(
         start = step * batch_size + first
         return _stack([rows.row(i) for i in range(start, start + local)])
 
-    steps = grain.MapDataset.range(start_step, start_step + num_steps)
+    steps = grain.MapDataset.range(start_step, num_steps)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     return iter(steps.map(batch).to_iter_dataset(options))
 
@@ -236,6 +270,10 @@ def eval_batches(
 
 def num_eval_batches(rows: Rows, *, batch_size: int) -> int:
     return -(-rows.rows_per_epoch // batch_size)
+
+
+def _name(config: DataConfig, split: str) -> str:
+    return config.validation if split == "validation" and config.validation else config.train
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class Task:
                 ),
                 (
                     self.holdout_every is None or self.holdout_every >= 2,
-                    f"{self.name}: holdout_every = {self.holdout_every}; expected 2 or more, or None",
+                    f"{self.name}: holdout_every = {self.holdout_every}; expected None or 2 up",
                 ),
                 (
                     self.sample is None or self.sample > 0,

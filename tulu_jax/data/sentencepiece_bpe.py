@@ -76,7 +76,7 @@ def _refuse_unlike_llama(proto, source: str) -> None:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, best score first: the order SentencePiece merges in."""
+    """Every split of a piece into two, best score first: the order SentencePiece merges in."""
     found = []
     for piece, score in scores.items():
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

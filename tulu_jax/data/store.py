@@ -51,12 +51,15 @@ class _Lists:
             batch_of.append(np.full(len(rows), number))
             starts.append(offsets[rows])
             stops.append(offsets[rows + 1])
-        join = lambda parts: np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, int)
-        self._batch_of, self._starts, self._stops = join(batch_of), join(starts), join(stops)
+        self._batch_of, self._starts, self._stops = map(_joined, (batch_of, starts, stops))
         self.lengths = self._stops - self._starts
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._batch_of[index]][self._starts[index] : self._stops[index]]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
 def _batches(folder: pathlib.Path) -> list:

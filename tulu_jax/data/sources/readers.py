@@ -1,4 +1,4 @@
-"""Raw rows from files: JSON lists, JSON lines (also gzipped) and tab-separated values, local or remote."""
+"""Raw rows from files, local or remote: JSON lists, JSON lines (also gzipped), tab-separated."""
 
 import gzip
 import io
@@ -58,7 +58,7 @@ def _lines(path: str, file) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, line without its newline)."""
     number = 0
     with file.open("rb") as raw:
-        stream = gzip.open(raw, "rb") if path.endswith(".gz") else raw
+        stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
         try:
             for number, line in enumerate(io.TextIOWrapper(stream, "utf-8", newline="\n"), 1):
                 yield number, line.rstrip("\r\n")

@@ -18,10 +18,10 @@ MOST_HELD_OUT = 30  # prompts a family
 HELD_OUT_SHARE = 1 / 8  # of a family's prompts, if that is fewer
 POLITE_SHARE = 0.25
 
-ANIMALS = "cat dog cow hen fox owl bee ant".split()
-FOODS = "apple bread rice corn milk cake plum soup".split()
-COLOURS = "red blue green black white pink grey brown".split()
-NAMES = "Ann Ben Eve Max Sam Tom Zoe Kim".split()
+ANIMALS = ["cat", "dog", "cow", "hen", "fox", "owl", "bee", "ant"]
+FOODS = ["apple", "bread", "rice", "corn", "milk", "cake", "plum", "soup"]
+COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
+NAMES = ["Ann", "Ben", "Eve", "Max", "Sam", "Tom", "Zoe", "Kim"]
 KIND_OF = (
     {word: "animal" for word in ANIMALS}
     | {word: "food" for word in FOODS}
@@ -162,7 +162,7 @@ def style(reply: str) -> str:
 
 
 def held_out() -> list[tuple[list[dict], str]]:
-    """(prompt messages, right answer) of every held-out prompt; none is the prompt of a train row."""
+    """(prompt messages, right answer) of every held-out prompt; no train row has that prompt."""
     return [(_prompt(dialogue), dialogue[-1]) for dialogue in _split()[1]]
 
 
