@@ -183,7 +183,7 @@ class Rows:
         return self._plan(epoch).row(place)
 
     def example_ids(self, index: int) -> list[str]:
-        """"task/rownumber" of the examples in planned row `index`, for messages."""
+        """ "task/rownumber" of the examples in planned row `index`, for messages."""
         return [self._store.name(int(i)) for i in self.examples(index)]
 
     def in_order(self, index: int) -> Batch:
