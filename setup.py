@@ -1,4 +1,4 @@
-"""Installs tulu_jax. The base requirements train, convert and generate without torch or TensorFlow."""
+"""Installs tulu_jax. The base requirements need neither torch nor TensorFlow."""
 
 import setuptools
 

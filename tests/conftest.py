@@ -18,7 +18,7 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """The folder of real tokenizers, weights and rows; tests that need it skip where it is absent."""
+    """The folder of real tokenizers, weights and rows; what needs it skips where it is absent."""
     root = pathlib.Path(os.environ.get("TULU_JAX_DATA", REPO.parent / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"real data not found at {root}; set TULU_JAX_DATA to its folder")

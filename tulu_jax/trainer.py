@@ -4,180 +4,32 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 
+from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
-from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import dpo, sft
+from tulu_jax.models.config import LlamaConfig
+from tulu_jax.objectives import dpo
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
+from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import optim, reference
 from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import TrainState
 
-OBJECTIVES = {sft.SFTConfig: sft, dpo.DPOConfig: dpo}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole run. Batch k depends on this and k alone.
-
-    An update is `batch_size` rows (pairs for DPO), in forwards of `micro_batch_size` (None: all at
-    once). Its length is `num_steps` updates or `num_epochs` passes over the data; exactly one is
-    given. `base` is where the parameters come from: a Hugging Face folder, the workdir of another
-    run, or None for random ones. `eval_every` None evaluates only at the end.
-    """
-
-    model: LlamaConfig
-    data: loader.DataConfig
-    objective: sft.SFTConfig | dpo.DPOConfig
-    optimizer: optim.OptimizerConfig
-    checkpoint: checkpoint_lib.CheckpointConfig
-    execution: ExecutionConfig = ExecutionConfig()
-    mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
-    logging: metrics_lib.LoggingConfig = metrics_lib.LoggingConfig()
-    workdir: str
-    base: str | None
-    batch_size: int
-    micro_batch_size: int | None = None
-    num_steps: int | None = None
-    num_epochs: float | None = None
-    eval_every: int | None = None
-    param_dtype: str = "float32"
-    seed: int = 42
-
-    def __post_init__(self):
-        validation.check(self, self._rules)
-
-    def _rules(self):
-        for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
-            value = getattr(self, name)
-            yield value is None or value > 0, f"{name} = {value}: expected a positive number"
-        micro = self.micro_batch_size or self.batch_size
-        yield (
-            micro > 0 and self.batch_size % micro == 0,
-            f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {micro}",
-        )
-        yield (
-            (self.num_steps is None) != (self.num_epochs is None),
-            f"num_steps = {self.num_steps} and num_epochs = {self.num_epochs}: give exactly one",
-        )
-        yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
-        paper = isinstance(self.objective, sft.SFTConfig) and self.objective.loss_norm == "paper"
-        rows = self.objective.loss_norm_rows if paper else 1
-        yield (
-            self.batch_size % rows == 0,
-            f"loss_norm = 'paper' averages groups of {rows} rows; batch_size = {self.batch_size} "
-            "is not a multiple",
-        )
-        yield (
-            not paper or self.data.packing == "none",
-            "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
-        )
-
-    @property
-    def micro_batches(self) -> int:
-        """Forwards per update."""
-        return self.batch_size // (self.micro_batch_size or self.batch_size)
-
-
-def make_train_step(config: TrainConfig, num_steps: int) -> Callable:
-    """The pure function (state, batch) -> (state, metrics) of one update, to be jitted."""
-    objective = OBJECTIVES[type(config.objective)]
-    optimizer = optim.make(config.optimizer, num_steps)
-    learning_rate = optim.schedule(config.optimizer, num_steps)
-
-    def loss(params, batch):
-        return objective.loss(
-            params,
-            batch,
-            config=config.objective,
-            model=config.model,
-            execution=config.execution,
-        )
-
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        # Weights are those of the whole update, so the shares of its pieces add up exactly.
-        batch = objective.add_weights(batch, config.objective)
-        if config.micro_batches == 1:
-            (_, metrics), grads = value_and_grad(state.params, batch)
-        else:
-            metrics, grads = _accumulate(value_and_grad, state.params, batch, config.micro_batches)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {
-            **metrics,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": learning_rate(state.step),
-            **metrics_lib.batch_counts(batch),
-        }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
-
-    return train_step
-
-
-def _accumulate(value_and_grad, params, batch, micro_batches):
-    """Sums metrics and float32 gradients over pieces of the batch; row r goes to piece r mod A,
-    so that rows stay on their devices."""
-
-    def split(x):
-        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-
-    def piece(total, micro_batch):
-        (_, metrics), grads = value_and_grad(params, micro_batch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.tree.map(jnp.add, total, (metrics, grads)), None
-
-    pieces = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], pieces))
-    (_, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    (metrics, grads), _ = jax.lax.scan(piece, (metrics, grads), pieces)
-    return metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-
-
-def make_eval_step(config: TrainConfig) -> Callable:
-    """(params, batch) -> metric sums and their count: trained tokens (SFT) or pairs (DPO)."""
-    objective, settings = OBJECTIVES[type(config.objective)], config.objective
-    if isinstance(settings, sft.SFTConfig):
-        settings = dataclasses.replace(settings, loss_norm="token")
-
-    def eval_step(params, batch):
-        batch = objective.add_weights(batch, settings)
-        _, metrics = objective.loss(
-            params, batch, config=settings, model=config.model, execution=config.execution
-        )
-        counted = batch["loss_mask"] if objective is sft else batch["example"] >= 0
-        count = jnp.sum(counted, dtype=jnp.float32)
-        return {name: value * count for name, value in metrics.items()}, count
-
-    return eval_step
-
-
-def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh, num_steps: int) -> TrainState:
-    """Shapes, dtypes and shardings of the whole training state; nothing is allocated."""
-    params = llama.abstract_params(config.model, config.param_dtype)
-    opt_state = jax.eval_shape(optim.make(config.optimizer, num_steps).init, params)
-    state = TrainState(step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=opt_state)
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        state,
-        sharding.state_shardings(mesh, state),
-    )
+CONFIG_FILE = "config.gin"
 
 
 def initial_params(config: TrainConfig, abstract_params: dict) -> dict:
@@ -199,7 +51,7 @@ def load_base(base: str, model: LlamaConfig, abstract_params: dict) -> dict:
     if (epath.Path(base) / "config.json").exists():
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
         dtype = jax.tree.leaves(abstract_params)[0].dtype
-        return hf.load(base, model, shardings, dtype.name)
+        return hf.load(base, model, shardings=shardings, dtype=dtype.name)
     return checkpoint_lib.load_params(base, abstract_params)
 
 
@@ -215,7 +67,7 @@ def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of one split and, for DPO, the reference log-probabilities [examples, 2] of its pairs."""
+    """Rows of one split and, for DPO, the reference log-probs [examples, 2] of its pairs."""
 
     rows: loader.Rows
     ref_logps: np.ndarray | None = None
@@ -230,20 +82,23 @@ class Split:
 
 
 class Run:
-    """One run on one mesh: its data, its compiled steps, its state. `Run(config).train()`."""
+    """One run on one mesh: its data, its compiled steps, its state. `Run(config).train()`.
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    `config_text`, the gin text that rebuilds `config`, is saved in the workdir as `config.gin`.
+    """
+
+    def __init__(self, config: TrainConfig, config_text: str | None = None):
+        self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh)
-        self.objective = OBJECTIVES[type(config.objective)]
+        self.objective = step_lib.OBJECTIVES[type(config.objective)]
         self.train_split = Split(loader.prepare(config.data, split="train"))
         self.eval_split = Split(loader.prepare(config.data, split="validation"))
         self.num_steps = config.num_steps or max(
             1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
         )
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
-        self.abstract = abstract_state(config, self.mesh, self.num_steps)
-        self.eval_step = jax.jit(make_eval_step(config))
+        self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
+        self.eval_step = jax.jit(step_lib.make_eval_step(config))
 
     @property
     def rows(self) -> loader.Rows:
@@ -256,12 +111,21 @@ class Run:
         """
         with jax.set_mesh(self.mesh):
             state, self.weights = self._start()
+            if self.config_text and jax.process_index() == 0:
+                (epath.Path(self.config.workdir) / CONFIG_FILE).write_text(self.config_text)
             if self.objective is dpo:
                 self._attach_reference(state)
             try:
                 return self._loop(state)
             finally:
                 self.checkpoints.close()
+
+    def save_initial(self) -> None:
+        """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
+        with jax.set_mesh(self.mesh):
+            state, self.weights = self._start()
+            self.checkpoints.save(int(state.step), state, self.about(), {})
+            self.checkpoints.close()
 
     def _start(self) -> tuple[TrainState, str]:
         """The state to go on from, and the fingerprint of the parameters the run began with."""
@@ -370,7 +234,7 @@ class Run:
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
         meter = Meter(self, recorder)
-        train_step = jax.jit(make_train_step(config, self.num_steps), donate_argnums=0)
+        train_step = jax.jit(step_lib.make_train_step(config, self.num_steps), donate_argnums=0)
         batches = loader.batches(
             self.rows,
             batch_size=config.batch_size,

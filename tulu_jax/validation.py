@@ -58,7 +58,10 @@ def check(config, rules: Callable[[], Iterable[Rule]] = lambda: ()) -> None:
 def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:
     """The rule that `value` is among `allowed`; names the nearest allowed value."""
     allowed = sorted(allowed)
-    return value in allowed, f"{name} = {value!r}: expected one of {allowed}{nearest(value, allowed)}"
+    return (
+        value in allowed,
+        f"{name} = {value!r}: expected one of {allowed}{nearest(value, allowed)}",
+    )
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

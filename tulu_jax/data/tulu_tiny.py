@@ -1,8 +1,9 @@
 """Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs)."""
 
 import functools
+import pathlib
 
-from tulu_jax.data import registry
+from tulu_jax.data import registry, tokenizer_training
 from tulu_jax.data.sources import tulu_tiny
 from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
 
@@ -28,3 +29,13 @@ for _name, _kind, _rows in (
             origin="written by this project",
         )
     )
+
+
+def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:
+    """The folder of the task's BPE tokenizer (512 ids), trained there on the spot if it is absent.
+
+    The same rows give the same tokenizer, so a folder that exists is the right one.
+    """
+    if not (pathlib.Path(directory) / "tokenizer.json").is_file():
+        tokenizer_training.train_tokenizer("tulu_tiny", directory, vocab_size=512)
+    return directory

@@ -2,8 +2,9 @@
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head
 size. Query head n reads key/value head n // G. A key is visible to a query if it is in the same
-segment (segment 0 is padding, visible to nobody) and not later in the row. Queries may start at an
-offset into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give zeros.
+segment (segment 0 is padding, visible to nobody) and not later in the row. Queries may start at
+an offset into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give
+zeros.
 """
 
 import functools

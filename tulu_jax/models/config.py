@@ -11,8 +11,9 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a Llama: D `embed_dim`, F `mlp_dim`, N `num_heads`, K `num_kv_heads`, V `vocab_size`.
+    """The shape of a Llama.
 
+    D `embed_dim`, F `mlp_dim`, N `num_heads`, K `num_kv_heads`, H `head_dim`, V `vocab_size`.
     `max_positions` is recorded in exports; nothing in the model depends on it, because rotary
     angles are computed from the positions of each batch.
     """
@@ -45,14 +46,14 @@ class LlamaConfig:
 
     @property
     def num_params(self) -> int:
-        """Exact number of parameters (reference: 2VD + L(2D² + 2DKH + 3DF + 2D) + D for N·H = D)."""
+        """Exact number of parameters: 2VD + L(2D² + 2DKH + 3DF + 2D) + D where N·H = D."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         tables = 1 if self.tie_embeddings else 2
         return tables * self.vocab_size * self.embed_dim + self.num_layers * layer + self.embed_dim
 
     def flops_per_token(self, length: int) -> float:
-        """Model FLOPs of one trained position: forward and backward, causal attention over `length`.
+        """Model FLOPs of one trained position: forward and backward, attention over `length`.
 
         6 per matrix-multiply weight, plus 6·L·N·H·length for the two attention products over the
         lower triangle (Chowdhery et al. 2022, appendix B, with the causal half). The embedding

@@ -221,7 +221,7 @@ def hidden_states(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Normalised hidden states of packed rows, in the compute dtype; attention stays in a segment."""
+    """Normalised hidden states of packed rows, in the compute dtype; segments do not mix."""
     hidden, _ = _trunk(
         config, execution, params, tokens, segment_ids, positions, segment_ids, None, 0
     )

@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 
 
 def _to_chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [n, B, chunk, ...], zero-padded; chunk j holds positions j, j + n, j + 2n..."""
+    """[B, T, ...] -> [n, B, chunk, ...], zero-padded; chunk j has positions j, j + n, j + 2n..."""
     batch, length = x.shape[:2]
     n = -(-length // chunk)
     x = jnp.pad(x, [(0, 0), (0, n * chunk - length)] + [(0, 0)] * (x.ndim - 2))
@@ -103,7 +103,7 @@ def token_logps(
     targets: Int[Array, "B T"],
     chunk: int,
 ) -> Float[Array, "B T"]:
-    """log p(target) of every position, float32; the backward pass recomputes each chunk's logits."""
+    """log p(target) of every position, float32; the backward pass recomputes the logits."""
     return _token_logps_forward(hidden, unembedding, targets, chunk)[0]
 
 

@@ -39,7 +39,7 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """`x` placed by its logical axes on the ambient mesh (`jax.set_mesh`); `x` itself without one."""
+    """`x` placed by its logical axes on the ambient mesh (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
@@ -84,7 +84,7 @@ def state_shardings(mesh: Mesh, state):
 
 
 def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
-    """Sharding of batch field `name`: rows over `batch`; the last axis of per-token fields over `length`."""
+    """Sharding of batch field `name`: rows over `batch`, positions over `length`."""
     axes: list[str | None] = ["batch"] + [None] * (ndim - 1)
     if name in ("tokens", "targets", "loss_mask", "segment_ids", "positions"):
         axes[-1] = "length"

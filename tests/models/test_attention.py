@@ -1,0 +1,189 @@
+"""Attention against a float64 loop, and what packing promises."""
+
+import functools
+import unittest.mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from tulu_jax.models import attention as attention_lib
+
+IMPLEMENTATIONS = ("xla", "blockwise")
+
+
+def reference(q, k, v, segment_ids, kv_segment_ids, query_offset):
+    """float64 softmax attention, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, N):
+        keys = [
+            s
+            for s in range(k.shape[1])
+            if s <= t + query_offset and kv_segment_ids[b, s] == segment_ids[b, t] != 0
+        ]
+        if keys:
+            scores = k[b, keys, n // group] @ q[b, t, n] / np.sqrt(H)
+            p = np.exp(scores - scores.max())
+            out[b, t, n] = (p / p.sum()) @ v[b, keys, n // group]
+    return out
+
+
+def draw_inputs(seed, *, batch, length, kv_heads, group, head_dim=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q = jax.random.normal(keys[0], (batch, length, kv_heads * group, head_dim), dtype)
+    k, v = (jax.random.normal(x, (batch, length, kv_heads, head_dim), dtype) for x in keys[1:])
+    return q, k, v
+
+
+@st.composite
+def segment_rows(draw, batch, length):
+    """Rows of segments 1..k followed by padding, as the packer makes them."""
+    rows = []
+    for _ in range(batch):
+        lengths = draw(st.lists(st.integers(1, length), min_size=0, max_size=5))
+        row = np.zeros(length, np.int32)
+        start = 0
+        for number, size in enumerate(lengths, 1):
+            row[start : start + size] = number
+            start += size
+        rows.append(row)
+    return np.stack(rows)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def value_and_grads(q, k, v, weights, segments, implementation, block):
+    def scalar(q, k, v):
+        out = attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=segments,
+            query_offset=0,
+            implementation=implementation,
+        )
+        return (out * weights).sum(), out
+
+    with unittest.mock.patch.object(attention_lib, "BLOCK", block):
+        (_, out), grads = jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, grads
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_matches_float64_forward_and_backward(data):
+    length, block = data.draw(st.sampled_from([(5, 4), (23, 8), (8, 512)]))
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 3)]))
+    segments = data.draw(segment_rows(2, length))
+    q, k, v = draw_inputs(0, batch=2, length=length, kv_heads=kv_heads, group=group)
+    expected = reference(q, k, v, segments, segments, 0)
+    weights = jax.random.normal(jax.random.key(9), q.shape)
+
+    results = {
+        name: value_and_grads(q, k, v, weights, jnp.asarray(segments), name, block)
+        for name in IMPLEMENTATIONS
+    }
+    for name, (out, grads) in results.items():
+        np.testing.assert_allclose(out, expected, atol=5e-6, err_msg=name)
+        assert np.all(np.asarray(out)[segments == 0] == 0), name
+        for ours, dense in zip(grads, results["xla"][1], strict=True):
+            np.testing.assert_allclose(ours, dense, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_matches_finite_differences(implementation):
+    q, k, v = draw_inputs(3, batch=1, length=6, kv_heads=1, group=2, head_dim=4)
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
+
+    def scalar(q, k, v):
+        out = attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=segments,
+            query_offset=0,
+            implementation=implementation,
+        )
+        return jnp.sum(jnp.sin(3 * out))
+
+    check_grads(jax.jit(scalar), (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_queries_at_an_offset_equal_the_same_rows_of_the_whole(implementation):
+    q, k, v = draw_inputs(1, batch=2, length=24, kv_heads=2, group=2)
+    segments = jnp.asarray(np.repeat([[1] * 10 + [2] * 14], 2, axis=0))
+    common = dict(kv_segment_ids=segments, implementation=implementation)
+    whole = attention_lib.attention(q, k, v, segment_ids=segments, query_offset=0, **common)
+    part = attention_lib.attention(
+        q[:, 16:], k, v, segment_ids=segments[:, 16:], query_offset=16, **common
+    )
+    np.testing.assert_allclose(part, whole[:, 16:], atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_changing_one_segment_leaves_the_other_bit_identical(implementation):
+    q, k, v = draw_inputs(2, batch=1, length=40, kv_heads=2, group=2)
+    segments = jnp.asarray([[1] * 17 + [2] * 20 + [0] * 3])
+    run = jax.jit(
+        lambda q, k, v: attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=segments,
+            query_offset=0,
+            implementation=implementation,
+        )
+    )
+    before = run(q, k, v)
+    after = run(q.at[:, :17].multiply(3), k.at[:, :17].add(100), v.at[:, :17].set(-7))
+    assert np.array_equal(before[:, 17:], after[:, 17:])
+    assert not np.array_equal(before[:, :17], after[:, :17])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [300.0, 1e4])
+def test_huge_logits_stay_finite(implementation, scale):
+    q, k, v = draw_inputs(4, batch=1, length=12, kv_heads=1, group=1)
+    segments = jnp.ones((1, 12), jnp.int32)
+
+    def scalar(q, k, v):
+        out = attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=segments,
+            query_offset=0,
+            implementation=implementation,
+        )
+        return out.sum()
+
+    value, grads = jax.value_and_grad(scalar, argnums=(0, 1, 2))(q * scale, k, v)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+    expected = reference(q * scale, k, v, segments, segments, 0).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_pallas_is_refused_not_replaced():
+    q, k, v = draw_inputs(0, batch=1, length=4, kv_heads=1, group=1)
+    ones = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="'pallas' does not exist yet; expected"):
+        attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=ones,
+            kv_segment_ids=ones,
+            query_offset=0,
+            implementation="pallas",
+        )

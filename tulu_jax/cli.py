@@ -1,0 +1,238 @@
+"""Flags and gin files -> one frozen `TrainConfig`. The only file that imports gin.
+
+Everything a user can misspell is refused here, before any device work, and all at once: files,
+macros, fields, types, values that nothing reads, and what `preflight` finds in the whole.
+"""
+
+import ast
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import gin
+from absl import app, flags, logging
+
+from tulu_jax import validation
+from tulu_jax.recipe import TrainConfig
+
+_GIN_FILE = flags.DEFINE_string(
+    "gin_file", None, "Complete gin file: a path, or a name in configs/. Override macros with "
+    "--gin.NAME=value; strings need inner quotes: '--gin.MIXTURE=\"tulu_tiny\"'.",
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string("workdir", None, "Output folder. Default: runs/<gin file name>.")
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_MACRO = "gin.macro"
+
+
+class UsageError(ValueError):
+    """The command line or the configuration is wrong; the message lists every problem found."""
+
+
+def run(main: Callable[[TrainConfig], None]) -> None:
+    """Runs `main(config)` with absl's flags; configuration problems end the process with code 2."""
+    overrides: list[str] = []
+
+    def parse_flags(argv: Sequence[str]) -> list[str]:
+        overrides.extend(arg for arg in argv if arg.startswith("--gin."))
+        return app.parse_flags_with_usage([a for a in argv if not a.startswith("--gin.")])
+
+    def start(argv: Sequence[str]) -> None:
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.FATAL)  # gin logs every place where an include is not
+        try:
+            if len(argv) > 1:
+                raise UsageError(f"unexpected arguments {argv[1:]}; options start with --")
+            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value)
+        except UsageError as error:
+            print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
+            sys.exit(2)
+        logging.set_verbosity(logging.INFO)
+        handler = logging.get_absl_handler()
+        handler.addFilter(_ours_or_serious)  # Orbax and TensorStore tell every step of a save
+        main(config)
+
+    app.run(start, flags_parser=parse_flags)
+
+
+def _ours_or_serious(record) -> bool:
+    return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))
+
+
+def config_folders() -> list[pathlib.Path]:
+    """Where gin files are looked for: here, ./configs, and the configs this package came with."""
+    folders = [pathlib.Path.cwd(), pathlib.Path.cwd() / "configs"]
+    folders += [_PACKAGE / "configs", _PACKAGE.parent / "configs"]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def find(name: str | None) -> pathlib.Path:
+    """The complete gin file `name`. Raises `UsageError` with the nearest known name."""
+    known = {
+        path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.gin"))
+    }
+    if not name:
+        raise UsageError(f"--gin_file is missing; complete files are {sorted(known)}")
+    for folder in config_folders():
+        if (folder / name).is_file():
+            return folder / name
+    raise UsageError(
+        f"--gin_file={name} was not found in {[str(f) for f in config_folders()]}"
+        f"{validation.nearest(name, known)}; complete files are {sorted(known)}"
+    )
+
+
+def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None) -> TrainConfig:
+    """The config of gin file `name` with `--gin.NAME=value` overrides.
+
+    Raises `UsageError` that lists every problem of files, fields, types and rules.
+    """
+    path = find(name)
+    gin.clear_config()
+    for folder in config_folders():
+        gin.add_config_file_search_path(str(folder))
+    with gin.unlock_config():
+        problems = _parse(path.read_text(), path.name)
+        problems += _override(overrides)
+        gin.parse_config(
+            "from __gin__ import dynamic_registration\n"
+            "from tulu_jax import recipe\n"
+            "ROOT = @recipe.TrainConfig()\n"
+        )
+        bound = gin.config._CONFIG.get(("", "tulu_jax.recipe.TrainConfig"), {})
+        if workdir or "workdir" not in bound:  # a saved config.gin names its own
+            workdir = workdir or f"runs/{path.stem}"
+            gin.bind_parameter("tulu_jax.recipe.TrainConfig.workdir", workdir)
+    with validation.collect() as invalid:
+        config = _build(problems)
+    problems += invalid
+    if config is not None:
+        problems += _unread()
+    if problems:
+        try:
+            validation.raise_if(problems)
+        except ValueError as error:
+            raise UsageError(f"{path.name}: {error}") from None
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Connects the processes of the run and ends this one with code 2 if the run cannot work."""
+    import jax
+
+    from tulu_jax import preflight
+    from tulu_jax.parallel import mesh
+
+    mesh.connect()
+    stop_if(preflight.problems(config, num_devices=jax.device_count()))
+
+
+def stop_if(problems: Iterable[str]) -> None:
+    """Ends the process with code 2 after printing all of `problems`, if there are any."""
+    try:
+        validation.raise_if(problems)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def operative_config() -> str:
+    """The gin text of everything that was read; it rebuilds the run by itself."""
+    return gin.operative_config_str()
+
+
+def _parse(text: str, name: str) -> list[str]:
+    """Parses `text`; a statement that gin refuses is noted, blanked, and the rest is parsed."""
+    lines, problems = text.split("\n"), []
+    for _ in lines:
+        try:
+            gin.parse_config("\n".join(lines))
+            break
+        except Exception as error:  # gin raises every kind, a SyntaxError or ImportError among them
+            message = str(error)
+            found = re.search(r"In bindings string line (\d+)", message)
+            line = int(found.group(1)) if found else getattr(error, "lineno", None)
+            problems.append(_tidy(message, name))
+            if line is None or "In file" in message or not lines[line - 1]:
+                break  # inside an included file: what follows would be its echo
+            lines[line - 1] = ""
+            while line < len(lines) and lines[line][:1].isspace():
+                lines[line] = ""
+                line += 1
+            gin.clear_config()
+    return problems
+
+
+def _tidy(message: str, name: str) -> str:
+    """A gin error on one line, with the nearest field where one was misspelt."""
+    text = " ".join(message.replace("In bindings string", f"In {name},").split())
+    found = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text)
+    return text + validation.nearest(found.group(2), _parameters(found.group(1))) if found else text
+
+
+def _parameters(selector: str) -> list[str]:
+    """Parameter names of what gin calls e.g. 'recipe.TrainConfig'."""
+    module, _, name = selector.rpartition(".")
+    for loaded in list(sys.modules):
+        if loaded.startswith("tulu_jax.") and loaded.endswith(module):
+            target = getattr(sys.modules[loaded], name, None)
+            if callable(target):
+                return list(inspect.signature(target).parameters)
+    return []
+
+
+def _macros() -> list[str]:
+    return [scope for scope, selector in gin.config._CONFIG if selector == _MACRO]
+
+
+def _override(overrides: Sequence[str]) -> list[str]:
+    """Applies `--gin.NAME=value`; NAME is a macro of the files."""
+    problems, known = [], _macros()
+    for override in overrides:
+        name, separator, value = override.removeprefix("--gin.").partition("=")
+        try:
+            ast.literal_eval(value) if not value.startswith(("@", "%")) else None
+        except (ValueError, SyntaxError):
+            problems.append(
+                f"--gin.{name}={value}: not a Python literal; a string needs inner quotes: "
+                f"'--gin.{name}=\"{value}\"'"
+            )
+            continue
+        if not separator or name not in known:
+            problems.append(
+                f"--gin.{name}: no such macro{validation.nearest(name, known)}; this "
+                f"configuration has {sorted(known)}"
+            )
+            continue
+        gin.parse_config(f"{name} = {value}")
+    return problems
+
+
+def _build(problems: list[str]) -> TrainConfig | None:
+    """The config, or None after adding to `problems` why it cannot be built."""
+    try:
+        return gin.query_parameter("%ROOT").scoped_configurable_fn()
+    except Exception as error:  # a missing field is a TypeError, an unknown macro a ValueError
+        if not problems:  # else it is the echo of a statement that was refused
+            problems.append(" ".join(str(error).split()))
+        return None
+
+
+def _unread() -> list[str]:
+    """What was set and never read: gin accepts it, a user meant something by it."""
+    operative, problems = gin.config._OPERATIVE_CONFIG, []
+    for (scope, selector), bindings in gin.config._CONFIG.items():
+        if scope == "ROOT":
+            continue
+        if selector == _MACRO and (scope, selector) not in operative:
+            problems.append(f"macro {scope} = {bindings['value']!r} is set but nothing reads it")
+        elif selector != _MACRO:
+            read = operative.get((scope, selector), {})
+            problems += [
+                f"{selector}.{name} = {value!r} is set but nothing reads it"
+                for name, value in bindings.items()
+                if name not in read
+            ]
+    return problems

@@ -1,0 +1,34 @@
+"""Converts a run's checkpoint to a Hugging Face folder, or Hugging Face weights to a checkpoint.
+
+Examples:
+  python -m tulu_jax.convert --gin_file=tulu_tiny_dpo.gin --out=runs/tulu_tiny_dpo/hf
+  python -m tulu_jax.convert --gin_file=stories260k_sft.gin --step=40 --dtype=bfloat16 --out=hf
+  python -m tulu_jax.convert --gin_file=stories260k_sft.gin --from_hf   # step 0 from its BASE
+"""
+
+from absl import flags, logging
+
+from tulu_jax import cli
+
+_OUT = flags.DEFINE_string("out", None, "Hugging Face folder to write. Default: <workdir>/hf.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the latest.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it exists.")
+_FROM_HF = flags.DEFINE_bool("from_hf", False, "Write the config's base as checkpoint of step 0.")
+
+
+def main(config) -> None:
+    """Writes the folder, or the checkpoint of step 0 that `train` goes on from."""
+    cli.check(config)
+    from tulu_jax import trained, trainer
+
+    if _FROM_HF.value:
+        trainer.Run(config, cli.operative_config()).save_initial()
+        return
+    out = _OUT.value or f"{config.workdir}/hf"
+    trained.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
+    logging.info("Wrote %s", out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

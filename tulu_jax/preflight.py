@@ -1,0 +1,96 @@
+"""What is wrong with a run as a whole, found before device work and reported all at once."""
+
+import math
+import shutil
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from tulu_jax import step as step_lib
+from tulu_jax.data import loader
+from tulu_jax.interop import hf
+from tulu_jax.models import llama
+from tulu_jax.parallel import sharding
+from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import checkpoint as checkpoint_lib
+
+
+def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
+    """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
+    return [*_mesh(config, num_devices), *_data(config), *_weights(config), *_disk(config)]
+
+
+def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
+    try:
+        sizes = config.mesh.sizes(num_devices)
+    except ValueError as error:
+        yield str(error)
+        return
+    rows = sizes["data"] * sizes["fsdp"]
+    micro = config.micro_batch_size or config.batch_size
+    if micro % rows:
+        yield (
+            f"micro_batch_size = {micro} rows cannot be divided over data x fsdp = {rows}; "
+            f"choose a multiple of {rows}"
+        )
+    if config.data.max_length % sizes["context"]:
+        yield (
+            f"max_length = {config.data.max_length} cannot be divided over context = "
+            f"{sizes['context']}"
+        )
+    params = llama.abstract_params(config.model, config.param_dtype)
+    yield from sharding.divisibility_problems(sizes, params)
+    if micro % max(1, jax.process_count()):
+        yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
+
+
+def _data(config: TrainConfig) -> Iterator[str]:
+    objective = step_lib.OBJECTIVES[type(config.objective)]
+    yield from loader.problems(config.data, kind=objective.KIND)
+    size = loader.vocab_size(config.data)
+    if size is not None and size > config.model.vocab_size:
+        yield (
+            f"the tokenizer {config.data.tokenizer} has {size} ids; the model's vocabulary has "
+            f"{config.model.vocab_size}"
+        )
+
+
+def _weights(config: TrainConfig) -> Iterator[str]:
+    base = config.base
+    if base is None:
+        return
+    if not epath.Path(base).exists():
+        yield f"base = {base!r} does not exist; expected a Hugging Face folder or a run's workdir"
+    elif (epath.Path(base) / "config.json").exists():
+        yield from hf.check_weights(base, config.model)
+    else:
+        checkpoints = checkpoint_lib.Checkpoints(base)
+        step = checkpoints.latest_step()
+        if step is None:
+            yield f"base = {base!r} has neither config.json nor a checkpoint"
+        else:
+            yield from checkpoint_lib.param_problems(
+                checkpoints.about(step)["params"],
+                llama.abstract_params(config.model, config.param_dtype),
+            )
+
+
+def _disk(config: TrainConfig) -> Iterator[str]:
+    if "://" in config.workdir:
+        return
+    folder = epath.Path(config.workdir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    state_bytes = sum(
+        math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4)
+        for leaf in jax.tree.leaves(llama.abstract_params(config.model, config.param_dtype))
+    )
+    copies = config.checkpoint.keep + 1 + bool(config.checkpoint.best)
+    free = shutil.disk_usage(folder).free
+    if free < copies * state_bytes:
+        yield (
+            f"{folder} has {free / 1e9:.1f} GB free; {copies} checkpoints of "
+            f"{state_bytes / 1e9:.1f} GB need {copies * state_bytes / 1e9:.1f} GB "
+            f"(keep = {config.checkpoint.keep}, and one being written)"
+        )

@@ -1,0 +1,75 @@
+"""The configuration of a whole run: what `cli` builds from gin and everything else takes."""
+
+import dataclasses
+
+from tulu_jax import validation
+from tulu_jax.data import loader
+from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
+from tulu_jax.objectives import dpo, sft
+from tulu_jax.parallel.mesh import MeshConfig
+from tulu_jax.training.checkpoint import CheckpointConfig
+from tulu_jax.training.metrics import LoggingConfig
+from tulu_jax.training.optim import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. Batch k depends on this and k alone.
+
+    An update is `batch_size` rows (pairs for DPO), in forwards of `micro_batch_size` (None: all at
+    once). Its length is `num_steps` updates or `num_epochs` passes over the data; exactly one is
+    given. `base` is where the parameters come from: a Hugging Face folder, the workdir of another
+    run, or None for random ones. `eval_every` None evaluates only at the end.
+    """
+
+    model: LlamaConfig
+    data: loader.DataConfig
+    objective: sft.SFTConfig | dpo.DPOConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    workdir: str
+    base: str | None
+    batch_size: int
+    micro_batch_size: int | None = None
+    num_steps: int | None = None
+    num_epochs: float | None = None
+    eval_every: int | None = None
+    param_dtype: str = "float32"
+    seed: int = 42
+
+    def __post_init__(self):
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
+            value = getattr(self, name)
+            yield value is None or value > 0, f"{name} = {value}: expected a positive number"
+        micro = self.micro_batch_size or self.batch_size
+        yield (
+            micro > 0 and self.batch_size % micro == 0,
+            f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {micro}",
+        )
+        yield (
+            (self.num_steps is None) != (self.num_epochs is None),
+            f"num_steps = {self.num_steps} and num_epochs = {self.num_epochs}: give exactly one",
+        )
+        yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
+        paper = isinstance(self.objective, sft.SFTConfig) and self.objective.loss_norm == "paper"
+        rows = self.objective.loss_norm_rows if paper else 1
+        yield (
+            self.batch_size % rows == 0,
+            f"loss_norm = 'paper' averages groups of {rows} rows; batch_size = {self.batch_size} "
+            "is not a multiple",
+        )
+        yield (
+            not paper or self.data.packing == "none",
+            "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forwards per update."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)

@@ -1,0 +1,24 @@
+"""Trains what a gin file describes: SFT or DPO, from the latest checkpoint of its workdir.
+
+Examples:
+  python -m tulu_jax.train --gin_file=tulu_tiny_sft.gin
+  python -m tulu_jax.train --gin_file=tulu_tiny_dpo.gin --gin.NUM_STEPS=20 --workdir=/tmp/dpo
+  python -m tulu_jax.train --gin_file=stories260k_sft.gin '--gin.DATA_ROOT="/data"'
+  python -m tulu_jax.train --gin_file=runs/tulu_tiny_sft/config.gin   # exactly that run again
+"""
+
+import json
+
+from tulu_jax import cli
+
+
+def main(config) -> None:
+    """Checks the run as a whole, trains it, and prints the last evaluation as JSON."""
+    cli.check(config)
+    from tulu_jax import trainer
+
+    print(json.dumps(trainer.Run(config, cli.operative_config()).train()))
+
+
+if __name__ == "__main__":
+    cli.run(main)

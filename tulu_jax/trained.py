@@ -1,0 +1,95 @@
+"""What a run trained: its parameters, its replies, its Hugging Face folder."""
+
+import json
+
+import jax
+from etils import epath
+
+from tulu_jax import step as step_lib
+from tulu_jax import trainer
+from tulu_jax.data import chat as chat_lib
+from tulu_jax.data import tokenizer_training
+from tulu_jax.decode import sampler
+from tulu_jax.interop import hf
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import checkpoint as checkpoint_lib
+
+Messages = list[dict[str, str]]
+
+
+def load(config: TrainConfig, *, step: int | None, initial: bool) -> tuple[jax.sharding.Mesh, dict]:
+    """The mesh of the run and the parameters of `step` (default: the latest), or with `initial`
+    those that training starts from. Raises `ValueError` if there is no such checkpoint."""
+    mesh = mesh_lib.make(config.mesh)
+    abstract = step_lib.abstract_state(config, mesh, num_steps=1).params
+    with jax.set_mesh(mesh):
+        if initial:
+            return mesh, trainer.initial_params(config, abstract)
+        return mesh, checkpoint_lib.load_params(config.workdir, abstract, step)
+
+
+class Generator:
+    """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        step: int | None = None,
+        initial: bool = False,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ):
+        self.config = config
+        self.mesh, self.params = load(config, step=step, initial=initial)
+        self.tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
+        self.settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        self.key = jax.random.key(seed)
+
+    def replies(self, conversations: list[Messages]) -> list[str]:
+        """The assistant's next turn in each conversation, without its `</s>`."""
+        prompts = [
+            chat_lib.generation_prompt(messages, self.tokenizer, chat=self.config.data.chat)
+            for messages in conversations
+        ]
+        self.key, key = jax.random.split(self.key)
+        with jax.set_mesh(self.mesh):
+            new_tokens = sampler.generate(
+                self.config.model,
+                self.config.execution,
+                self.params,
+                prompts,
+                eos_id=self.tokenizer.eos_id,
+                key=key,
+                **self.settings,
+            )
+        return [self.tokenizer.decode(ids).strip() for ids in new_tokens]
+
+
+def export(config: TrainConfig, out: str, *, step: int | None, dtype: str, overwrite: bool) -> None:
+    """Writes the checkpoint of `step` (default: the latest) as the Hugging Face folder `out`.
+
+    The folder has the tokenizer with a chat template that makes exactly the training ids, and the
+    generation config of the base where there is one.
+    """
+    mesh, params = load(config, step=step, initial=False)
+    tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    base = config.base and epath.Path(config.base) / "generation_config.json"
+    if base and base.exists():
+        generation = json.loads(base.read_text()) | generation
+    with jax.set_mesh(mesh):
+        hf.save(
+            out,
+            params,
+            config.model,
+            dtype=dtype,
+            generation_config=generation,
+            overwrite=overwrite,
+            write_tokenizer=lambda folder: tokenizer_training.save_tokenizer(
+                tokenizer.backend, str(folder), max_length=config.data.max_length
+            ),
+        )
