@@ -48,6 +48,7 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_WHOLE = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -78,10 +79,10 @@ def read_config(path: Path) -> LlamaConfig:
             num_heads=heads,
             num_kv_heads=_or(fields.get("num_key_value_heads"), heads),
             head_dim=_or(fields.get("head_dim"), width // heads),
-            rope_theta=_or(rope.get("rope_theta"), _or(fields.get("rope_theta"), 10_000.0)),
-            norm_eps=fields.get("rms_norm_eps", 1e-6),
-            tie_embeddings=fields.get("tie_word_embeddings", False),
-            max_positions=fields.get("max_position_embeddings", 2048),
+            rope_theta=float(_or(rope.get("rope_theta"), _or(fields.get("rope_theta"), 1e4))),
+            norm_eps=float(_or(fields.get("rms_norm_eps"), 1e-6)),
+            tie_embeddings=bool(fields.get("tie_word_embeddings")),
+            max_positions=_or(fields.get("max_position_embeddings"), 2048),
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -202,13 +203,17 @@ def _listed(heading: str, problems: list[str]) -> str:
 def _unsupported(fields: dict[str, Any]) -> list[str]:
     """Fields of a `config.json` whose values this project does not compute, or that are absent."""
     problems = [f"{name} is missing" for name in _REQUIRED if fields.get(name) is None]
-    problems += [
-        f"{name} = {fields[name]!r}: expected a positive whole number"
-        for name in ("hidden_size", "num_attention_heads")
-        if fields.get(name) is not None and not (type(fields[name]) is int and fields[name] > 0)
-    ]
+    kinds = dict.fromkeys(_REQUIRED + _WHOLE, (int, "a positive whole number"))
+    kinds |= dict.fromkeys(("rope_theta", "rms_norm_eps"), ((int, float), "a positive number"))
+    for name, (kind, meaning) in kinds.items():
+        value = fields.get(name, 1)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+            problems.append(f"{name} = {value!r}: expected {meaning}")
     expected = {
         "model_type": ("llama",),
+        "tie_word_embeddings": (False, True, None),
         "hidden_act": ("silu", "swish", None),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
@@ -263,7 +268,7 @@ def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
         if name not in expected and not _IGNORED.fullmatch(name):
             report(name, f"of shape {list(header.shape)} is not a weight of this model")
     return files.problems + [
-        f"{name.format(_ranges(layers))} {text}" for (name, text), layers in grouped.items()
+        f"{name.replace('{}', _ranges(layers))} {text}" for (name, text), layers in grouped.items()
     ]
 
 
