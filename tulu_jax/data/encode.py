@@ -28,6 +28,7 @@ WHOLE, CUT, TOO_LONG, UNTRAINED = range(4)
 REASONS = {TOO_LONG: "longer than max_length", UNTRAINED: "no trained token"}
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
 BATCH_ROWS = 1000
+NOTHING = chat_lib.TokenIds(ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class TaskCounts:
     """Where the rows of one task and split went:
     `raw_rows == examples + not_drawn + sum(dropped.values())`. `cut` of the examples were cut.
 
-    Tokens are counted after the shift and the cut; of a pair, both sides.
+    Tokens are counted after the shift and the cut; of a pair, both sides. `expected` is the number
+    of raw rows of the published source.
     """
 
     task: str
@@ -80,7 +82,7 @@ def encode_task(
     else:
         logging.info("%s %s: encoded before, in %s", task.name, split, folder)
     counts = json.loads((folder / "counts.json").read_text())
-    expected = task.expected if split == "train" and rows is None else None
+    expected = task.expected if split == "train" else None
     return folder, TaskCounts(**counts, expected=expected)
 
 
@@ -165,9 +167,9 @@ def _encode_rows(task, loaded, encoding, indices: list[int], width: np.dtype) ->
         columns["outcome"].append(outcome)
         columns["tokens"].append(sum(len(p.ids) - 1 for p in parts))
         columns["trained_tokens"].append(sum(_trained(p) for p in parts))
-        for side, part in zip(sides, parts or [None] * len(sides), strict=True):
-            columns[side].append([] if part is None else part.ids.astype(width))
-            columns[f"{side}_spans"].append([] if part is None else part.spans.reshape(-1))
+        for side, part in zip(sides, parts or [NOTHING] * len(sides), strict=True):
+            columns[side].append(part.ids.astype(width))
+            columns[f"{side}_spans"].append(part.spans.reshape(-1))
     return {"id": names, **columns}
 
 

@@ -80,7 +80,7 @@ class DataConfig:
 
 
 def vocab_size(config: DataConfig) -> int | None:
-    """The number of ids of the tokenizer; None if it cannot be loaded, which `problems` explains."""
+    """The number of ids of the tokenizer; None if it does not load, which `problems` explains."""
     try:
         return chat_lib.load_tokenizer(config.tokenizer).vocab_size
     except (OSError, ValueError):
@@ -240,8 +240,9 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's slice of the global batches from `start_step` up to `num_steps`, in order.
 
-    A run of `num_steps` updates that resumes after k of them passes `start_step = k`. Batch k is planned rows [k·B, (k + 1)·B). `workers` threads build ahead (0: none); an exception
-    in one of them is raised here. Raises `ValueError` if B does not divide over the processes.
+    A run of `num_steps` updates that resumes after k of them passes `start_step = k`. Batch k is
+    planned rows [k·B, (k + 1)·B). `workers` threads build ahead (0: none); an exception in one of
+    them is raised here. Raises `ValueError` if B does not divide over the processes.
     """
     import grain
 

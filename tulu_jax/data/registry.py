@@ -44,7 +44,7 @@ class Task:
     or absolute) or a function that yields rows. With no `validation` source, every
     `holdout_every`-th raw row is the validation split and is absent from the train split.
     `sample` draws that many raw rows of the train source with `seed`, in their order.
-    `expected` is the number of examples of the whole published source, None if unknown.
+    `expected` is the number of raw rows of the published train source, None if unknown.
     """
 
     name: str

@@ -82,7 +82,8 @@ def table(tasks: Sequence[encode.TaskCounts]) -> str:
 
 
 def _unexpected(counts: encode.TaskCounts) -> str | None:
-    if counts.expected in (None, counts.examples):
+    if counts.expected in (None, counts.raw_rows):
         return None
-    difference = counts.examples - counts.expected
-    return f"{counts.task}: {difference:+,} examples against the expected {counts.expected:,}"
+    return (
+        f"{counts.task}: {counts.raw_rows:,} raw rows; the published source has {counts.expected:,}"
+    )
