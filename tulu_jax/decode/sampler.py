@@ -156,7 +156,7 @@ def _generate(
         name: constrain(x, "layers", "batch", None, "kv_heads", None) for name, x in cache.items()
     }
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    logits, cache = forward(execution, cache, tokens, segment_ids, positions, 0)
+    logits, cache = forward(execution, cache, tokens, segment_ids, positions, jnp.int32(0))
     rows = (jnp.zeros((B, M), jnp.int32), jnp.zeros(B, jnp.int32), ~has_prompt)
     state = (jnp.int32(1), cache, *emit(0, logits, *rows))
     *_, new_tokens, counts, _ = jax.lax.while_loop(unfinished, step, state)
