@@ -53,8 +53,8 @@ class MeshConfig:
 def connect() -> None:
     """Joins the processes of a multi-host run; does nothing for a single process.
 
-    On TPU pods jax finds its peers by itself. Elsewhere (tests, GPU hosts) `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
+    On TPU pods jax finds its peers by itself. Elsewhere (tests, GPU hosts) the variables
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
     """
     if jax.distributed.is_initialized():
         return

@@ -14,10 +14,10 @@ from tulu_jax.parallel import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` is an int32 scalar: the number of updates made. `params` is a nested dict of arrays."""
+    """`step` is an int32 scalar, the number of updates made; `params` a nested dict of arrays."""
 
-    step: jax.Array
-    params: dict[str, Any]
+    step: Any
+    params: Any
     opt_state: Any
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Makes a virtual environment, installs the test requirements, and passes the test suite.
+#   bash launch/test.sh                  arguments go to pytest
+# PYTHON chooses the interpreter (3.11 or later); VENV the environment (default .venv-test).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-.venv-test}"
+
+if [ ! -x "$VENV/bin/python" ]; then
+  "$PYTHON" -m venv "$VENV"
+fi
+pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip torch==2.13.0  # by itself first: a plain torch may resolve to a CUDA build of gigabytes
+pip -e ".[test]"
+
+"$VENV/bin/python" -m ruff check .
+"$VENV/bin/python" -m ruff format --check .
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -1,0 +1,184 @@
+"""What a user can get wrong on the command line is refused with what was found and expected."""
+
+import pathlib
+
+import gin
+import pytest
+
+from tulu_jax import cli, preflight
+from tulu_jax.recipe import TrainConfig
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+COMPLETE = sorted(path.name for path in CONFIGS.glob("*.gin"))
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    yield
+    gin.clear_config()
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from tulu_jax import recipe\n"
+        "from tulu_jax.models import config\n"
+        "from tulu_jax.training import optim\n"
+        "include 'tulu_tiny_sft.gin'\n" + text
+    )
+    return str(path)
+
+
+def refusal(name, *overrides):
+    with pytest.raises(cli.UsageError) as error:
+        cli.load(name, overrides, workdir=None)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_every_complete_config_builds(name, shared_data):
+    overrides = [f'--gin.DATA_ROOT="{shared_data}"'] if "stories260k" in name else []
+    config = cli.load(name, overrides, workdir=None)
+    assert isinstance(config, TrainConfig)
+    assert config.workdir == f"runs/{name.removesuffix('.gin')}"
+
+
+def test_overrides_and_workdir():
+    config = cli.load("tulu_tiny_sft.gin", ["--gin.NUM_STEPS=7"], workdir="/somewhere/else")
+    assert config.num_steps == 7 and config.workdir == "/somewhere/else"
+
+
+def test_operative_config_rebuilds_the_run(tmp_path):
+    config = cli.load("tulu_tiny_sft.gin", ["--gin.LEARNING_RATE=1e-4"], workdir="out/here")
+    text = cli.operative_config()
+    (tmp_path / "config.gin").write_text(text)
+    again = cli.load(str(tmp_path / "config.gin"), workdir=None)
+    assert again == config
+    assert cli.operative_config() == text
+
+
+def test_misspelt_file_names_the_nearest():
+    message = refusal("tulu_tiny_stf.gin")
+    assert "did you mean 'tulu_tiny_sft.gin'?" in message and "tulu_tiny_dpo.gin" in message
+
+
+def test_missing_file_flag_lists_the_files():
+    assert "tulu_tiny_sft.gin" in refusal(None)
+
+
+def test_misspelt_macro():
+    message = refusal("tulu_tiny_sft.gin", "--gin.NUM_STEPZ=3")
+    assert "--gin.NUM_STEPZ: no such macro; did you mean 'NUM_STEPS'?" in message
+
+
+def test_string_without_inner_quotes():
+    message = refusal("tulu_tiny_sft.gin", "--gin.MIXTURE=tulu_tiny")
+    assert "a string needs inner quotes: '--gin.MIXTURE=\"tulu_tiny\"'" in message
+
+
+def test_misspelt_field_names_line_and_nearest(tmp_path):
+    message = refusal(write(tmp_path, "recipe.TrainConfig.batch_sise = 3\n"))
+    assert "batch_sise" in message and "did you mean 'batch_size'?" in message
+    assert "line 6" in message
+
+
+def test_wrong_type():
+    message = refusal("tulu_tiny_sft.gin", "--gin.NUM_STEPS=2.5")
+    assert "TrainConfig.num_steps = 2.5 is a float; expected int | None" in message
+
+
+def test_values_nothing_reads(tmp_path):
+    message = refusal(write(tmp_path, "FORGOTTEN = 3\nconfig.named.name = 'llama2_7b'\n"))
+    assert "macro FORGOTTEN = 3 is set but nothing reads it" in message
+    assert "config.named.name = 'llama2_7b' is set but nothing reads it" in message
+
+
+def test_unknown_macro_and_missing_value(tmp_path):
+    message = refusal(write(tmp_path, "recipe.TrainConfig.seed = %NOWHERE\n"))
+    assert "NOWHERE" in message
+
+
+def test_all_problems_of_a_config_are_listed_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        "optim.OptimizerConfig.b2 = 1.5\n"
+        "config.ExecutionConfig.attention = 'blokwise'\n"
+        "recipe.TrainConfig.param_dtype = 'float16'\n"
+        "optim.OptimizerConfig.epsilon = 1e-8\n",
+    )
+    message = refusal(path, "--gin.BATCHSIZE=3")
+    for part in (
+        "5 problems",
+        "b2 = 1.5: not in [0, 1)",
+        "did you mean 'blockwise'?",
+        "param_dtype = 'float16': expected one of ['bfloat16', 'float32']",
+        "epsilon",
+        "did you mean 'BATCH_SIZE'?",
+    ):
+        assert part in message
+
+
+def test_paper_norm_needs_unpacked_rows(tmp_path):
+    path = write(tmp_path, "")
+    with open(path, "a") as file:
+        file.write(
+            "from tulu_jax.objectives import sft\nsft.SFTConfig.loss_norm = 'paper'\n"
+            "sft.SFTConfig.loss_norm_rows = 5\n"
+        )
+    message = refusal(path)
+    assert "set packing = 'none'" in message and "not a multiple" in message
+
+
+def problems(overrides=(), devices=8, name="tulu_tiny_sft.gin"):
+    config = cli.load(name, overrides, workdir=None)
+    return "\n".join(preflight.problems(config, num_devices=devices))
+
+
+def test_preflight_finds_nothing_wrong_with_the_default():
+    assert problems(devices=1) == ""
+
+
+def test_preflight_lists_what_is_wrong_with_the_whole(tmp_path):
+    path = write(
+        tmp_path,
+        "from tulu_jax.parallel import mesh\n"
+        "mesh.MeshConfig.fsdp = 2\nmesh.MeshConfig.tensor = 4\n"
+        "config.LlamaConfig.vocab_size = 300\n",
+    )
+    found = problems(["--gin.BATCH_SIZE=7", '--gin.BASE="nowhere/at/all"'], name=path)
+    for part in (
+        "micro_batch_size = 7 rows cannot be divided over data x fsdp = 2",
+        "kv_heads of size 3",
+        "mesh axis tensor = 4",
+        "the tokenizer cache/tulu_tiny_tokenizer has 512 ids; the model's vocabulary has 300",
+        "base = 'nowhere/at/all' does not exist",
+    ):
+        assert part in found
+
+
+def test_preflight_mesh_that_does_not_fill_the_devices(tmp_path):
+    path = write(tmp_path, "from tulu_jax.parallel import mesh\nmesh.MeshConfig.fsdp = 3\n")
+    assert "does not fill 8 devices" in problems(name=path)
+
+
+def test_preflight_data_and_objective_of_different_kinds():
+    found = problems(name="tulu_tiny_dpo.gin")
+    assert "neither" in found or "does not exist" in found  # no SFT run here yet
+    config = cli.load("tulu_tiny_sft.gin", workdir=None)
+    import builders
+
+    wrong = builders.replace(
+        config, data__train="tulu_tiny_preference", data__packing="none"
+    )
+    assert any("preference" in line for line in preflight.problems(wrong, num_devices=1))
+
+
+def test_preflight_disk_space(monkeypatch):
+    import collections
+    import shutil
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    assert "0.0 GB free" in problems(devices=1)
