@@ -57,7 +57,7 @@ class ChatTokenizer:
         """Ids of `text` alone: no BOS or EOS is added; their texts inside it become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
 

@@ -224,7 +224,7 @@ class Rows:
             for side in (CHOSEN, REJECTED)
         ]
         row = {key: np.stack([half[key] for half in halves]) for key in halves[0]}
-        row["example"] = np.int32(indices[0] if len(indices) else NO_EXAMPLE)
+        row["example"] = np.array(indices[0] if len(indices) else NO_EXAMPLE, np.int32)
         return row
 
 

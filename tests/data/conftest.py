@@ -1,0 +1,53 @@
+"""A small tokenizer, and tasks that exist for one test."""
+
+import json
+
+import pytest
+
+from tulu_jax.data import chat, registry, tokenizer_training
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> str:
+    """A folder with a byte-level BPE tokenizer trained on tulu_tiny."""
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer_training.train_tokenizer("tulu_tiny", folder, vocab_size=1024)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir) -> chat.ChatTokenizer:
+    return chat.load_tokenizer(tokenizer_dir)
+
+
+def identity(row: dict) -> dict:
+    return row
+
+
+def write_jsonl(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def messages(*texts: str) -> list[dict]:
+    """User and assistant in turn."""
+    return [
+        {"role": ("user", "assistant")[index % 2], "content": text}
+        for index, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def add_task():
+    """`add_task(name, sources, ...)` registers a task until the test ends."""
+    added = []
+
+    def add(name: str, sources: dict, **options) -> registry.Task:
+        options = {"kind": "sft", "convert": identity, "licence": "-", "origin": "-"} | options
+        task = registry.Task(name=name, sources=sources, **options)
+        registry.TaskRegistry.add(task)
+        added.append(name)
+        return task
+
+    yield add
+    for name in added:
+        registry.TaskRegistry.remove(name)
