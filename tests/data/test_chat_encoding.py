@@ -128,7 +128,7 @@ def test_llama2_ids_of_the_reference(llama2):
 
 
 def test_equals_the_original_encoder(llama2, shared_data):
-    """Ids of open-instruct of November 2023; its labels also train what follows `</s>`, 29871 13."""
+    """Ids of open-instruct of November 2023; its labels also train 29871 13 after `</s>`."""
     lines = (shared_data / "reference_vectors" / "sft_encoding.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
         encoded = chat.encode_conversation(row["messages"], llama2, chat="spec")
@@ -140,7 +140,7 @@ def test_equals_the_original_encoder(llama2, shared_data):
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer):
-    """Not the first only (alignment-handbook, EasyDeL), not the generation prompt (maxtext#3284)."""
+    """Not the first only (EasyDeL#255), and not the generation prompt (maxtext#3284)."""
     encoded = chat.encode_conversation(CONVERSATION, tokenizer, chat="spec")
     trained = tokenizer.decode(encoded.targets[encoded.loss_mask], skip_special=False)
     assert trained == "Hello!</s>Goodbye.</s>"
@@ -168,7 +168,9 @@ def test_trained_ids_are_contents_and_eos(tokenizer, conversation):
     np.testing.assert_array_equal(encoded.tokens[1:], encoded.targets[:-1])
 
 
-@pytest.mark.parametrize("content", ["", "</s>", "a</s>b", "<s>", "\u200b", "é\u0301", "💡", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "</s>", "a</s>b", "<s>", "\u200b", "é\u0301", "💡", "\x00"]
+)
 def test_adversarial_contents_are_masked_exactly(tokenizer, llama2, content):
     conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     for tok in (tokenizer, llama2):
@@ -193,7 +195,9 @@ def test_pair_trains_the_final_turn_after_identical_prompts(tokenizer):
         "rejected": [{"role": "assistant", "content": "Goodbye."}],
     }
     chosen, rejected = chat.encode_pair(pair, tokenizer, chat="spec")
-    sides = [tokenizer.decode(s.targets[s.loss_mask], skip_special=False) for s in (chosen, rejected)]
+    sides = [
+        tokenizer.decode(s.targets[s.loss_mask], skip_special=False) for s in (chosen, rejected)
+    ]
     assert sides == ["Sure: Goodbye.</s>", "Goodbye.</s>"]
     starts = [int(np.argmax(side.loss_mask)) for side in (chosen, rejected)]
     assert starts[0] == starts[1]

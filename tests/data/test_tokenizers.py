@@ -1,6 +1,7 @@
 """Loading, training and saving tokenizers, and refusing those that cannot end a turn."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -21,7 +22,9 @@ def test_training_is_repeatable(tokenizer, tmp_path):
 
 
 def test_folder_and_file_are_the_same(tokenizer_dir, tokenizer):
-    assert chat.load_tokenizer(f"{tokenizer_dir}/tokenizer.json").fingerprint == tokenizer.fingerprint
+    assert (
+        chat.load_tokenizer(f"{tokenizer_dir}/tokenizer.json").fingerprint == tokenizer.fingerprint
+    )
 
 
 def test_opens_in_transformers_with_bos(tokenizer_dir):
@@ -37,7 +40,7 @@ def test_round_trip_of_any_text(tokenizer):
 
 
 def test_tokenizer_without_single_id_eos_is_refused(tokenizer_dir, tmp_path):
-    content = json.loads(open(f"{tokenizer_dir}/tokenizer.json").read())
+    content = json.loads(pathlib.Path(tokenizer_dir, "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "</s>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"without a single-id </s>: it encodes to \[\d+, "):

@@ -152,16 +152,13 @@ class Rows:
     """
 
     def __init__(self, folders, counts, *, config: DataConfig, kind: str):
-        self.kind = kind
-        self.seed = config.seed
-        self.max_length = config.max_length
-        self.packing = config.packing
+        self.config, self.kind = config, kind
         self._store = store.ExampleStore(folders, kind=kind)
         identity = [[f.name for f in folders], config.max_length, config.packing]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         self._plans, self._lock = {}, threading.Lock()
         self._ordered = packing.ordered_plan(
-            self._store.lengths, capacity=self.max_length, packing=self.packing
+            self._store.lengths, capacity=config.max_length, packing=config.packing
         )
         self.rows_per_epoch = self._ordered.num_rows
         self.num_examples = len(self._store)
@@ -170,7 +167,7 @@ class Rows:
         self.stats = stats.Stats(
             tasks=counts,
             rows_per_epoch=self.rows_per_epoch,
-            positions_per_row=self.max_length * (2 if kind == "preference" else 1),
+            positions_per_row=config.max_length * (2 if kind == "preference" else 1),
         )
 
     def row(self, index: int) -> Batch:
@@ -206,9 +203,9 @@ class Rows:
             if epoch not in self._plans:
                 self._plans[epoch] = packing.epoch_plan(
                     self._store.lengths,
-                    capacity=self.max_length,
-                    packing=self.packing,
-                    seed=self.seed,
+                    capacity=self.config.max_length,
+                    packing=self.config.packing,
+                    seed=self.config.seed,
                     epoch=epoch,
                 )
                 for old in sorted(self._plans)[:-2]:  # a batch may straddle two epochs
@@ -218,9 +215,9 @@ class Rows:
     def _filled(self, indices: np.ndarray) -> Batch:
         sides = [self._store.sides(int(i)) for i in indices]
         if self.kind == "sft":
-            return packing.fill_row([side for (side,) in sides], capacity=self.max_length)
+            return packing.fill_row([side for (side,) in sides], capacity=self.config.max_length)
         halves = [
-            packing.fill_row([pair[side] for pair in sides], capacity=self.max_length)
+            packing.fill_row([pair[side] for pair in sides], capacity=self.config.max_length)
             for side in (CHOSEN, REJECTED)
         ]
         row = {key: np.stack([half[key] for half in halves]) for key in halves[0]}
