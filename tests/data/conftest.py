@@ -1,8 +1,7 @@
 """A small tokenizer, and tasks that exist for one test."""
 
-import json
-
 import pytest
+from raw_rows import identity
 
 from tulu_jax.data import chat, registry, tokenizer_training
 
@@ -18,22 +17,6 @@ def tokenizer_dir(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir) -> chat.ChatTokenizer:
     return chat.load_tokenizer(tokenizer_dir)
-
-
-def identity(row: dict) -> dict:
-    return row
-
-
-def write_jsonl(path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def messages(*texts: str) -> list[dict]:
-    """User and assistant in turn."""
-    return [
-        {"role": ("user", "assistant")[index % 2], "content": text}
-        for index, text in enumerate(texts)
-    ]
 
 
 @pytest.fixture

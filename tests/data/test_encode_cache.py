@@ -1,0 +1,212 @@
+"""The encode cache: written once, keyed by its inputs, whole or absent; rows that do not fit."""
+
+import dataclasses
+import os
+import pathlib
+
+import pytest
+from raw_rows import chats, messages, pair, write_jsonl
+
+from tulu_jax.data import chat, encode, loader, registry, tokenizer_training
+
+
+@pytest.fixture
+def config(tokenizer_dir, tmp_path, add_task) -> loader.DataConfig:
+    """A task "a" of ten conversations in `rows.jsonl`, and where it is encoded to."""
+    write_jsonl(tmp_path / "rows.jsonl", chats(10))
+    add_task("a", {"train": "rows.jsonl"}, holdout_every=None)
+    return loader.DataConfig(
+        train="a",
+        tokenizer=tokenizer_dir,
+        data_root=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+        max_length=64,
+    )
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """The number of rows of each call that tokenized anything."""
+    calls, tokenize = [], chat.tokenize
+
+    def counting(conversations, **options):
+        calls.append(len(conversations))
+        return tokenize(conversations, **options)
+
+    monkeypatch.setattr(chat, "tokenize", counting)
+    return calls
+
+
+def train_rows(config, **changes) -> loader.Rows:
+    return loader.prepare(dataclasses.replace(config, **changes), split="train")
+
+
+def test_encoded_once(config, encoded):
+    first = train_rows(config)
+    again = train_rows(config)
+    assert encoded == [10] and again.fingerprint == first.fingerprint
+    assert again.stats == first.stats and (again.row(0)["tokens"] == first.row(0)["tokens"]).all()
+
+
+def test_seed_and_packing_do_not_encode_again(config, encoded):
+    first = train_rows(config)
+    assert train_rows(config, seed=1).fingerprint == first.fingerprint
+    assert train_rows(config, packing="none").fingerprint != first.fingerprint
+    assert encoded == [10]
+
+
+@pytest.mark.parametrize("changes", [{"max_length": 63}, {"truncation": "drop"}])
+def test_another_length_or_rule_encodes_again(config, encoded, changes):
+    first = train_rows(config)
+    assert train_rows(config, **changes).fingerprint != first.fingerprint
+    assert encoded == [10, 10]
+
+
+def test_changed_rows_encode_again(config, encoded, tmp_path):
+    first = train_rows(config)
+    write_jsonl(tmp_path / "rows.jsonl", chats(9) + [{"messages": messages("question 9", "no")}])
+    assert train_rows(config).fingerprint != first.fingerprint
+    assert encoded == [10, 10]
+
+
+def test_another_tokenizer_encodes_again(config, encoded, tmp_path):
+    first = train_rows(config)
+    other = str(tmp_path / "other")
+    tokenizer_training.train_tokenizer("tulu_tiny", other, vocab_size=400)
+    assert train_rows(config, tokenizer=other).fingerprint != first.fingerprint
+    assert encoded == [10, 10]
+
+
+def test_another_rule_of_the_task_encodes_again(config, encoded):
+    train_rows(config)
+    task = registry.TaskRegistry.get("a")
+    registry.TaskRegistry.remove("a")
+    registry.TaskRegistry.add(dataclasses.replace(task, sample=8))
+    assert train_rows(config).num_examples == 8 and encoded == [10, 8]
+
+
+def test_finished_tasks_survive_a_failing_one(config, encoded, tmp_path, add_task):
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": []}])
+    add_task("b", {"train": "b.jsonl"}, holdout_every=None)
+    registry.MixtureRegistry.add(registry.Mixture(name="ab", tasks={"a": None, "b": None}))
+    try:
+        with pytest.raises(ValueError, match=r"row b/0: found messages \[\]"):
+            train_rows(config, train="ab")
+        write_jsonl(tmp_path / "b.jsonl", chats(2))
+        assert train_rows(config, train="ab").num_examples == 12
+    finally:
+        registry.MixtureRegistry.remove("ab")
+    assert encoded == [10, 2]
+
+
+def test_interrupted_encoding_leaves_nothing(config, monkeypatch):
+    def full_disk(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode, "_counts", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train_rows(config)
+    assert list(pathlib.Path(config.cache_dir).iterdir()) == []
+    monkeypatch.undo()
+    assert train_rows(config).num_examples == 10
+
+
+def test_two_processes_may_encode_the_same_rows(config, monkeypatch):
+    rename = os.rename
+
+    def after_another(source, target):
+        if not pathlib.Path(target).exists():
+            monkeypatch.setattr(os, "rename", rename)
+            train_rows(config)
+            monkeypatch.setattr(os, "rename", after_another)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_another)
+    assert train_rows(config).num_examples == 10
+    assert len(list(pathlib.Path(config.cache_dir).iterdir())) == 1
+
+
+LONG = {"messages": messages("Say: hen fox", "hen fox " * 60)}
+LATE = {"messages": messages("hen " * 200, "fox")}
+
+
+def test_long_rows_are_cut_on_the_right_and_counted(config, tmp_path, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [*chats(2), LONG, LATE])
+    rows = train_rows(config, packing="none")
+    assert (rows.num_examples, rows.stats.cut) == (3, 1)
+    assert rows.stats.dropped == {"no trained token": 1}
+    whole = chat.encode_conversation(LONG["messages"], tokenizer, chat="spec")
+    cut = rows.in_order(2)
+    assert (cut["tokens"] == whole.tokens[:64]).all()
+    assert (cut["targets"] == whole.targets[:64]).all()
+    assert (cut["loss_mask"] == whole.loss_mask[:64]).all()
+    table = str(rows.stats)
+    assert "left out: 1 × no trained token" in table and "a       4" in table
+
+
+def test_long_rows_are_dropped_and_counted(config, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [*chats(2), LONG, LATE])
+    rows = train_rows(config, truncation="drop")
+    assert (rows.num_examples, rows.stats.cut) == (2, 0)
+    assert rows.stats.dropped == {"longer than max_length": 2}
+    assert rows.example_ids(0) in (["a/0", "a/1"], ["a/1", "a/0"])
+
+
+def test_a_row_with_no_assistant_turn_is_dropped(config, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [*chats(2), {"messages": messages("alone")}])
+    assert train_rows(config).stats.dropped == {"no trained token": 1}
+
+
+def test_no_examples_at_all(config, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages("alone")}])
+    with pytest.raises(ValueError, match=r"'a' has no examples in its train split"):
+        train_rows(config)
+    with pytest.raises(ValueError, match=r"'a' has no examples in its validation split"):
+        loader.prepare(config, split="validation")
+
+
+def test_pairs_are_cut_side_by_side(config, tmp_path, add_task):
+    pairs = [
+        pair("Say: hen", "hen", "fox"),
+        pair("Say: fox", "fox " * 100, "hen"),
+        pair("hen " * 100, "hen", "fox"),
+        pair("Say: owl", "owl", "owl "),
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    add_task("p", {"train": "pairs.jsonl"}, kind="preference", holdout_every=None)
+    rows = train_rows(config, train="p", packing="none")
+    assert (rows.kind, rows.num_examples, rows.stats.cut) == ("preference", 2, 1)
+    assert rows.stats.dropped == {"identical sides": 1, "no trained token": 1}
+    assert rows.in_order(1)["segment_ids"].sum(axis=1).tolist()[0] == 64
+    dropped = train_rows(config, train="p", packing="none", truncation="drop")
+    assert dropped.stats.dropped == {"identical sides": 1, "longer than max_length": 2}
+
+
+def test_real_mixtures_are_served(shared_data, tmp_path):
+    for name, options in (("real_small_sft", {}), ("real_small_dpo", {"packing": "none"})):
+        config = loader.DataConfig(
+            train=name,
+            tokenizer=str(shared_data / "models" / "stories260K" / "tok512.model"),
+            data_root=str(shared_data),
+            max_length=512,
+            cache_dir=str(tmp_path),
+            **options,
+        )
+        rows = loader.prepare(config, split="validation")
+        kept = rows.num_examples + sum(rows.stats.dropped.values())
+        assert kept + sum(t.not_drawn for t in rows.stats.tasks) == sum(
+            t.raw_rows for t in rows.stats.tasks
+        )
+        (batch,) = [
+            b
+            for b in loader.batches(
+                rows,
+                batch_size=4,
+                start_step=5,
+                num_steps=6,
+                process_index=0,
+                process_count=1,
+                workers=1,
+            )
+        ]
+        assert batch["tokens"].max() < 512 and batch["loss_mask"].any()
