@@ -1,11 +1,15 @@
 """Batches: a pure function of (fingerprint, seed, k), over processes, threads and restarts."""
 
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tulu_jax.data import chat, loader, store
+from tulu_jax.data.sources import tulu_tiny
 
 SFT_KEYS = ["loss_mask", "positions", "segment_ids", "targets", "tokens"]
 ALONE = {"process_index": 0, "process_count": 1}
@@ -128,6 +132,21 @@ def test_an_epoch_visits_every_example_once(sft_rows):
     assert sft_rows.num_examples == 16000 and sft_rows.num_tokens == sft_rows.stats.tokens
 
 
+def test_each_segment_is_its_conversation_encoded_alone(sft_rows):
+    tokenizer = chat.load_tokenizer(sft_rows.config.tokenizer)
+    conversations = tulu_tiny.sft_rows("train")
+    for index in (0, 1, sft_rows.rows_per_epoch + 7):
+        row = sft_rows.row(index)
+        for segment, example_id in enumerate(sft_rows.example_ids(index), 1):
+            number = int(example_id.removeprefix("tulu_tiny/"))
+            alone = chat.encode_conversation(
+                conversations[number]["messages"], tokenizer, chat="spec"
+            )
+            here = row["segment_ids"] == segment
+            for key in ("tokens", "targets", "loss_mask"):
+                np.testing.assert_array_equal(row[key][here], getattr(alone, key))
+
+
 def test_seeds_differ_and_content_does_not(sft_config, sft_rows):
     other = loader.prepare(dataclasses.replace(sft_config, seed=4), split="train")
     assert other.fingerprint == sft_rows.fingerprint
@@ -222,3 +241,26 @@ def test_problems_of_a_run_are_listed_together(sft_config, tmp_path):
     assert "found no tokenizer" in found[1]
     assert "lima, train split" in found[2] and "train.jsonl: no such file" in found[2]
     assert loader.vocab_size(config) is None
+
+
+def test_importing_data_loads_no_heavy_library():
+    heavy = [
+        "datasets",
+        "transformers",
+        "grain",
+        "tokenizers",
+        "pyarrow",
+        "torch",
+        "tensorflow",
+        "jax",
+        "beartype",
+    ]
+    code = (
+        "import sys, tulu_jax.data.loader, tulu_jax.data.tokenizer_training\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[]\n"
