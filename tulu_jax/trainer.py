@@ -98,6 +98,7 @@ class Run:
         )
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
+        self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
         self.eval_step = jax.jit(step_lib.make_eval_step(config))
 
     @property
@@ -230,6 +231,9 @@ class Run:
     def _loop(self, state: TrainState) -> dict[str, float]:
         config = self.config
         start = int(state.step)
+        if start >= self.num_steps:
+            logging.info("Nothing left to do: step %d of %d", start, self.num_steps)
+            return self.evaluate(state.params)
         recorder = metrics_lib.Recorder(
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
@@ -277,7 +281,6 @@ class Meter:
     def __init__(self, run: Run, recorder: metrics_lib.Recorder):
         self.run, self.recorder = run, recorder
         self.pending: tuple[int, dict] | None = None
-        self.peak = metrics_lib.peak_flops(list(run.mesh.devices.flat))
         self.flops = run.config.model.flops_per_token(run.config.data.max_length)
         self.restart()
 
@@ -304,7 +307,7 @@ class Meter:
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"batch/{name}": value for name, value in counts.items()}
         scalars |= metrics_lib.rates(
-            counts, seconds, flops=self.flops * counts["positions"], peak_flops=self.peak
+            counts, seconds, flops=self.flops * counts["positions"], peak_flops=self.run.peak_flops
         )
         if step % self.run.config.logging.every == 0 or step == self.run.num_steps:
             self.recorder.write(step, scalars)

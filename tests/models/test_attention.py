@@ -13,7 +13,8 @@ from jax.test_util import check_grads
 
 from tulu_jax.models import attention as attention_lib
 
-IMPLEMENTATIONS = ("xla", "blockwise")
+IMPLEMENTATIONS = ("xla", "triangular", "blockwise")
+GENERAL = ("xla", "blockwise")  # also for queries at an offset
 
 
 def reference(q, k, v, segment_ids, kv_segment_ids, query_offset):
@@ -71,7 +72,8 @@ def value_and_grads(q, k, v, weights, segments, implementation, block):
         )
         return (out * weights).sum(), out
 
-    with unittest.mock.patch.object(attention_lib, "BLOCK", block):
+    sizes = {"BLOCK": block, "TRIANGLE_BLOCK": block}
+    with unittest.mock.patch.multiple(attention_lib, **sizes):
         (_, out), grads = jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     return out, grads
 
@@ -117,7 +119,7 @@ def test_gradient_matches_finite_differences(implementation):
     check_grads(jax.jit(scalar), (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GENERAL)
 def test_queries_at_an_offset_equal_the_same_rows_of_the_whole(implementation):
     q, k, v = draw_inputs(1, batch=2, length=24, kv_heads=2, group=2)
     segments = jnp.asarray(np.repeat([[1] * 10 + [2] * 14], 2, axis=0))

@@ -11,14 +11,14 @@ from tulu_jax.objectives import dpo, losses, sft
 
 
 def full_logps(hidden, kernel, targets):
-    logps = jax.nn.log_softmax(jnp.einsum("BTD,DV->BTV", hidden, kernel), axis=-1)
+    logps = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, kernel), axis=-1)
     return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
 
 
 def inputs(batch, length, embed=6, vocab=11):
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(batch, length, embed)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(embed, vocab)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(vocab, embed)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
     weights = jnp.asarray(rng.uniform(size=(batch, length)), jnp.float32)
     return hidden, kernel, targets, weights

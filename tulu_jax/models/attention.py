@@ -12,12 +12,68 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.parallel.sharding import num_devices
+
 MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp(MASKED - max) is exactly 0
-
-
 BLOCK = 512  # query and key rows of one tile of the blockwise form
+TRIANGLE_BLOCK = 64  # query rows of one step of the triangular form
+LONGEST_TRIANGLE = 1024  # queries; beyond it the steps, unrolled, are too many to compile
+
+Visibility = dict[str, jax.Array]
+
+
+def choose(implementation: str, *, queries: int, platform: str) -> str:
+    """What 'auto' means: 'triangular' for short rows on a CPU, 'xla' for a single query (decoding),
+    else 'blockwise'. Any other name is kept."""
+    if implementation != "auto":
+        return implementation
+    if queries == 1:
+        return "xla"
+    return "triangular" if platform == "cpu" and queries <= LONGEST_TRIANGLE else "blockwise"
+
+
+def prepare(
+    *,
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    query_offset: Int[Array, ""] | int,
+    implementation: str,
+) -> Visibility:
+    """What `attend` needs to know of a batch, made once and shared by all layers."""
+    offset = jnp.asarray(query_offset, jnp.int32)
+    if implementation == "blockwise":
+        return {"segments": segment_ids, "kv_segments": kv_segment_ids, "offset": offset}
+    T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
+    visible = _visible(offset + jnp.arange(T), jnp.arange(S), segment_ids, kv_segment_ids)
+    if implementation == "xla":
+        return {"visible": visible}
+    if implementation == "triangular":
+        # An added bias, not a comparison inside the layers: XLA:CPU does not vectorise that there.
+        bias = jnp.where(visible, 0.0, MASKED)
+        return {"bias": bias, "seeing": (segment_ids != 0)[:, :, None, None]}
+    raise ValueError(
+        f"attention implementation {implementation!r} does not exist yet; expected 'auto', "
+        "'blockwise', 'triangular' or 'xla'"
+    )
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visibility: Visibility,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention in float32 statistics; the result has the dtype of `q`."""
+    if "visible" in visibility:
+        return _dense(q, k, v, visibility["visible"])
+    if "bias" in visibility:
+        return jnp.where(visibility["seeing"], _triangular(q, k, v, visibility["bias"]), 0)
+    return _blockwise(
+        q, k, v, visibility["segments"], visibility["kv_segments"], visibility["offset"]
+    )
 
 
 def attention(
@@ -30,18 +86,20 @@ def attention(
     query_offset: Int[Array, ""] | int,
     implementation: str,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention in float32 statistics; the result has the dtype of `q`.
+    """`prepare` and `attend` in one.
 
-    Raises `ValueError` for an implementation that does not exist here; nothing is substituted.
+    Raises `ValueError` for an implementation that does not exist; nothing is substituted.
     """
-    arguments = (q, k, v, segment_ids, kv_segment_ids, jnp.asarray(query_offset, jnp.int32))
-    if implementation == "xla":
-        return _dense(*arguments)
-    if implementation in ("blockwise", "auto"):
-        return _blockwise(*arguments)
-    raise ValueError(
-        f"attention implementation {implementation!r} does not exist yet; expected 'auto', "
-        "'blockwise' or 'xla'"
+    return attend(
+        q,
+        k,
+        v,
+        prepare(
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            query_offset=query_offset,
+            implementation=implementation,
+        ),
     )
 
 
@@ -52,18 +110,111 @@ def _visible(query_index, key_index, segment_ids, kv_segment_ids):
     return same & earlier & (segment_ids != 0)[:, :, None]
 
 
-def _dense(q, k, v, segment_ids, kv_segment_ids, query_offset):
+def _dense(q, k, v, visible):
     """The reference: all [T, S] scores at once."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    (B, T, N, H), K = q.shape, k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    visible = _visible(query_offset + jnp.arange(T), jnp.arange(S), segment_ids, kv_segment_ids)
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
     scores = jnp.where(visible, scores * H**-0.5, MASKED)
     exp = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
     probabilities = exp / jnp.maximum(exp.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities.astype(v.dtype), v)
     return out.reshape(B, T, N, H)
+
+
+def _rows(function, arguments):
+    """`function` on each row of the batch: one after the other on one device, which keeps a row's
+    scores in cache; all at once on a mesh, whose devices hold different rows."""
+    if num_devices() == 1:
+        return jax.lax.map(lambda row: function(*row), arguments)
+    return jax.vmap(function)(*arguments)
+
+
+@jax.custom_vjp
+def _triangular(q, k, v, bias):
+    """Query blocks against the keys up to their end, unrolled: half of the scores are never made.
+
+    `bias` float32 [B, T, S] is 0 where a key is visible and MASKED elsewhere; T = S.
+    """
+    return _triangular_forward(q, k, v, bias)[0]
+
+
+def _triangular_forward(q, k, v, bias):
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    names = ("attention_q", "attention_k", "attention_v")
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), names, strict=True))
+    out, log_sum_exp = _rows(_triangle_row, (q, k, v, bias))
+    out = checkpoint_name(out, "attention_out")
+    log_sum_exp = checkpoint_name(log_sum_exp, "attention_lse")
+    result = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return result, (q, k, v, bias, out, log_sum_exp)
+
+
+def _products(a, b, contract_a, contract_b):
+    """Batched matrix products over the leading axis, accumulated in float32."""
+    dimensions = (((contract_a,), (contract_b,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _triangle_scores(q, k, bias, start, stop):
+    """float32 [K, G, n, stop] of queries start:stop, and those queries [K, G·n, H]."""
+    K, G, _, H = q.shape
+    block = q[:, :, start:stop].reshape(K, -1, H)
+    scores = _products(block, k[:, :stop], 2, 2).reshape(K, G, stop - start, stop)
+    return scores + bias[None, None, start:stop, :stop], block
+
+
+def _starts(T):
+    return ((i, min(i + TRIANGLE_BLOCK, T)) for i in range(0, T, TRIANGLE_BLOCK))
+
+
+def _triangle_row(q, k, v, bias):
+    K, G, T, H = q.shape
+    outs, log_sum_exps = [], []
+    for start, stop in _starts(T):
+        scores, _ = _triangle_scores(q, k, bias, start, stop)
+        largest = scores.max(-1, keepdims=True)
+        exp = jnp.exp(scores - largest)
+        total = exp.sum(-1, keepdims=True)
+        flat = exp.astype(v.dtype).reshape(K, -1, stop)
+        out = _products(flat, v[:, :stop], 2, 1).reshape(K, G, stop - start, H)
+        outs.append((out / total).astype(q.dtype))
+        log_sum_exps.append(largest + jnp.log(total))
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sum_exps, axis=2)
+
+
+def _triangle_row_backward(q, k, v, bias, out, log_sum_exp, d_out):
+    K, G, T, H = q.shape
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros((K, H, T)), jnp.zeros((K, H, T))
+    for start, stop in _starts(T):
+        scores, q_block = _triangle_scores(q, k, bias, start, stop)
+        p = jnp.exp(scores - log_sum_exp[:, :, start:stop])
+        d_block = d_out[:, :, start:stop].reshape(K, -1, H)
+        dp = _products(d_block, v[:, :stop], 2, 2).reshape(p.shape)
+        ds = (p * (dp - delta[:, :, start:stop])).astype(q.dtype).reshape(K, -1, stop)
+        p = p.astype(q.dtype).reshape(K, -1, stop)
+        dq.append(_products(ds, k[:, :stop], 2, 1).reshape(K, G, stop - start, H))
+        # The small operand on the left: XLA:CPU runs the other order several times slower.
+        dk = dk.at[..., :stop].add(_products(q_block, ds, 1, 1))
+        dv = dv.at[..., :stop].add(_products(d_block, p, 1, 1))
+    dq = jnp.concatenate(dq, axis=2).astype(q.dtype)
+    return dq, dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
+
+
+def _triangular_backward(residuals, d_out):
+    q, k, v, bias, out, log_sum_exp = residuals
+    B, K, G, T, H = q.shape
+    d_out = d_out.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    dq, dk, dv = _rows(_triangle_row_backward, (q, k, v, bias, out, log_sum_exp, d_out))
+    dq = (dq * H**-0.5).transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+    return dq, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), jnp.zeros_like(bias)
+
+
+_triangular.defvjp(_triangular_forward, _triangular_backward)
 
 
 def _pad(x, length):

@@ -4,8 +4,13 @@ import dataclasses
 
 from tulu_jax import validation
 
-ATTENTION = ("auto", "xla", "blockwise", "pallas")
-REMAT_POLICIES = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable")
+ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas")
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "save_projections",
+    "dots_with_no_batch_dims_saveable",
+    "dots_saveable",
+)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -69,9 +74,10 @@ class LlamaConfig:
 class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
-    `attention` is 'xla' (dense, the reference), 'blockwise' (memory-bounded), 'pallas' (TPU), or
-    'auto': 'pallas' on TPU, else 'blockwise'. `remat` recomputes each layer in the backward pass,
-    keeping what `remat_policy` (a name in `jax.checkpoint_policies`) says.
+    `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
+    (memory-bounded), 'pallas' (TPU; does not exist yet), or 'auto', which `attention.choose`
+    explains. `remat` recomputes each layer in the backward pass, keeping what `remat_policy` says:
+    a name in `jax.checkpoint_policies`, or 'save_projections'.
     """
 
     compute_dtype: str = "bfloat16"

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from tulu_jax.models import attention as attention_lib
@@ -20,6 +21,11 @@ from tulu_jax.parallel.sharding import constrain
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
+# What the remat policy 'save_projections' keeps of each layer.
+SAVED = (
+    *("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse"),
+    *("residual", "gate", "up"),
+)
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
 
 
@@ -63,15 +69,14 @@ def rotate(x, cos, sin):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.implementation = implementation
         self.q_proj = Projection("BTD,DNH->BTNH", (D, N, H), rngs=rngs)
         self.k_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
         self.v_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
         self.o_proj = Projection("BTNH,NHD->BTD", (N, H, D), rngs=rngs)
 
-    def __call__(self, x, *, angles, segment_ids, kv_segment_ids, cache, query_offset):
+    def __call__(self, x, *, angles, visibility, cache, query_offset):
         q = rotate(self.q_proj(x), *angles)
         k = rotate(self.k_proj(x), *angles)
         v = self.v_proj(x)
@@ -83,15 +88,7 @@ class SelfAttention(nnx.Module):
         # Over `context` the queries stay sharded and keys and values are gathered.
         k = constrain(k, "batch", None, "kv_heads", None)
         v = constrain(v, "batch", None, "kv_heads", None)
-        out = attention_lib.attention(
-            q,
-            k,
-            v,
-            segment_ids=segment_ids,
-            kv_segment_ids=kv_segment_ids,
-            query_offset=query_offset,
-            implementation=self.implementation,
-        )
+        out = attention_lib.attend(q, k, v, visibility)
         return self.o_proj(out), cache
 
 
@@ -105,21 +102,22 @@ class MLP(nnx.Module):
         self.down_proj = Projection("BTF,FD->BTD", (F, D), rngs=rngs)
 
     def __call__(self, x):
-        hidden = constrain(jax.nn.silu(self.gate_proj(x)), "batch", "length", "mlp")
-        return self.down_proj(hidden * self.up_proj(x))
+        gate = checkpoint_name(constrain(self.gate_proj(x), "batch", "length", "mlp"), "gate")
+        up = checkpoint_name(constrain(self.up_proj(x), "batch", "length", "mlp"), "up")
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.self_attn = SelfAttention(config, implementation=implementation, rngs=rngs)
+        self.self_attn = SelfAttention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, **attention_inputs):
         with jax.named_scope("attention"):
             out, cache = self.self_attn(self.input_layernorm(x), **attention_inputs)
-            x = constrain(x + out, "batch", "length", None)
+            x = checkpoint_name(constrain(x + out, "batch", "length", None), "residual")
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.post_attention_layernorm(x))
         return constrain(x, "batch", "length", None), cache
@@ -144,7 +142,7 @@ class Trunk(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return Block(config, implementation=execution.attention, rngs=rngs)
+            return Block(config, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
@@ -156,8 +154,12 @@ class Trunk(nnx.Module):
             angles=rotary_angles(
                 positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
             ),
-            segment_ids=segment_ids,
-            kv_segment_ids=kv_segment_ids,
+            visibility=attention_lib.prepare(
+                segment_ids=segment_ids,
+                kv_segment_ids=kv_segment_ids,
+                query_offset=query_offset,
+                implementation=self._attention(tokens.shape[1], kv_segment_ids.shape[1]),
+            ),
             query_offset=query_offset,
         )
 
@@ -166,10 +168,26 @@ class Trunk(nnx.Module):
             return block(x, cache=layer_cache, **inputs)
 
         if self.execution.remat and cache is None:
-            policy = getattr(jax.checkpoint_policies, self.execution.remat_policy)
+            policy = _remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x, cache = jax.lax.scan(body, x, (self.layers, cache))
         return self.norm(x), cache
+
+    def _attention(self, queries: int, keys: int) -> str:
+        """The implementation for this shape; over a cache of more keys than queries, a general one."""
+        name = self.execution.attention
+        if queries != keys and name == "triangular":
+            name = "auto"
+        platform = jax.default_backend() if queries == keys else "any"
+        return attention_lib.choose(name, queries=queries, platform=platform)
+
+
+def _remat_policy(name: str):
+    """A policy of `jax.checkpoint_policies`, or 'save_projections': keep what matrix products made
+    (and what attention needs), recompute what lies between them."""
+    if name == "save_projections":
+        return jax.checkpoint_policies.save_only_these_names(*SAVED)
+    return getattr(jax.checkpoint_policies, name)
 
 
 class Head(nnx.Module):
@@ -228,11 +246,11 @@ def hidden_states(
     return hidden
 
 
-def unembedding(params: Params) -> Float[Array, "D V"]:
-    """The output projection: the head, or the transposed embedding where they are tied."""
+def unembedding(params: Params) -> Float[Array, "V D"]:
+    """The output projection, a row for each id: the transposed head, or the tied embedding."""
     if "lm_head" in params:
-        return params["lm_head"]["kernel"]
-    return params["model"]["embed_tokens"]["embedding"].T
+        return params["lm_head"]["kernel"].T
+    return params["model"]["embed_tokens"]["embedding"]
 
 
 def logits(
@@ -259,7 +277,7 @@ def logits(
 def project(hidden: Float[Array, "B T D"], params: Params) -> Float[Array, "B T V"]:
     """float32 logits of hidden states, multiplied in the dtype of `hidden`."""
     kernel = unembedding(params).astype(hidden.dtype)
-    return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: str) -> Cache:

@@ -30,19 +30,45 @@ def _from_chunks(x: jax.Array, length: int) -> jax.Array:
 
 
 def _chunk_scores(hidden, unembedding, targets):
-    """float32 logits [B, C, V], where the target is, log-sum-exp [B, C] and log-probs [B, C]."""
-    logits = jnp.einsum("BCD,DV->BCV", hidden, unembedding, preferred_element_type=jnp.float32)
-    vocabulary = jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    is_target = targets[..., None] == vocabulary[None, None, :]
-    log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
-    logps = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - log_sum_exp
-    return logits, is_target, log_sum_exp, logps
+    """float32 of one chunk: exp(logits − max) [B, C, V], its sum, log-probs and targets' rows.
+
+    The target's logit is a product with its own row of the unembedding: comparing every id with
+    the target costs XLA:CPU as much as the softmax.
+    """
+    logits = jnp.einsum("BCD,VD->BCV", hidden, unembedding, preferred_element_type=jnp.float32)
+    largest = logits.max(axis=-1, keepdims=True)
+    exp = jnp.exp(logits - largest)
+    total = exp.sum(axis=-1, keepdims=True)
+    rows = unembedding[targets]  # [B, C, D]
+    target = jnp.einsum("BCD,BCD->BC", hidden, rows, preferred_element_type=jnp.float32)
+    return exp, total, target - (largest + jnp.log(total))[..., 0], rows
+
+
+def _chunk_gradients(hidden, unembedding, exp, total, rows, d_logps):
+    """Gradients of Σ d_logps · log p: of `hidden` [B, C, D], and of the unembedding's softmax part,
+    transposed: float32 [D, V]. (`_target_gradient` adds the part of the targets' rows.)
+
+    d logits = d_logps · (one_hot − softmax); the softmax's 1 / total goes into the small operands.
+    """
+    scale = d_logps[..., None] / total
+    exp = exp.astype(hidden.dtype)
+    spread = jnp.einsum("BCV,VD->BCD", exp, unembedding, preferred_element_type=jnp.float32)
+    d_hidden = d_logps[..., None] * rows - scale * spread
+    scaled = (hidden * scale).astype(hidden.dtype)
+    d_kernel = jnp.einsum("BCD,BCV->DV", scaled, exp, preferred_element_type=jnp.float32)
+    return d_hidden.astype(hidden.dtype), -d_kernel
+
+
+def _target_gradient(d_kernel, hidden, targets, d_logps, dtype):
+    """The unembedding's gradient [V, D]: the softmax part and each position's own row."""
+    own = (hidden * d_logps[..., None]).astype(jnp.float32)
+    return d_kernel.T.at[targets].add(own).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "D V"],
+    unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
@@ -52,11 +78,11 @@ def weighted_nll(
     Under differentiation the forward pass already makes both gradients, chunk by chunk, because the
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
-    unembedding = unembedding.astype(hidden.dtype)
+    kernel = unembedding.astype(hidden.dtype)
 
     def body(total, inputs):
         h, t, w = inputs
-        *_, logps = _chunk_scores(h, unembedding, t)
+        _, _, logps, _ = _chunk_scores(h, kernel, t)
         return total - jnp.sum(w * logps), None
 
     chunks = tuple(_to_chunks(x, chunk) for x in (hidden, targets, weights))
@@ -67,27 +93,24 @@ def _weighted_nll_forward(hidden, unembedding, targets, weights, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(carry, inputs):
-        total, d_kernel = carry
+        loss, d_kernel = carry
         h, t, w = inputs
-        logits, is_target, log_sum_exp, logps = _chunk_scores(h, kernel, t)
-        p = jnp.exp(logits - log_sum_exp[..., None])
-        d_logits = ((p - is_target) * w[..., None]).astype(h.dtype)
-        d_h = jnp.einsum("BCV,DV->BCD", d_logits, kernel)
-        d_kernel += jnp.einsum("BCD,BCV->DV", h, d_logits, preferred_element_type=jnp.float32)
-        return (total - jnp.sum(w * logps), d_kernel), d_h
+        exp, total, logps, rows = _chunk_scores(h, kernel, t)
+        d_h, d_chunk = _chunk_gradients(h, kernel, exp, total, rows, -w)
+        return (loss - jnp.sum(w * logps), d_kernel + d_chunk), d_h
 
-    start = (jnp.zeros(()), jnp.zeros(unembedding.shape, jnp.float32))
+    start = (jnp.zeros(()), jnp.zeros(kernel.shape[::-1], jnp.float32))
     chunks = tuple(_to_chunks(x, chunk) for x in (hidden, targets, weights))
-    (total, d_kernel), d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = _from_chunks(d_hidden, hidden.shape[1])
-    return total, (d_hidden, d_kernel.astype(unembedding.dtype), targets.shape)
+    (loss, d_kernel), d_hidden = jax.lax.scan(body, start, chunks)
+    d_unembedding = _target_gradient(d_kernel, hidden, targets, -weights, unembedding.dtype)
+    return loss, (_from_chunks(d_hidden, hidden.shape[1]), d_unembedding, targets.shape)
 
 
-def _weighted_nll_backward(chunk, residuals, d_total):
-    d_hidden, d_kernel, shape = residuals
+def _weighted_nll_backward(chunk, residuals, d_loss):
+    d_hidden, d_unembedding, shape = residuals
     return (
-        (d_hidden * d_total).astype(d_hidden.dtype),
-        (d_kernel * d_total).astype(d_kernel.dtype),
+        (d_hidden * d_loss).astype(d_hidden.dtype),
+        (d_unembedding * d_loss).astype(d_unembedding.dtype),
         np.zeros(shape, jax.dtypes.float0),
         jnp.zeros(shape),
     )
@@ -99,45 +122,40 @@ weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "D V"],
+    unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     chunk: int,
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
-    return _token_logps_forward(hidden, unembedding, targets, chunk)[0]
-
-
-def _token_logps_forward(hidden, unembedding, targets, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(_, inputs):
-        _, _, log_sum_exp, logps = _chunk_scores(inputs[0], kernel, inputs[1])
-        return None, (logps, log_sum_exp)
+        return None, _chunk_scores(inputs[0], kernel, inputs[1])[2]
 
     chunks = (_to_chunks(hidden, chunk), _to_chunks(targets, chunk))
-    _, (logps, log_sum_exp) = jax.lax.scan(body, None, chunks)
-    residuals = (hidden, unembedding, targets, log_sum_exp)
-    return _from_chunks(logps, hidden.shape[1]), residuals
+    return _from_chunks(jax.lax.scan(body, None, chunks)[1], hidden.shape[1])
+
+
+def _token_logps_forward(hidden, unembedding, targets, chunk):
+    return token_logps(hidden, unembedding, targets, chunk), (hidden, unembedding, targets)
 
 
 def _token_logps_backward(chunk, residuals, d_logps):
-    hidden, unembedding, targets, log_sum_exp = residuals
+    hidden, unembedding, targets = residuals
     kernel = unembedding.astype(hidden.dtype)
 
     def body(d_kernel, inputs):
-        h, t, lse, d = inputs
-        logits, is_target, _, _ = _chunk_scores(h, kernel, t)
-        p = jnp.exp(logits - lse[..., None])
-        d_logits = ((is_target - p) * d[..., None]).astype(h.dtype)
-        d_h = jnp.einsum("BCV,DV->BCD", d_logits, kernel)
-        d_kernel += jnp.einsum("BCD,BCV->DV", h, d_logits, preferred_element_type=jnp.float32)
-        return d_kernel, d_h
+        h, t, d = inputs
+        exp, total, _, rows = _chunk_scores(h, kernel, t)
+        d_h, d_chunk = _chunk_gradients(h, kernel, exp, total, rows, d)
+        return d_kernel + d_chunk, d_h
 
-    chunks = tuple(_to_chunks(x, chunk) for x in (hidden, targets))
-    chunks = (*chunks, log_sum_exp, _to_chunks(d_logps, chunk))
-    d_kernel, d_hidden = jax.lax.scan(body, jnp.zeros(kernel.shape, jnp.float32), chunks)
+    chunks = tuple(_to_chunks(x, chunk) for x in (hidden, targets, d_logps))
+    start = jnp.zeros(kernel.shape[::-1], jnp.float32)
+    d_kernel, d_hidden = jax.lax.scan(body, start, chunks)
+    d_unembedding = _target_gradient(d_kernel, hidden, targets, d_logps, unembedding.dtype)
     d_hidden = _from_chunks(d_hidden, hidden.shape[1])
-    return d_hidden, d_kernel.astype(unembedding.dtype), np.zeros(targets.shape, jax.dtypes.float0)
+    return d_hidden, d_unembedding, np.zeros(targets.shape, jax.dtypes.float0)
 
 
 token_logps.defvjp(_token_logps_forward, _token_logps_backward)

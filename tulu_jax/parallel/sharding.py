@@ -38,6 +38,12 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(AXIS_RULES[axis] if axis else None for axis in logical_axes))
 
 
+def num_devices() -> int:
+    """Devices of the ambient mesh (`jax.set_mesh`); 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x` placed by its logical axes on the ambient mesh (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -99,7 +99,7 @@ def _start_wandb(project: str, name: str, run_config: dict):
     return wandb.init(project=project, name=name, config=run_config, resume="allow")
 
 
-def read(workdir: str) -> list[dict[str, float]]:
+def read(workdir: str) -> list[dict]:
     """The lines of a run's metrics. A torn last line (a kill while writing) is left out."""
     lines = (epath.Path(workdir) / FILE).read_text().split("\n")
     whole, last = lines[:-1], lines[-1]

@@ -1,0 +1,240 @@
+"""The loop on real (tulu_tiny) data: kills, full disks, exact resume, numbers that are not finite."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import builders
+import numpy as np
+import pytest
+
+from tulu_jax import trainer
+from tulu_jax.data import tulu_tiny
+from tulu_jax.parallel.mesh import MeshConfig
+from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import metrics as metrics_lib
+
+SMALL = """
+from __gin__ import dynamic_registration
+from tulu_jax.data import tulu_tiny
+from tulu_jax.models import config
+from tulu_jax.training import metrics
+
+include '{stage}.gin'
+
+config.LlamaConfig.num_layers = 1
+config.LlamaConfig.embed_dim = 32
+config.LlamaConfig.mlp_dim = 64
+config.LlamaConfig.head_dim = 8
+metrics.LoggingConfig.tensorboard = False
+MAX_LENGTH = 64
+BATCH_SIZE = 8
+BASE = None
+NUM_STEPS = 24
+CHECKPOINT_EVERY = 5
+EVAL_EVERY = 1000
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tokenizer and an encode cache that the tests of this file share."""
+    folder = tmp_path_factory.mktemp("trainer")
+    tulu_tiny.tokenizer(str(folder / "cache/tulu_tiny_tokenizer"))
+    for stage in ("tulu_tiny_sft", "tulu_tiny_dpo"):
+        (folder / f"small_{stage}.gin").write_text(SMALL.format(stage=stage))
+    return folder
+
+
+def start(home, stage, workdir, **options):
+    """`python -m tulu_jax.train` on one device, in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "tulu_jax.train", f"--gin_file=small_{stage}.gin"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=home,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        **options,
+    )
+
+
+def finish(process, *, code=0):
+    error = process.communicate(timeout=400)[1]
+    assert process.returncode == code, error
+    return error
+
+
+def steps_logged(workdir):
+    path = workdir / metrics_lib.FILE
+    return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def kill_at(process, workdir, step):
+    """SIGKILL once `step` updates are in the metrics."""
+    deadline = time.time() + 400
+    while steps_logged(workdir) < step:
+        assert process.poll() is None and time.time() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def without_times(workdir):
+    """Every metric of every step but the timings."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith("perf/")}
+        for line in metrics_lib.read(str(workdir))
+    ]
+
+
+def saved_steps(workdir):
+    return checkpoint_lib.Checkpoints(str(workdir)).steps()
+
+
+@pytest.mark.parametrize("stage", ["tulu_tiny_sft", "tulu_tiny_dpo"])
+def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
+    """SIGKILL at a random update, start again: the same losses, token counts and evaluation."""
+    finish(start(home, stage, tmp_path / "whole"))
+    step = random.SystemRandom().randint(6, 22)
+    killed = start(home, stage, tmp_path / "killed")
+    kill_at(killed, tmp_path / "killed", step)
+    left = saved_steps(tmp_path / "killed")
+    assert left and max(left) < 24, f"killed at {step}, checkpoints {left}"
+    message = finish(start(home, stage, tmp_path / "killed"))
+    assert f"Resuming from step {max(left)}" in message
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole"), step
+
+
+def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
+    """No file may grow past 8 kB, as on a disk that is full: the run stops, the old one restores."""
+    workdir = tmp_path / "run"
+    kill_at(start(home, "tulu_tiny_sft", workdir), workdir, 8)
+    good = max(saved_steps(workdir))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    message = finish(start(home, "tulu_tiny_sft", workdir, preexec_fn=limit), code=1)
+    assert "could not be written" in message
+    assert f"Last good checkpoint: step {good}" in message
+    assert saved_steps(workdir) == [good]
+    finish(start(home, "tulu_tiny_sft", workdir))
+    assert max(saved_steps(workdir)) == 24
+
+
+def run_config(home, tmp_path, **changes):
+    config = builders.train_config(home, tokenizer=home / "cache/tulu_tiny_tokenizer", **changes)
+    return builders.replace(config, workdir=str(tmp_path / "run"))
+
+
+def test_resume_on_another_mesh_continues_the_curve(home, tmp_path):
+    whole = run_config(home, tmp_path / "whole")
+    trainer.Run(whole).train()
+    workdir = tmp_path / "moved" / "run"
+    for step in (8,):  # what a kill after step 4 leaves
+        shutil.copytree(tmp_path / "whole" / "run", workdir)
+        shutil.rmtree(workdir / checkpoint_lib.FOLDER / str(step))
+    moved = run_config(home, tmp_path / "moved", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    trainer.Run(moved).train()
+    losses = [
+        [line["train/loss"] for line in metrics_lib.read(c.workdir) if "train/loss" in line]
+        for c in (whole, moved)
+    ]
+    assert losses[0][:4] == losses[1][:4] and len(losses[1]) == 8
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+
+
+def test_resume_with_other_settings_is_refused_by_name(home, tmp_path):
+    config = run_config(home, tmp_path)
+    trainer.Run(config).train()
+    other = builders.replace(config, optimizer__learning_rate=1.0, data__seed=7)
+    with pytest.raises(ValueError, match=r"made with data_seed = 0; this run has 7") as error:
+        trainer.Run(other).train()
+    assert "optimizer" in str(error.value)
+
+
+def test_a_finished_run_started_again_changes_nothing(home, tmp_path):
+    config = run_config(home, tmp_path)
+    trainer.Run(config).train()
+    before = without_times(config.workdir)
+    result = trainer.Run(config).train()
+    assert without_times(config.workdir) == before
+    assert result["eval/loss"] == before[-1]["eval/loss"]
+
+
+def test_not_finite_loss_stops_with_step_rows_and_checkpoint(home, tmp_path):
+    config = run_config(home, tmp_path)
+    config = builders.replace(config, optimizer__learning_rate=1e30, checkpoint__every=1)
+    run = trainer.Run(config)
+    with pytest.raises(FloatingPointError) as error:
+        run.train()
+    message = str(error.value)
+    step = int(message.split()[1].rstrip(":"))
+    rows = [i for row in range((step - 1) * 8, step * 8) for i in run.rows.example_ids(row)]
+    assert rows and all(row in message for row in rows)
+    assert f"Last good checkpoint: step {step - 1}" in message
+    assert saved_steps(config.workdir)[-1] == step - 1
+
+
+def test_best_checkpoint_is_kept_beside_the_last(home, tmp_path):
+    """With a rate that ruins the model after a good start, the best is not among the last."""
+    config = run_config(home, tmp_path, num_steps=12, eval_every=2)
+    config = builders.replace(
+        config,
+        optimizer__learning_rate=3.0,
+        optimizer__warmup_ratio=1.0,
+        checkpoint__every=2,
+        checkpoint__keep=1,
+        checkpoint__best="eval/loss",
+    )
+    trainer.Run(config).train()
+    evals = {
+        line["step"]: line["eval/loss"]
+        for line in metrics_lib.read(config.workdir)
+        if "eval/loss" in line and line["step"] > 0
+    }
+    best = min(evals, key=evals.get)
+    assert best < 12
+    assert saved_steps(config.workdir) == [best, 12]
+
+
+def test_checkpoint_of_another_shape_is_refused(home, tmp_path):
+    config = run_config(home, tmp_path)
+    trainer.Run(config).train()
+    other = builders.replace(config, model__mlp_dim=96, base=config.workdir)
+    other = builders.replace(other, workdir=str(tmp_path / "other"))
+    with pytest.raises(
+        ValueError, match=r"mlp/gate_proj/kernel has shape \[2, 32, 64\]; the model"
+    ):
+        trainer.Run(other).train()
+
+
+def test_dpo_starts_from_the_run_before_it(home, tmp_path):
+    """The reference is the SFT checkpoint: the first loss is log 2, and its cache is reused."""
+    sft = run_config(home, tmp_path / "sft")
+    trainer.Run(sft).train()
+    dpo = run_config(home, tmp_path / "dpo", dpo_stage=True, base=sft.workdir)
+    trainer.Run(dpo).train()
+    first = next(line for line in metrics_lib.read(dpo.workdir) if "train/loss" in line)
+    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    begin, *_, end = [line for line in metrics_lib.read(dpo.workdir) if "eval/loss" in line]
+    assert begin["eval/rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert end["eval/rewards/margins"] > begin["eval/rewards/margins"]
+
+
+def test_rates_say_how_much_was_useful():
+    counts = {"positions": 1000.0, "nonpadding": 600.0, "trained": 200.0, "conversations": 8.0}
+    rates = metrics_lib.rates(counts, 2.0, flops=5e9, peak_flops=1e10)
+    assert rates["perf/mfu"] == 0.25
+    assert rates["perf/nonpadding_tokens_per_second"] == 300
+    assert rates["perf/trained_tokens_per_second"] == 100
+    assert rates["perf/conversations_per_second"] == 4
+    assert rates["perf/useful_fraction"] == 0.6

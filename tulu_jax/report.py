@@ -1,0 +1,129 @@
+"""One page about one or more runs: their curves, their scores, and what they say.
+
+Examples:
+  python -m tulu_jax.report --workdirs=runs/tulu_tiny_sft,runs/tulu_tiny_dpo
+  python -m tulu_jax.report --workdirs=runs/stories260k_sft --out=/tmp/page.html
+"""
+
+import base64
+import html
+import io
+import json
+
+from absl import app, flags
+from etils import epath
+
+from tulu_jax.training import metrics
+
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Workdirs of runs, in order.", required=True)
+_OUT = flags.DEFINE_string("out", "report.html", "Self-contained HTML page to write.")
+
+# (title, metrics drawn together), one panel for each that a run has
+PANELS = (
+    ("loss", ("train/loss", "eval/loss")),
+    ("rewards", ("train/rewards/chosen", "train/rewards/rejected", "eval/rewards/margins")),
+    ("reward accuracy", ("train/rewards/accuracies", "eval/rewards/accuracies")),
+    ("gradient norm", ("train/grad_norm",)),
+    ("useful tokens/s", ("perf/nonpadding_tokens_per_second",)),
+)
+PROMPTS_SHOWN = 12
+
+
+def series(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was written."""
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw(lines: list[dict], title: str) -> bytes:
+    """A PNG of the panels this run has metrics for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(t, names) for t, names in PANELS if any(series(lines, n)[0] for n in names)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, (name, metric_names) in zip(axes[0], panels, strict=True):
+        for metric in metric_names:
+            steps, values = series(lines, metric)
+            if steps:
+                marker = "o" if metric.startswith("eval") else None
+                axis.plot(steps, values, label=metric, marker=marker, linewidth=1.2)
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def summary(lines: list[dict]) -> list[tuple[str, float, float]]:
+    """(metric, first, last) of the evaluations and of the training loss."""
+    names = sorted({n for line in lines for n in line if n.startswith("eval/")}) + ["train/loss"]
+    found = [(name, series(lines, name)[1]) for name in names]
+    return [(name, values[0], values[-1]) for name, values in found if values]
+
+
+def scores(workdir: str) -> list[tuple[str, dict]]:
+    """What `evaluate` left in a workdir: ("before" or "after", its JSON)."""
+    found = []
+    for file, label in (("tulu_tiny_initial.json", "before"), ("tulu_tiny_final.json", "after")):
+        path = epath.Path(workdir) / file
+        if path.exists():
+            found.append((label, json.loads(path.read_text())))
+    return found
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def page(workdirs: list[str]) -> str:
+    """The HTML of all runs, pictures inside."""
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>tulu_jax runs</title><style>"
+        "body{font:14px sans-serif;margin:2em;max-width:1400px}table{border-collapse:collapse;"
+        "margin:1em 0}td,th{border:1px solid #ccc;padding:3px 9px;text-align:left}"
+        "img{max-width:100%}</style>"
+    ]
+    for workdir in workdirs:
+        lines, name = metrics.read(workdir), epath.Path(workdir).name
+        picture = base64.b64encode(draw(lines, name)).decode()
+        parts.append(f"<h2>{html.escape(name)}</h2><img src='data:image/png;base64,{picture}'>")
+        rows = [[n, f"{first:.4f}", f"{last:.4f}"] for n, first, last in summary(lines)]
+        parts.append(_table(["metric", "first", "last"], rows))
+        for label, found in scores(workdir):
+            cells = [[n, f"{value:.3f}"] for n, value in found["scores"].items()]
+            parts.append(_table([f"held-out prompts, {label} training", "share"], cells))
+            if label == "after":
+                said = [
+                    [r["prompt"], r["answer"], r["reply"]] for r in found["replies"][:PROMPTS_SHOWN]
+                ]
+                parts.append(_table(["prompt", "right answer", "reply"], said))
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    """Writes the page and prints its tables."""
+    del argv
+    for workdir in _WORKDIRS.value:
+        print(epath.Path(workdir).name)
+        for name, first, last in summary(metrics.read(workdir)):
+            print(f"  {name:28} {first:10.4f} -> {last:10.4f}")
+        for label, found in scores(workdir):
+            values = ", ".join(f"{name} {value:.3f}" for name, value in found["scores"].items())
+            print(f"  held-out prompts, {label:6} {values}")
+    epath.Path(_OUT.value).write_text(page(_WORKDIRS.value))
+    print(f"Wrote {_OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)
