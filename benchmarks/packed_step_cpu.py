@@ -27,7 +27,7 @@ from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.objectives import sft
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training import metrics, optim
+from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.state import TrainState
 

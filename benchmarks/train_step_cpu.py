@@ -1,6 +1,6 @@
-"""SFT step, tokens/s on the CPU: ours against transformers + torch on the same weights and batch.
+"""SFT step, tokens/s on the CPU: ours against transformers + torch, same weights and batch.
 
-    python benchmarks/train_step_cpu.py            two sizes, alternating, medians; ratio > 1: faster
+    python benchmarks/train_step_cpu.py        two sizes, alternating, medians; ratio > 1: faster
 
 Both sides: float32, the same thread count, gradient clip 1.0, AdamW, one batch of full rows. The
 torch side is `LlamaForCausalLM` with its default attention and loss and the fused AdamW. Weights

@@ -169,9 +169,7 @@ def test_preflight_data_and_objective_of_different_kinds():
     config = cli.load("tulu_tiny_sft.gin", workdir=None)
     import builders
 
-    wrong = builders.replace(
-        config, data__train="tulu_tiny_preference", data__packing="none"
-    )
+    wrong = builders.replace(config, data__train="tulu_tiny_preference", data__packing="none")
     assert any("preference" in line for line in preflight.problems(wrong, num_devices=1))
 
 

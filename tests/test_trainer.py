@@ -1,4 +1,4 @@
-"""The loop on real (tulu_tiny) data: kills, full disks, exact resume, numbers that are not finite."""
+"""The loop on real (tulu_tiny) data: kills, full disks, exact resume, not-finite numbers."""
 
 import os
 import random
@@ -114,7 +114,7 @@ def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
 
 
 def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
-    """No file may grow past 8 kB, as on a disk that is full: the run stops, the old one restores."""
+    """No file may grow past 8 kB, as on a full disk: the run stops, the old one restores."""
     workdir = tmp_path / "run"
     kill_at(start(home, "tulu_tiny_sft", workdir), workdir, 8)
     good = max(saved_steps(workdir))

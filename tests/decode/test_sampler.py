@@ -40,7 +40,7 @@ def generate(params, prompts, *, config=CONFIG, execution=EXECUTION, **changes):
 
 
 @functools.cache
-def reference(params_seed=0):
+def reference():
     """Greedy continuations by the whole forward pass again for every token."""
     params = random_params(CONFIG)
 

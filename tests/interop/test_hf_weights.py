@@ -164,10 +164,12 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(checkpoint, tmp_path
     config, expected = load(checkpoint)
     mesh = mesh_lib.make(mesh_lib.MeshConfig(**dict(fsdp=1) | sizes))
     shardings = sharding_lib.state_shardings(mesh, llama.abstract_params(config, "float32"))
-    params = hf.load(checkpoint, config, shardings=shardings, dtype="float32")
+    with jax.set_mesh(mesh):
+        params = hf.load(checkpoint, config, shardings=shardings, dtype="float32")
     jax.tree.map(lambda x, s: pytest.fail("sharding") if x.sharding != s else 0, params, shardings)
     assert_equal_trees(params, expected)
-    save(tmp_path / "out", params, config)
+    with jax.set_mesh(mesh):
+        save(tmp_path / "out", params, config)
     assert_same_weights(all_weights(tmp_path / "out"), all_weights(checkpoint))
 
 

@@ -95,7 +95,9 @@ def test_rematerialisation_changes_nothing(policy):
     inputs = batch_of(packed_inputs([10, 4], 16))
 
     def grads(execution):
-        loss = lambda p: jnp.square(llama.logits(TINY, execution, p, **inputs)).mean()
+        def loss(p):
+            return jnp.square(llama.logits(TINY, execution, p, **inputs)).mean()
+
         return jax.jit(jax.grad(loss))(params)
 
     plain = grads(EXACT)

@@ -174,7 +174,7 @@ class Trunk(nnx.Module):
         return self.norm(x), cache
 
     def _attention(self, queries: int, keys: int) -> str:
-        """The implementation for this shape; over a cache of more keys than queries, a general one."""
+        """The implementation for this shape; over a longer cache, one that takes an offset."""
         name = self.execution.attention
         if queries != keys and name == "triangular":
             name = "auto"
