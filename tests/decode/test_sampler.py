@@ -243,6 +243,12 @@ def test_sampled_rows_are_reproducible_and_independent_of_the_batch():
 def test_bad_settings_are_listed():
     params, _ = reference()
     with pytest.raises(ValueError) as refusal:
-        generate(params, [[1], []], max_new_tokens=0, temperature=-1.0, top_p=0.0)
-    for text in ("prompt 1 is empty", "max_new_tokens = 0", "temperature = -1.0", "top_p = 0.0"):
+        generate(params, [[1], [], [64]], max_new_tokens=0, temperature=-1.0, top_p=0.0)
+    for text in (
+        "prompt 1 is empty",
+        "prompt 2 has the id 64; the model's vocabulary has 64",
+        "max_new_tokens = 0",
+        "temperature = -1.0",
+        "top_p = 0.0",
+    ):
         assert text in str(refusal.value)

@@ -37,9 +37,15 @@ def generate(
     Temperature 0 takes the most likely token. Otherwise tokens are drawn at `temperature` from the
     smallest set of likeliest tokens whose probability reaches `top_p`; a row's draws depend on
     `key` and its place in `prompts` alone. Under `jax.set_mesh`, `params` may be sharded. Raises
-    `ValueError` for an empty prompt or a setting out of range.
+    `ValueError` for an empty prompt, an id outside the vocabulary or a setting out of range.
     """
-    _check(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    _check(
+        prompts,
+        vocab_size=config.vocab_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
     if not prompts:
         return []
     tokens, segment_ids = _left_padded(prompts)
@@ -65,8 +71,13 @@ def bucket(length: int) -> int:
     return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
-def _check(prompts, *, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(prompts, *, vocab_size: int, max_new_tokens: int, temperature: float, top_p: float):
     problems = [f"prompt {i} is empty" for i, prompt in enumerate(prompts) if not prompt]
+    problems += [
+        f"prompt {i} has the id {max(prompt)}; the model's vocabulary has {vocab_size}"
+        for i, prompt in enumerate(prompts)
+        if prompt and max(prompt) >= vocab_size
+    ]
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens = {max_new_tokens}: expected at least 1")
     if temperature < 0:
@@ -106,29 +117,14 @@ def _generate(
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
     """New tokens in M = `num_slots` columns, and how many of them each row has."""
     (B, P), M = tokens.shape, num_slots
+    params = _in_compute_dtype(params, execution.compute_dtype)
+    lengths = segment_ids.sum(axis=1)
+    row_segment = segment_ids.max(axis=1, keepdims=True)  # 0 for rows of padding only
+    # Slots after the current one are hidden by causality, so this holds for every step.
+    kv_segment_ids = jnp.concatenate([segment_ids, jnp.broadcast_to(row_segment, (B, M))], axis=1)
+    forward = functools.partial(_next_logits, config, params, kv_segment_ids=kv_segment_ids)
     # A step computes one row of scores a head: the dense form is the least work.
     step_execution = dataclasses.replace(execution, attention="xla")
-    params = _in_compute_dtype(params, execution.compute_dtype)
-    has_prompt = segment_ids.any(axis=1)
-    lengths = segment_ids.sum(axis=1)
-    # Slots after the current one are hidden by causality, so this holds for every step.
-    kv_segment_ids = jnp.concatenate(
-        [segment_ids, jnp.broadcast_to(has_prompt[:, None], (B, M)).astype(segment_ids.dtype)], 1
-    )
-
-    def forward(execution, cache, tokens, segment_ids, positions, slot):
-        hidden, cache = llama.decode(
-            config,
-            execution,
-            params,
-            cache,
-            tokens=tokens,
-            segment_ids=segment_ids,
-            positions=positions,
-            kv_segment_ids=kv_segment_ids,
-            slot=slot,
-        )
-        return llama.project(hidden[:, -1:], params)[:, 0], cache
 
     def emit(i, logits, new_tokens, counts, ended):
         next_tokens = _choose(logits, i, sampling)
@@ -140,10 +136,10 @@ def _generate(
         logits, cache = forward(
             step_execution,
             cache,
-            jax.lax.dynamic_slice_in_dim(rows[0], i - 1, 1, axis=1),
-            has_prompt[:, None].astype(segment_ids.dtype),
-            (lengths + i - 1)[:, None],
-            P + i - 1,
+            tokens=jax.lax.dynamic_slice_in_dim(rows[0], i - 1, 1, axis=1),
+            segment_ids=row_segment,
+            positions=(lengths + i - 1)[:, None],
+            slot=P + i - 1,
         )
         return i + 1, cache, *emit(i, logits, *rows)
 
@@ -151,16 +147,31 @@ def _generate(
         i, *_, ended = state
         return (i < max_new_tokens) & ~ended.all()
 
-    cache = llama.empty_cache(config, B, P + M, execution.compute_dtype)
-    cache = {
-        name: constrain(x, "layers", "batch", None, "kv_heads", None) for name, x in cache.items()
-    }
-    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    logits, cache = forward(execution, cache, tokens, segment_ids, positions, jnp.int32(0))
-    rows = (jnp.zeros((B, M), jnp.int32), jnp.zeros(B, jnp.int32), ~has_prompt)
+    logits, cache = forward(
+        execution,
+        _empty_cache(config, B, P + M, execution.compute_dtype),
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0),
+        slot=jnp.int32(0),
+    )
+    rows = (jnp.zeros((B, M), jnp.int32), jnp.zeros(B, jnp.int32), lengths == 0)
     state = (jnp.int32(1), cache, *emit(0, logits, *rows))
     *_, new_tokens, counts, _ = jax.lax.while_loop(unfinished, step, state)
     return constrain(new_tokens, None, None), constrain(counts, None)  # whole on every process
+
+
+def _next_logits(config, params, execution, cache, *, slot, **inputs):
+    """float32 logits [B, V] after the last of the tokens given, and the new cache."""
+    hidden, cache = llama.decode(config, execution, params, cache, slot=slot, **inputs)
+    return llama.project(hidden[:, -1:], params)[:, 0], cache
+
+
+def _empty_cache(config: LlamaConfig, batch: int, length: int, dtype: str) -> llama.Cache:
+    cache = llama.empty_cache(config, batch, length, dtype)
+    return {
+        name: constrain(x, "layers", "batch", None, "kv_heads", None) for name, x in cache.items()
+    }
 
 
 def _in_compute_dtype(params: llama.Params, dtype: str) -> llama.Params:
@@ -178,16 +189,20 @@ def _choose(logits: Float[Array, "B V"], step, sampling) -> Int[Array, "B"]:
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p, key = sampling
-    logits = jnp.where(nucleus(logits / temperature, top_p), logits / temperature, -jnp.inf)
+    logits = logits / temperature
+    logits = jnp.where(nucleus(logits, top_p), logits, -jnp.inf)
     key = jax.random.fold_in(key, step)
     rows = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(rows, logits).astype(jnp.int32)
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""] | float) -> Bool[Array, "B V"]:
-    """The likeliest tokens up to the one that reaches `top_p` (Holtzman et al. 2020)."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    """The likeliest tokens up to the one that reaches `top_p`, and those as likely as it.
+
+    Holtzman et al. 2020.
+    """
+    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(before < top_p, rank, axis=-1)
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    return logits >= jnp.take_along_axis(descending, last, axis=-1)
