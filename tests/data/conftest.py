@@ -3,15 +3,13 @@
 import pytest
 from raw_rows import identity
 
-from tulu_jax.data import chat, registry, tokenizer_training
+from tulu_jax.data import chat, registry, tulu_tiny
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> str:
-    """A folder with a byte-level BPE tokenizer trained on tulu_tiny."""
-    folder = str(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer_training.train_tokenizer("tulu_tiny", folder, vocab_size=1024)
-    return folder
+    """A folder with the byte-level BPE tokenizer of tulu_tiny."""
+    return tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,13 @@ def test_each_segment_is_its_conversation_encoded_alone(sft_rows):
                 np.testing.assert_array_equal(row[key][here], getattr(alone, key))
 
 
+def test_rows_of_any_epoch_in_any_order(held_out):
+    size = held_out.rows_per_epoch
+    first = [held_out.example_ids(epoch * size) for epoch in range(6)]
+    assert first == [held_out.example_ids(epoch * size) for epoch in reversed(range(6))][::-1]
+    assert len({tuple(ids) for ids in first}) == 6
+
+
 def test_seeds_differ_and_content_does_not(sft_config, sft_rows):
     other = loader.prepare(dataclasses.replace(sft_config, seed=4), split="train")
     assert other.fingerprint == sft_rows.fingerprint

@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from tulu_jax.data import chat, tokenizer_training
+from tulu_jax.data import chat
+from tulu_jax.data import tulu_tiny as tulu_tiny_task
 from tulu_jax.data.sources import tulu_tiny
 
 
@@ -15,10 +16,15 @@ def test_words_and_numbers_are_single_tokens(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode("<unk>")) == (1, 2, [0])
 
 
-def test_training_is_repeatable(tokenizer, tmp_path):
-    again = tokenizer_training.train_tokenizer("tulu_tiny", str(tmp_path), vocab_size=1024)
-    assert again.fingerprint == tokenizer.fingerprint
-    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+def test_training_is_repeatable_and_done_once(tokenizer, tmp_path):
+    folder = tulu_tiny_task.tokenizer(str(tmp_path))
+    again = chat.load_tokenizer(folder)
+    assert again.fingerprint == tokenizer.fingerprint and again.vocab_size == 512
+    files = {file: file.stat().st_mtime_ns for file in pathlib.Path(folder).iterdir()}
+    names = {file.name for file in files}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert tulu_tiny_task.tokenizer(str(tmp_path)) == folder
+    assert files == {file: file.stat().st_mtime_ns for file in pathlib.Path(folder).iterdir()}
 
 
 def test_folder_and_file_are_the_same(tokenizer_dir, tokenizer):

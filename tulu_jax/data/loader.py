@@ -21,6 +21,7 @@ from tulu_jax.data import encode, examples, packing, registry, stats, store
 
 CHOSEN, REJECTED = 0, 1
 NO_EXAMPLE = -1
+PLANS_KEPT = 3
 
 Batch = dict[str, np.ndarray]
 
@@ -180,7 +181,7 @@ class Rows:
         return self._plan(epoch).row(place)
 
     def example_ids(self, index: int) -> list[str]:
-        """ "task/rownumber" of the examples in planned row `index`, for messages."""
+        """The ids, "task/rownumber", of the examples in planned row `index`, for messages."""
         return [self._store.name(int(i)) for i in self.examples(index)]
 
     def in_order(self, index: int) -> Batch:
@@ -190,27 +191,24 @@ class Rows:
         """
         return self._filled(self._ordered.row(index))
 
-    def name(self, example: int) -> str:
-        """ "task/rownumber" of an example, for messages."""
-        return self._store.name(example)
-
     def empty(self) -> Batch:
         """A row of padding: nothing to attend to, nothing trained, `example` -1."""
         return self._filled(np.zeros(0, int))
 
     def _plan(self, epoch: int) -> packing.Plan:
+        """The plan of an epoch; the few used last are kept, for a batch may straddle two."""
         with self._lock:
-            if epoch not in self._plans:
-                self._plans[epoch] = packing.epoch_plan(
-                    self._store.lengths,
-                    capacity=self.config.max_length,
-                    packing=self.config.packing,
-                    seed=self.config.seed,
-                    epoch=epoch,
-                )
-                for old in sorted(self._plans)[:-2]:  # a batch may straddle two epochs
-                    del self._plans[old]
-            return self._plans[epoch]
+            plan = self._plans.pop(epoch, None) or packing.epoch_plan(
+                self._store.lengths,
+                capacity=self.config.max_length,
+                packing=self.config.packing,
+                seed=self.config.seed,
+                epoch=epoch,
+            )
+            self._plans[epoch] = plan
+            if len(self._plans) > PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            return plan
 
     def _filled(self, indices: np.ndarray) -> Batch:
         sides = [self._store.sides(int(i)) for i in indices]

@@ -34,7 +34,7 @@ class ExampleStore:
         return [(ids[index], spans[index].reshape(-1, 2)) for ids, spans in self._sides]
 
     def name(self, index: int) -> str:
-        """ "task/rownumber" of one example."""
+        """The id, "task/rownumber", of one example."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = int(self._rows[batch][index - self._starts[batch]])
         return self._batches[batch]["id"][row].as_py()

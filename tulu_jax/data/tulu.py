@@ -74,6 +74,7 @@ TaskRegistry.add(
         kind="preference",
         sources={"train": "preference_raw/ultrafeedback/ultrafeedback_binarized.jsonl"},
         convert=preference.ultrafeedback_binarized,
+        holdout_every=5,
         licence="MIT",
         origin="huggingface.co/datasets/trl-lib/ultrafeedback_binarized",
     )

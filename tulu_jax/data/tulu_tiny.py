@@ -1,6 +1,7 @@
 """Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs)."""
 
 import functools
+import hashlib
 import pathlib
 
 from tulu_jax.data import registry, tokenizer_training
@@ -8,6 +9,8 @@ from tulu_jax.data.sources import tulu_tiny
 from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
 
 __all__ = ["held_out", "is_exact", "style"]
+
+VOCAB_SIZE = 512
 
 
 def _as_is(row: dict) -> dict:
@@ -32,10 +35,13 @@ for _name, _kind, _rows in (
 
 
 def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:
-    """The folder of the task's BPE tokenizer (512 ids), trained there on the spot if it is absent.
+    """The folder of the task's BPE tokenizer (512 ids), trained on the spot if it is absent.
 
-    The same rows give the same tokenizer, so a folder that exists is the right one.
+    The folder lies in `directory` under a hash of what writes the rows: the same rows give the same
+    tokenizer, so a folder that exists is the right one.
     """
-    if not (pathlib.Path(directory) / "tokenizer.json").is_file():
-        tokenizer_training.train_tokenizer("tulu_tiny", directory, vocab_size=512)
-    return directory
+    written_by = hashlib.sha256(pathlib.Path(tulu_tiny.__file__).read_bytes()).hexdigest()[:12]
+    folder = pathlib.Path(directory) / written_by
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer_training.train_tokenizer("tulu_tiny", str(folder), vocab_size=VOCAB_SIZE)
+    return str(folder)
