@@ -229,7 +229,10 @@ def _unread() -> list[str]:
         if selector == _MACRO and (scope, selector) not in operative:
             problems.append(f"macro {scope} = {bindings['value']!r} is set but nothing reads it")
         elif selector != _MACRO:
-            read = operative.get((scope, selector), {})
+            read = set()  # a binding without a scope also serves every scope
+            for (read_scope, read_selector), names in operative.items():
+                if read_selector == selector and scope in ("", read_scope):
+                    read |= set(names)
             problems += [
                 f"{selector}.{name} = {value!r} is set but nothing reads it"
                 for name, value in bindings.items()

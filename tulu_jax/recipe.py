@@ -73,3 +73,8 @@ class TrainConfig:
     def micro_batches(self) -> int:
         """Forwards per update."""
         return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+def under(root: str, path: str) -> str:
+    """`root/path`, for gin files, which cannot join strings: real data lies below one root."""
+    return f"{root.rstrip('/')}/{path}"

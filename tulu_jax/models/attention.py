@@ -19,7 +19,7 @@ from tulu_jax.parallel.sharding import num_devices
 
 MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp(MASKED - max) is exactly 0
 BLOCK = 512  # query and key rows of one tile of the blockwise form
-TRIANGLE_BLOCK = 64  # query rows of one step of the triangular form
+TRIANGLE_BLOCK = 128  # query rows of one step of the triangular form
 LONGEST_TRIANGLE = 1024  # queries; beyond it the steps, unrolled, are too many to compile
 
 Visibility = dict[str, jax.Array]
