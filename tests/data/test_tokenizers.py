@@ -11,7 +11,7 @@ from tulu_jax.data.sources import tulu_tiny
 
 
 def test_words_and_numbers_are_single_tokens(tokenizer):
-    words = tulu_tiny.WORDS + tulu_tiny.NAMES + [str(n) for n in range(21)]
+    words = tulu_tiny.WORDS + tulu_tiny.NAMES + [str(n) for n in range(tulu_tiny.LARGEST + 1)]
     assert all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode("<unk>")) == (1, 2, [0])
 

@@ -1,6 +1,6 @@
 """tulu_tiny: small instructions with known right answers, written by this project.
 
-Ten families over about 120 words: copying and reordering words, looking up facts, comparing and
+Ten families over about 110 words: copying and reordering words, looking up facts, comparing and
 counting numbers, and remembering what an earlier turn said. Every prompt is drawn from a space too
 large to see whole, or seen in other wordings, so the held-out prompts can be answered but not
 looked up. Answers come in two styles: terse ("red", three of four) and polite ("Sure: red.").
@@ -53,6 +53,7 @@ COLOUR_OF = {
     "a leaf": "green",
 }
 WORDS = ANIMALS + COLOURS
+LARGEST = 12  # number
 
 # A dialogue: user text, answer, user text, answer, ... ; the last answer is the one that is asked.
 Dialogue = tuple[str, ...]
@@ -107,14 +108,15 @@ def _kind(rng):
 
 
 def _larger(rng):
-    pairs = list(itertools.permutations(range(21), 2))
+    pairs = list(itertools.permutations(range(LARGEST + 1), 2))
     rng.shuffle(pairs)
     for a, b in pairs:
         yield f"Which is larger, {a} or {b}?", str(max(a, b))
 
 
 def _count(rng):
-    ranges = [(a, b) for a in range(1, 20) for b in range(a + 1, min(a + 3, 20) + 1)]
+    numbers = range(1, LARGEST + 1)
+    ranges = [(a, b) for a in numbers for b in numbers if 1 <= b - a <= 3]
     everything = list(itertools.product(["Count from {} to {}.", "Count: {} to {}"], ranges))
     rng.shuffle(everything)
     for wording, (a, b) in everything:
@@ -154,7 +156,7 @@ def is_exact(reply: str, answer: str) -> bool:
 
 
 def style(reply: str) -> str:
-    """ "polite", "terse" or "other" (nothing, or half of the polite form), right or wrong."""
+    """The style of a reply, right or wrong: "polite", "terse", "other" (nothing, half polite)."""
     reply = reply.strip()
     if reply.startswith("Sure: ") and reply.endswith("."):
         return "polite"
