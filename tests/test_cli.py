@@ -81,12 +81,16 @@ def test_string_without_inner_quotes():
 def test_misspelt_field_names_line_and_nearest(tmp_path):
     message = refusal(write(tmp_path, "recipe.TrainConfig.batch_sise = 3\n"))
     assert "batch_sise" in message and "did you mean 'batch_size'?" in message
-    assert "line 6" in message
+    assert "mine.gin, line 6" in message
 
 
-def test_wrong_type():
-    message = refusal("tulu_tiny_sft.gin", "--gin.NUM_STEPS=2.5")
-    assert "TrainConfig.num_steps = 2.5 is a float; expected int | None" in message
+def test_missing_include_and_misspelt_field_in_an_included_file(tmp_path):
+    (tmp_path / "models").mkdir()  # gin would take this folder for a package
+    (tmp_path / "inner.gin").write_text("recipe.TrainConfig.sead = 1\n")
+    message = refusal(write(tmp_path, "include 'inner.gin'\ninclude 'recipes/stf.gin'\n"))
+    assert "inner.gin, line 1" in message and "did you mean 'seed'?" in message
+    assert "mine.gin, line 7: include 'recipes/stf.gin' was not found" in message
+    assert "did you mean 'recipes/sft.gin'?" in message
 
 
 def test_values_nothing_reads(tmp_path):
@@ -152,7 +156,7 @@ def test_preflight_lists_what_is_wrong_with_the_whole(tmp_path):
         "micro_batch_size = 7 rows cannot be divided over data x fsdp = 2",
         "kv_heads of size 3",
         "mesh axis tensor = 4",
-        "the tokenizer cache/tulu_tiny_tokenizer has 512 ids; the model's vocabulary has 300",
+        "has 512 ids; the model's vocabulary has 300",
         "base = 'nowhere/at/all' does not exist",
     ):
         assert part in found
@@ -169,7 +173,7 @@ def test_preflight_data_and_objective_of_different_kinds():
     config = cli.load("tulu_tiny_sft.gin", workdir=None)
     import builders
 
-    wrong = builders.replace(config, data__train="tulu_tiny_preference", data__packing="none")
+    wrong = builders.replace(config, data__packing="none", data__train="tulu_tiny_preference")
     assert any("preference" in line for line in preflight.problems(wrong, num_devices=1))
 
 

@@ -5,6 +5,7 @@ macros, fields, types, values that nothing reads, and what `preflight` finds in 
 """
 
 import ast
+import dataclasses
 import inspect
 import pathlib
 import re
@@ -90,11 +91,9 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
     Raises `UsageError` that lists every problem of files, fields, types and rules.
     """
     path = find(name)
-    gin.clear_config()
-    for folder in config_folders():
-        gin.add_config_file_search_path(str(folder))
     with gin.unlock_config():
-        problems = _parse(path.read_text(), path.name)
+        lines, problems = _flatten(path)
+        problems += _parse(lines)
         problems += _override(overrides)
         gin.parse_config(
             "from __gin__ import dynamic_registration\n"
@@ -143,31 +142,65 @@ def operative_config() -> str:
     return gin.operative_config_str()
 
 
-def _parse(text: str, name: str) -> list[str]:
-    """Parses `text`; a statement that gin refuses is noted, blanked, and the rest is parsed."""
-    lines, problems = text.split("\n"), []
-    for _ in lines:
+@dataclasses.dataclass
+class _Line:
+    text: str
+    origin: str  # "sft.gin, line 3"
+
+
+def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
+    """The lines of a file with its includes in their places, and the includes that do not exist.
+
+    gin's own search would take a folder named `models` in the working directory for a package, and
+    stop at the first problem of an included file.
+    """
+    lines, problems = [], []
+    for number, text in enumerate(path.read_text().split("\n"), 1):
+        origin = f"{path.name}, line {number}"
+        found = re.fullmatch(r"include\s+(['\"])(.+)\1\s*(#.*)?", text)
+        if not found:
+            lines.append(_Line(text, origin))
+            continue
+        places = [folder / found.group(2) for folder in [path.parent, *config_folders()]]
+        included = next((place for place in places if place.is_file()), None)
+        if included is None:
+            known = {str(f.relative_to(d)) for d in config_folders()[1:] for f in d.rglob("*.gin")}
+            hint = validation.nearest(found.group(2), known)
+            problems.append(f"{origin}: include {found.group(2)!r} was not found{hint}")
+            continue
+        inner, missing = _flatten(included)
+        lines += [_Line("", i.origin) if i.text.startswith("from __gin__") else i for i in inner]
+        problems += missing
+    return lines, problems
+
+
+def _parse(lines: list[_Line]) -> list[str]:
+    """Parses `lines`; a statement that gin refuses is noted, blanked, and the rest is parsed."""
+    problems = []
+    for _ in range(len(lines)):
+        gin.clear_config()
         try:
-            gin.parse_config("\n".join(lines))
+            gin.parse_config("\n".join(line.text for line in lines))
             break
         except Exception as error:  # gin raises every kind, a SyntaxError or ImportError among them
             message = str(error)
             found = re.search(r"In bindings string line (\d+)", message)
-            line = int(found.group(1)) if found else getattr(error, "lineno", None)
-            problems.append(_tidy(message, name))
-            if line is None or "In file" in message or not lines[line - 1]:
-                break  # inside an included file: what follows would be its echo
-            lines[line - 1] = ""
-            while line < len(lines) and lines[line][:1].isspace():
-                lines[line] = ""
-                line += 1
-            gin.clear_config()
+            number = int(found.group(1)) if found else getattr(error, "lineno", None)
+            if number is None or not lines[number - 1].text:
+                problems.append(message)
+                break
+            said = message[: found.start()] if found else error.args[0]
+            problems.append(f"{lines[number - 1].origin}: {_tidy(said)}")
+            lines[number - 1].text = ""
+            while number < len(lines) and lines[number].text[:1].isspace():
+                lines[number].text = ""
+                number += 1
     return problems
 
 
-def _tidy(message: str, name: str) -> str:
+def _tidy(message: str) -> str:
     """A gin error on one line, with the nearest field where one was misspelt."""
-    text = " ".join(message.replace("In bindings string", f"In {name},").split())
+    text = " ".join(message.split())
     found = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text)
     return text + validation.nearest(found.group(2), _parameters(found.group(1))) if found else text
 
