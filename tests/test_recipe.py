@@ -38,19 +38,18 @@ def last_json(text: str) -> dict:
 
 
 def test_shortened_quickstart_learns_and_flips_the_style(tmp_path):
-    """Four fifths of the SFT updates and half of the DPO updates of launch/quickstart.sh."""
+    """Six sevenths of the SFT updates and half of the DPO updates of launch/quickstart.sh."""
     sft, dpo = "--gin_file=tulu_tiny_sft.gin", "--gin_file=tulu_tiny_dpo.gin"
-    assert "10 families" or run(tmp_path, "prepare", sft)
     before = last_json(run(tmp_path, "evaluate", sft, "--initial"))
-    run(tmp_path, "train", sft, "--gin.NUM_STEPS=SFT_STEPS")
+    run(tmp_path, "train", sft, "--gin.NUM_STEPS=600")
     after_sft = last_json(run(tmp_path, "evaluate", sft))
     run(tmp_path, "train", dpo, "--gin.NUM_STEPS=30")
     after_dpo = last_json(run(tmp_path, "evaluate", dpo))
     print(before, after_sft, after_dpo, evals(tmp_path, "tulu_tiny_dpo"), sep="\n")
     assert before["exact_match"] < 0.02
-    assert after_sft["exact_match"] >= 0.8
-    assert after_sft["terse"] >= 0.8
-    assert after_dpo["polite"] >= 0.9 and after_dpo["exact_match"] >= 0.7
+    assert after_sft["exact_match"] >= 0.9
+    assert after_sft["terse"] >= 0.7
+    assert after_dpo["polite"] >= 0.9 and after_dpo["exact_match"] >= 0.85
     first, last = evals(tmp_path, "tulu_tiny_dpo")
     assert first["eval/loss"] == pytest.approx(0.6931, abs=1e-3)
     assert last["eval/rewards/accuracies"] >= 0.95
