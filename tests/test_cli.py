@@ -12,9 +12,15 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 COMPLETE = sorted(path.name for path in CONFIGS.glob("*.gin"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory whose trained tokenizer the tests of this file share."""
+    return tmp_path_factory.mktemp("cli")
+
+
 @pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def clean(monkeypatch, folder):
+    monkeypatch.chdir(folder)
     yield
     gin.clear_config()
 

@@ -53,7 +53,11 @@ def home(tmp_path_factory):
 
 def start(home, stage, workdir, **options):
     """`python -m tulu_jax.train` on one device, in a process of its own."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),  # the same programs, many times
+    }
     command = [sys.executable, "-m", "tulu_jax.train", f"--gin_file=small_{stage}.gin"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}"],
@@ -77,15 +81,29 @@ def steps_logged(workdir):
     return path.read_text().count("train/loss") if path.exists() else 0
 
 
-def kill_at(process, workdir, step):
-    """SIGKILL once `step` updates are in the metrics and a checkpoint is complete."""
-    deadline = time.time() + 400
+def checkpoint_folders(workdir, *, complete):
+    """Names below checkpoints/: finished ones are numbers, others are being written."""
     folder = workdir / checkpoint_lib.FOLDER
-    while steps_logged(workdir) < step or not any(p.name.isdigit() for p in folder.iterdir()):
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [name for name in names if name.isdigit() == complete]
+
+
+def kill_when(process, condition):
+    """SIGKILL as soon as `condition()` holds."""
+    deadline = time.time() + 400
+    while not condition():
         assert process.poll() is None and time.time() < deadline, process.communicate()[1]
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def kill_at(process, workdir, step):
+    """SIGKILL once `step` updates are in the metrics and a checkpoint is complete."""
+    kill_when(
+        process,
+        lambda: steps_logged(workdir) >= step and checkpoint_folders(workdir, complete=True),
+    )
 
 
 def without_times(workdir):
@@ -131,8 +149,24 @@ def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     assert max(saved_steps(workdir)) == 100
 
 
+def test_kill_during_a_checkpoint_keeps_the_previous_one(home, tmp_path):
+    workdir = tmp_path / "run"
+
+    def writing():
+        return all(checkpoint_folders(workdir, complete=c) for c in (True, False))
+
+    kill_when(start(home, "tulu_tiny_sft", workdir), writing)
+    torn = checkpoint_folders(workdir, complete=False)
+    good = max(saved_steps(workdir))
+    assert torn and all(not name.isdigit() for name in torn)
+    message = finish(start(home, "tulu_tiny_sft", workdir))
+    assert f"Resuming from step {good}" in message
+    assert max(saved_steps(workdir)) == 100
+
+
 def run_config(home, tmp_path, **changes):
-    config = builders.train_config(home, tokenizer=home / "cache/tulu_tiny_tokenizer", **changes)
+    tokenizer = tulu_tiny.tokenizer(str(home / "cache/tulu_tiny_tokenizer"))
+    config = builders.train_config(home, tokenizer=tokenizer, **changes)
     return builders.replace(config, workdir=str(tmp_path / "run"))
 
 

@@ -14,7 +14,7 @@ TaskRegistry.add(
         convert=instruct.lima,
         expected=1030,
         licence="CC BY-NC-SA, or stricter as its sources",
-        origin="huggingface.co/datasets/GAIR/lima",
+        origin="Hugging Face hub: GAIR/lima",
     )
 )
 TaskRegistry.add(
@@ -24,7 +24,7 @@ TaskRegistry.add(
         sources={"train": "instruct_raw/gpt4_alpaca/alpaca_gpt4_data.json"},
         convert=instruct.alpaca,
         licence="CC BY-NC 4.0",
-        origin="github.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM",
+        origin="GitHub: Instruction-Tuning-with-GPT-4/GPT-4-LLM",
     )
 )
 TaskRegistry.add(
@@ -35,7 +35,7 @@ TaskRegistry.add(
         convert=instruct.alpaca,
         expected=20022,
         licence="CC BY-NC 4.0",
-        origin="github.com/sahil280114/codealpaca",
+        origin="GitHub: sahil280114/codealpaca",
     )
 )
 TaskRegistry.add(
@@ -45,7 +45,7 @@ TaskRegistry.add(
         sources={"train": "instruct_raw/stanford_alpaca/alpaca_data.json"},
         convert=instruct.alpaca,
         licence="CC BY-NC 4.0",
-        origin="github.com/tatsu-lab/stanford_alpaca",
+        origin="GitHub: tatsu-lab/stanford_alpaca",
     )
 )
 TaskRegistry.add(
@@ -55,7 +55,7 @@ TaskRegistry.add(
         sources={"train": "instruct_raw/dolly/dolly_3k.json"},
         convert=instruct.alpaca,
         licence="CC BY-SA 3.0",
-        origin="huggingface.co/datasets/databricks/databricks-dolly-15k",
+        origin="Hugging Face hub: databricks/databricks-dolly-15k",
     )
 )
 TaskRegistry.add(
@@ -65,7 +65,7 @@ TaskRegistry.add(
         sources={"train": "instruct_raw/oasst1/en_100_tree.jsonl"},
         convert=instruct.oasst_tree,
         licence="Apache-2.0",
-        origin="github.com/LAION-AI/Open-Assistant, sample trees without labels",
+        origin="GitHub: LAION-AI/Open-Assistant, sample trees without labels",
     )
 )
 TaskRegistry.add(
@@ -76,7 +76,7 @@ TaskRegistry.add(
         convert=preference.ultrafeedback_binarized,
         holdout_every=5,  # of 500 rows at hand, enough pairs to measure a margin on
         licence="MIT",
-        origin="huggingface.co/datasets/trl-lib/ultrafeedback_binarized",
+        origin="Hugging Face hub: trl-lib/ultrafeedback_binarized",
     )
 )
 
