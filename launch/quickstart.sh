@@ -29,7 +29,7 @@ run "DPO from that checkpoint" tulu_jax.train "${DPO[@]}"
 run "Held-out exact match and style after DPO" tulu_jax.evaluate "${DPO[@]}"
 run "Export to Hugging Face layout" tulu_jax.convert "${DPO[@]}" --out="$RUNS/tulu_tiny_hf" --overwrite
 run "A short chat" tulu_jax.generate "${DPO[@]}" --max_new_tokens=32 \
-  --prompt="Opposite of hot?" --prompt="Reverse: cat red milk" --prompt="Which is larger, 7 or 12?"
+  --prompt="Opposite of hot?" --prompt="Reverse: cat red fox" --prompt="Which is larger, 7 or 12?"
 run "Summary" tulu_jax.report --workdirs="$RUNS/tulu_tiny_sft,$RUNS/tulu_tiny_dpo" --out="$RUNS/report.html"
 echo
 echo "Done in $(( $(date +%s) - started )) s after installation. Curves: $RUNS/report.html"

@@ -38,7 +38,7 @@ def last_json(text: str) -> dict:
 
 
 def test_shortened_quickstart_learns_and_flips_the_style(tmp_path):
-    """Six sevenths of the SFT updates and half of the DPO updates of launch/quickstart.sh."""
+    """launch/quickstart.sh with two thirds of its SFT updates."""
     sft, dpo = "--gin_file=tulu_tiny_sft.gin", "--gin_file=tulu_tiny_dpo.gin"
     before = last_json(run(tmp_path, "evaluate", sft, "--initial"))
     run(tmp_path, "train", sft, "--gin.NUM_STEPS=600")
@@ -49,7 +49,8 @@ def test_shortened_quickstart_learns_and_flips_the_style(tmp_path):
     assert before["exact_match"] < 0.02
     assert after_sft["exact_match"] >= 0.9
     assert after_sft["terse"] >= 0.7
-    assert after_dpo["polite"] >= 0.9 and after_dpo["exact_match"] >= 0.85
+    assert after_dpo["polite"] >= after_sft["polite"] + 0.5  # the style flips ...
+    assert after_dpo["exact_match"] >= 0.7  # ... and the answers stay
     first, last = evals(tmp_path, "tulu_tiny_dpo")
     assert first["eval/loss"] == pytest.approx(0.6931, abs=1e-3)
     assert last["eval/rewards/accuracies"] >= 0.95

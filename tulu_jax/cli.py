@@ -59,6 +59,8 @@ def run(main: Callable[[TrainConfig], None]) -> None:
 
 
 def _ours_or_serious(record) -> bool:
+    if "orbax" in record.pathname:
+        return record.levelno >= 40
     return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))
 
 

@@ -9,12 +9,12 @@ from tulu_jax import cli
 
 
 def main(config) -> None:
-    """Encodes both splits (or finds them encoded) and prints their counts."""
+    """Encodes both splits (or finds them encoded); their counts are logged."""
     from tulu_jax.data import loader
 
     cli.stop_if(loader.problems(config.data, kind=config.data.kind))
     for split in ("train", "validation"):
-        print(f"{split}\n{loader.prepare(config.data, split=split).stats}\n")
+        loader.prepare(config.data, split=split)
 
 
 if __name__ == "__main__":
