@@ -46,7 +46,7 @@ def side(data: loader.DataConfig):
         objective=sft.SFTConfig(),
         optimizer=optim.OptimizerConfig(learning_rate=1e-4, warmup_ratio=0.0),
         checkpoint=CheckpointConfig(every=1),
-        execution=ExecutionConfig(compute_dtype="float32", remat=False),
+        execution=ExecutionConfig(compute_dtype="float32", remat_policy="save_projections"),
         workdir="unused",
         base=None,
         batch_size=ROWS,
