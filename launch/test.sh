@@ -18,5 +18,5 @@ pip -e ".[test]"
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
 # The longest files first, so that the two workers end together.
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile \
-  tests/test_recipe.py tests/test_step.py tests/test_trainer.py tests "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  tests/test_recipe.py tests/test_trainer.py tests/test_step.py tests "$@"

@@ -72,7 +72,7 @@ def test_shortened_quickstart_learns_and_flips_the_style(tmp_path):
 
     run(tmp_path, "report", "--workdirs=runs/tulu_tiny_sft,runs/tulu_tiny_dpo", "--out=page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64") == 2 and "Opposite" in page
+    assert page.count("data:image/png;base64") == 2 and "<th>right answer</th>" in page
 
 
 def test_real_weights_rows_and_pairs(tmp_path, shared_data):
