@@ -265,6 +265,23 @@ def test_dpo_starts_from_the_run_before_it(home, tmp_path):
     assert end["eval/rewards/margins"] > begin["eval/rewards/margins"]
 
 
+def test_reference_of_a_resumed_run_is_never_another_base(home, tmp_path):
+    """The cache is gone: the same base gives the same curve, another base is refused."""
+    config = run_config(home, tmp_path, dpo_stage=True)
+    trainer.Run(config).train()
+    whole = without_times(config.workdir)
+    folder = tmp_path / "run"
+    for split in ("train", "eval"):
+        (folder / f"reference_{split}.npz").unlink()
+    shutil.rmtree(folder / checkpoint_lib.FOLDER / "8")
+    shutil.copytree(folder, tmp_path / "copy")
+    other = builders.replace(config, workdir=str(tmp_path / "copy"), seed=7)  # other random weights
+    with pytest.raises(ValueError, match="this run began with"):
+        trainer.Run(other).train()
+    trainer.Run(config).train()
+    assert without_times(config.workdir) == whole
+
+
 def test_rates_say_how_much_was_useful():
     counts = {"positions": 1000.0, "nonpadding": 600.0, "trained": 200.0, "conversations": 8.0}
     rates = metrics_lib.rates(counts, 2.0, flops=5e9, peak_flops=1e10)

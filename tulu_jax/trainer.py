@@ -185,10 +185,10 @@ class Run:
         score = jax.jit(score, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
 
         def parts(rows):
-            params = state.params
-            if int(state.step) > 0:  # resumed without the cache: the reference is the base again
-                params = initial_params(self.config, self.abstract.params)
-            for batch in self._progress(self._eval_batches(rows), "reference"):
+            params = self._reference_params(state)
+            size = self.config.micro_batch_size or self.config.batch_size
+            total = loader.num_eval_batches(rows, batch_size=size)
+            for batch in self._progress(self._eval_batches(rows), "reference", total=total):
                 put = put_batch(batch, self.mesh)
                 example = jax.device_put(put["example"], jax.NamedSharding(self.mesh, jax.P()))
                 yield np.asarray(example), np.asarray(score(params, put))
@@ -204,6 +204,23 @@ class Run:
         for split in ("train", "eval"):
             rows = getattr(self, f"{split}_split").rows
             setattr(self, f"{split}_split", Split(rows, logps(split)))
+
+    def _reference_params(self, state: TrainState) -> dict:
+        """The parameters the run began with; a resumed run without its cache loads its base again.
+
+        Raises `ValueError` if the base is no longer the one that the run began with.
+        """
+        if int(state.step) == 0:
+            return state.params
+        params = initial_params(self.config, self.abstract.params)
+        found = state_lib.fingerprint(params)
+        if found != self.weights:
+            raise ValueError(
+                f"base = {self.config.base!r} has weights {found}; this run began with "
+                f"{self.weights}, and its cached reference log-probabilities are gone. Restore "
+                "that base, or start anew in another --workdir"
+            )
+        return params
 
     def _eval_batches(self, rows: loader.Rows) -> Iterator[dict]:
         return loader.eval_batches(

@@ -66,11 +66,6 @@ def param_axes(name: str) -> tuple[str, ...]:
     return matches[0]
 
 
-def param_specs(params: dict) -> dict:
-    """The `PartitionSpec` of every leaf of a parameter dict."""
-    return jax.tree.map_with_path(lambda path, _: spec(*param_axes(path_name(path))), params)
-
-
 def state_shardings(mesh: Mesh, state):
     """`NamedSharding` for every leaf of a training state: parameter-like leaves by their path.
 

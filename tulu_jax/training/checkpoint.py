@@ -1,7 +1,6 @@
 """Checkpoints: asynchronous, atomic, restored onto any mesh. The only file that imports Orbax."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,10 +193,3 @@ def param_problems(found: dict[str, list[int]], abstract_params: dict) -> list[s
         if name not in expected
     ]
     return problems
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
