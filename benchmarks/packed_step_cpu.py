@@ -77,7 +77,7 @@ def main() -> None:
         if root.is_dir():
             tokenizer = str(root / "models/stories260K/tok512.model")
             common = dict(train="real_small_sft", tokenizer=tokenizer, data_root=str(root))
-            common |= dict(max_length=512)
+            common |= dict(max_length=512, holdout_every=20, accept_counts=True)
         else:
             print(f"real rows not found at {root}: using tulu_tiny")
             common = dict(train="tulu_tiny", max_length=256)

@@ -90,6 +90,9 @@ def export(config: TrainConfig, out: str, *, step: int | None, dtype: str, overw
             generation_config=generation,
             overwrite=overwrite,
             write_tokenizer=lambda folder: tokenizer_training.save_tokenizer(
-                tokenizer.backend, str(folder), max_length=config.data.max_length
+                tokenizer.backend,
+                str(folder),
+                max_length=config.data.max_length,
+                mode=config.data.chat,
             ),
         )

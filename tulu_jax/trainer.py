@@ -92,7 +92,8 @@ class Run:
         self.mesh = mesh_lib.make(config.mesh)
         self.objective = step_lib.OBJECTIVES[type(config.objective)]
         self.train_split = Split(loader.prepare(config.data, split="train"))
-        self.eval_split = Split(loader.prepare(config.data, split="validation"))
+        held_out = loader.prepare(config.data, split="validation")
+        self.eval_split = None if held_out is None else Split(held_out)
         self.num_steps = config.num_steps or max(
             1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
         )
@@ -193,17 +194,17 @@ class Run:
                 example = jax.device_put(put["example"], jax.NamedSharding(self.mesh, jax.P()))
                 yield np.asarray(example), np.asarray(score(params, put))
 
-        def logps(split):
-            rows = getattr(self, f"{split}_split").rows
+        def logps(split, rows):
             return reference.cached(
                 epath.Path(self.config.workdir) / f"reference_{split}.npz",
                 key={"weights": self.weights, "data": rows.fingerprint},
                 compute=lambda: reference.gather(rows.num_examples, parts(rows)),
             )
 
-        for split in ("train", "eval"):
-            rows = getattr(self, f"{split}_split").rows
-            setattr(self, f"{split}_split", Split(rows, logps(split)))
+        self.train_split = Split(self.rows, logps("train", self.rows))
+        if self.eval_split is not None:
+            rows = self.eval_split.rows
+            self.eval_split = Split(rows, logps("eval", rows))
 
     def _reference_params(self, state: TrainState) -> dict:
         """The parameters the run began with; a resumed run without its cache loads its base again.
@@ -236,7 +237,9 @@ class Run:
         return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
 
     def evaluate(self, params: dict) -> dict[str, float]:
-        """`eval/*` means over the whole validation split."""
+        """`eval/*` means over the whole validation split; nothing if there is none."""
+        if self.eval_split is None:
+            return {}
         totals, count = dict.fromkeys(self.objective.METRICS, 0.0), 0.0
         for batch in self._eval_batches(self.eval_split.rows):
             batch = put_batch(self.eval_split.attach(batch), self.mesh)

@@ -228,7 +228,7 @@ CHAT_CASES = [
 
 def test_transformers_chat_template_gives_our_ids(tokenizer_dir, tokenizer, llama2, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=4096)
+    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=4096, mode="spec")
     for folder, ours in ((tokenizer_dir, tokenizer), (str(tmp_path), llama2)):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         for conversation in CHAT_CASES:
@@ -260,6 +260,8 @@ def test_malformed_messages_name_the_row(tokenizer, conversation, message):
         chat.encode_conversation(conversation, tokenizer, chat="spec", name="t/3")
 
 
-def test_paper_mode_is_refused_by_name(tokenizer):
-    with pytest.raises(ValueError, match=r"chat = 'paper': expected one of \['spec'\]"):
-        chat.encode_conversation(CONVERSATION, tokenizer, chat="paper")
+def test_a_mode_that_does_not_exist(tokenizer):
+    with pytest.raises(
+        ValueError, match=r"chat = 'papers': expected one of .*did you mean 'paper'"
+    ):
+        chat.encode_conversation(CONVERSATION, tokenizer, chat="papers")

@@ -1,8 +1,12 @@
 """The encode cache: written once, keyed by its inputs, whole or absent; rows that do not fit."""
 
 import dataclasses
-import os
+import functools
+import json
 import pathlib
+import resource
+import subprocess
+import sys
 
 import pytest
 from raw_rows import chats, messages, pair, write_jsonl
@@ -14,7 +18,7 @@ from tulu_jax.data import chat, encode, loader, registry, tokenizer_training
 def config(tokenizer_dir, tmp_path, add_task) -> loader.DataConfig:
     """A task "a" of ten conversations in `rows.jsonl`, and where it is encoded to."""
     write_jsonl(tmp_path / "rows.jsonl", chats(10))
-    add_task("a", {"train": "rows.jsonl"}, holdout_every=None)
+    add_task("a", {"train": "rows.jsonl"})
     return loader.DataConfig(
         train="a",
         tokenizer=tokenizer_dir,
@@ -87,7 +91,7 @@ def test_another_rule_of_the_task_encodes_again(config, encoded):
 
 def test_finished_tasks_survive_a_failing_one(config, encoded, tmp_path, add_task):
     write_jsonl(tmp_path / "b.jsonl", [{"messages": []}])
-    add_task("b", {"train": "b.jsonl"}, holdout_every=None)
+    add_task("b", {"train": "b.jsonl"})
     registry.MixtureRegistry.add(registry.Mixture(name="ab", tasks={"a": None, "b": None}))
     try:
         with pytest.raises(ValueError, match=r"row b/0: found messages \[\]"):
@@ -99,31 +103,67 @@ def test_finished_tasks_survive_a_failing_one(config, encoded, tmp_path, add_tas
     assert encoded == [10, 2]
 
 
-def test_interrupted_encoding_leaves_nothing(config, monkeypatch):
-    def full_disk(*args, **options):
-        raise OSError(28, "No space left on device")
+ENCODE = """
+import json, sys
+from tulu_jax.data import encode, loader, registry
+encode.SHARD_ROWS = 4
+registry.TaskRegistry.add(
+    registry.Task(
+        name="a",
+        kind="sft",
+        sources={"train": "rows.jsonl"},
+        convert=lambda row: row,
+        licence="-",
+        origin="-",
+    )
+)
+rows = loader.prepare(loader.DataConfig(**json.loads(sys.argv[1])), split="train")
+print(rows.fingerprint, rows.num_examples)
+"""
 
-    monkeypatch.setattr(encode, "_counts", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        train_rows(config)
-    assert list(pathlib.Path(config.cache_dir).iterdir()) == []
-    monkeypatch.undo()
-    assert train_rows(config).num_examples == 10
+
+def encode_in_a_process(config, **options) -> subprocess.Popen:
+    fields = json.dumps({**dataclasses.asdict(config), "train": "a"})
+    command = [sys.executable, "-c", ENCODE, fields]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def test_two_processes_may_encode_the_same_rows(config, monkeypatch):
-    rename = os.rename
+def test_a_full_disk_leaves_whole_shards_and_the_next_run_goes_on(config, tmp_path):
+    """A real process with a limit on the size of a file: its third shard does not fit."""
+    rows = chats(10)
+    rows[9]["messages"][1]["content"] = "hen fox " * 3000
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = dataclasses.replace(config, max_length=10000)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (12000, 12000))
+    _, error = (process := encode_in_a_process(config, preexec_fn=limit)).communicate()
+    assert process.returncode != 0
+    assert "free some space, or set cache_dir to a larger disk, and start again" in error.decode()
+    (folder,) = pathlib.Path(config.cache_dir).iterdir()
+    names = ["examples-00000.arrow", "examples-00001.arrow"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    written = [(folder / name).stat().st_mtime_ns for name in names]
+    output, _ = encode_in_a_process(config).communicate()
+    assert output.split()[1] == b"10"
+    assert [(folder / name).stat().st_mtime_ns for name in names] == written
 
-    def after_another(source, target):
-        if not pathlib.Path(target).exists():
-            monkeypatch.setattr(os, "rename", rename)
-            train_rows(config)
-            monkeypatch.setattr(os, "rename", after_another)
-        rename(source, target)
 
-    monkeypatch.setattr(os, "rename", after_another)
-    assert train_rows(config).num_examples == 10
-    assert len(list(pathlib.Path(config.cache_dir).iterdir())) == 1
+def test_two_processes_may_encode_the_same_rows(config, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", chats(400))
+    processes = [encode_in_a_process(config) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert outputs[0] == outputs[1] and outputs[0].split()[1] == b"400"
+    (folder,) = pathlib.Path(config.cache_dir).iterdir()
+    assert len(encode.shards(folder)) == 100
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+
+
+def test_dropped_rows_are_kept_aside(config, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [*chats(2), LONG])
+    rows = train_rows(config, truncation="drop")
+    (folder,) = pathlib.Path(config.cache_dir).iterdir()
+    aside = [json.loads(line) for line in (folder / "aside.jsonl").read_text().splitlines()]
+    assert aside == [{"id": "a/2", "reason": "longer than max_length"}]
+    assert rows.num_examples == 2
 
 
 LONG = {"messages": messages("Say: hen fox", "hen fox " * 60)}
@@ -161,8 +201,23 @@ def test_no_examples_at_all(config, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages("alone")}])
     with pytest.raises(ValueError, match=r"'a' has no examples in its train split"):
         train_rows(config)
+    assert loader.prepare(config, split="validation") is None
+    held_out = dataclasses.replace(config, holdout_every=2)
     with pytest.raises(ValueError, match=r"'a' has no examples in its validation split"):
-        loader.prepare(config, split="validation")
+        loader.prepare(held_out, split="validation")
+
+
+def test_unexpected_counts_are_refused_unless_told_to_go_on(config):
+    task = registry.TaskRegistry.get("a")
+    registry.TaskRegistry.remove("a")
+    registry.TaskRegistry.add(dataclasses.replace(task, expected=12))
+    mixture = registry.Mixture(name="m", tasks={"a": None}, expected=11)
+    with pytest.raises(ValueError) as raised:
+        train_rows(config, train=mixture)
+    assert "a: found 10 examples, expected 12 (-2)" in str(raised.value)
+    assert "m: found 10 examples in all, expected 11 (-1)" in str(raised.value)
+    assert "accept_counts = True" in str(raised.value)
+    assert train_rows(config, train=mixture, accept_counts=True).num_examples == 10
 
 
 def test_pairs_are_cut_side_by_side(config, tmp_path, add_task):
@@ -173,7 +228,7 @@ def test_pairs_are_cut_side_by_side(config, tmp_path, add_task):
         pair("Say: owl", "owl", "owl "),
     ]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    add_task("p", {"train": "pairs.jsonl"}, kind="preference", holdout_every=None)
+    add_task("p", {"train": "pairs.jsonl"}, kind="preference")
     rows = train_rows(config, train="p", packing="none")
     assert (rows.kind, rows.num_examples, rows.stats.cut) == ("preference", 2, 1)
     assert rows.stats.dropped == {"identical sides": 1, "no trained token": 1}
@@ -186,6 +241,7 @@ def test_real_mixtures_are_served(shared_data, tmp_path):
     for name, options in (("real_small_sft", {}), ("real_small_dpo", {"packing": "none"})):
         config = loader.DataConfig(
             train=name,
+            holdout_every=20,
             tokenizer=str(shared_data / "models" / "stories260K" / "tok512.model"),
             data_root=str(shared_data),
             max_length=512,
@@ -195,7 +251,7 @@ def test_real_mixtures_are_served(shared_data, tmp_path):
         rows = loader.prepare(config, split="validation")
         kept = rows.num_examples + sum(rows.stats.dropped.values())
         assert kept + sum(t.not_drawn for t in rows.stats.tasks) == sum(
-            t.raw_rows for t in rows.stats.tasks
+            t.raw_rows + t.added_parts for t in rows.stats.tasks
         )
         (batch,) = [
             b

@@ -225,10 +225,14 @@ def test_batch_that_processes_cannot_divide(sft_rows):
             r"no mixture or task is named 'tulu_tinny'; did you mean 'tulu_t",
         ),
         ({"packing": "bestfit"}, r"packing = 'bestfit'.*did you mean 'best_fit'"),
-        ({"truncation": "left"}, r"truncation = 'left': expected one of \['cut', 'drop'\]"),
-        ({"chat": "paper"}, r"chat = 'paper': expected one of \['spec'\]"),
+        ({"truncation": "left"}, r"truncation = 'left': expected one of \['cut', 'drop', 's"),
+        ({"chat": "papers"}, r"chat = 'papers': expected one of .*; did you mean 'paper'"),
+        ({"holdout_every": 1}, r"holdout_every = 1: expected None, or 2 or more"),
         ({"max_length": 1}, r"max_length = 1: expected 2 or more"),
-        ({"train": "tulu_tiny_preference"}, r"packing = 'best_fit' with the preference task"),
+        (
+            {"train": "tulu_tiny_preference", "truncation": "split"},
+            r"truncation = 'split' with pairs, which cannot be split",
+        ),
         ({"validation": "ultrafeedback_binarized"}, r"train and validation are of different kinds"),
     ],
 )
@@ -243,10 +247,10 @@ def test_problems_of_a_run_are_listed_together(sft_config, tmp_path):
     )
     assert list(loader.problems(sft_config, kind="sft")) == []
     found = list(loader.problems(config, kind="preference"))
-    assert len(found) == 4
+    assert len(found) == 3
     assert "the objective trains on preference data; 'lima' is sft data" in found[0]
     assert "found no tokenizer" in found[1]
-    assert "lima, train split" in found[2] and "train.jsonl: no such file" in found[2]
+    assert found[2].startswith("lima (train): task 'lima': found no ")
     assert loader.vocab_size(config) is None
 
 

@@ -3,12 +3,22 @@
     <|system|>\\n…\\n   <|user|>\\n…\\n   <|assistant|>\\n…</s>\\n      (contents stripped)
 
 The text is stripped at its end and one BOS id precedes it. Loss falls on the content of assistant
-turns and on the `</s>` that ends each; the newline after `</s>` is a token, never a target.
-Source: TÜLU 2 (arXiv 2311.10702), open-instruct `finetune.py` of November 2023.
+turns and on the `</s>` that ends each. Three modes, named after what they reproduce:
+
+| mode | the newline after an inner `</s>` |
+|---|---|
+| `spec` | a token, as the template is documented; not trained |
+| `paper` | swallowed, as all white space around `<s>`, `</s>`, `<unk>`: the JAX trainer's |
+| `open_instruct` | a token, and trained, as in `finetune.py` of November 2023 |
+
+Source: TÜLU 2 (arXiv 2311.10702); EasyLM and open-instruct of November 2023. The tokenizers of
+that time (transformers 4.31) stripped the text on both sides of a special token.
 """
 
+import bisect
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +29,11 @@ from tulu_jax.data import sentencepiece_bpe
 from tulu_jax.data.examples import check_messages
 from tulu_jax.data.sources import readers
 
-MODES = ("spec",)
-BOS, EOS = "<s>", "</s>"
+MODES = ("spec", "paper", "open_instruct")
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+_AROUND_SPECIAL = re.compile(rf"\s*({BOS}|{EOS}|{UNK})\s*")
 
-# Renders as `render` does, BOS first; keeps system turns, which the released template drops.
-CHAT_TEMPLATE = (
+_RENDER = (
     "{%- set ns = namespace(text='') -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
@@ -35,9 +45,34 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- set ns.text = ns.text + '\\n' -%}"
     "{%- endfor -%}"
+)
+_TIGHTEN = (
+    "{%- for special in ['<s>', '</s>', '<unk>'] -%}"
+    "{%- set pieces = ns.text.split(special) -%}"
+    "{%- set ns.text = pieces[0].rstrip() if pieces | length > 1 else pieces[0] -%}"
+    "{%- for piece in pieces[1:] -%}"
+    "{%- set ns.text = ns.text + special + (piece.lstrip() if loop.last else piece.strip()) -%}"
+    "{%- endfor -%}"
+    "{%- endfor -%}"
+)
+_EMIT = (
     "{{- bos_token -}}"
     "{%- if add_generation_prompt -%}{{- ns.text + '<|assistant|>\\n' -}}"
     "{%- else -%}{{- ns.text | trim -}}{%- endif -%}"
+)
+# Each renders as its mode does, BOS first, and keeps system turns, which the released one drops.
+CHAT_TEMPLATES = {
+    "spec": _RENDER + _EMIT,
+    "paper": _RENDER + _TIGHTEN + _EMIT,
+    "open_instruct": _RENDER + _EMIT,
+}
+
+# Texts whose ids tell tokenizers apart: prefixes, newlines around special tokens, spaces, bytes.
+PROBES = (
+    "<|user|>\nHello world\n<|assistant|>\nYes</s>\n<|user|>\nAgain",
+    "<|system|>\n\n<|user|>\n  two  spaces\tand a tab \n\n<|assistant|>\n",
+    "naïve 東京 💡 \x00\r\n",
+    "a</s></s>b <s> c",
 )
 
 
@@ -64,11 +99,12 @@ class ChatTokenizer:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
     """An assistant turn in the text, in characters: `text[start:content_end]` is its content and
-    `text[content_end:end]` its `</s>`."""
+    `text[content_end:end]` its `</s>`; the next message begins at `next`, None after the last."""
 
     start: int
     content_end: int
     end: int
+    next: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +135,7 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     """Loads `tokenizer.json`, or else a SentencePiece `tokenizer.model`, from a file or its folder.
 
     Raises `FileNotFoundError` if there is neither, and `ValueError` for a tokenizer without a
-    single-id `</s>` or `<s>`.
+    single-id `</s>` or `<s>`, or if both files are there and give some text different ids.
     """
     import tokenizers
 
@@ -110,6 +146,7 @@ def load_tokenizer(path: str) -> ChatTokenizer:
         backend = sentencepiece_bpe.convert(file.read_bytes(), str(file))
     backend.no_truncation()
     backend.no_padding()
+    _check_agreement(backend, file)
     return ChatTokenizer(
         backend=backend,
         vocab_size=backend.get_vocab_size(),
@@ -151,7 +188,7 @@ def tokenize(
     results = []
     for text, encoding, name in zip(rendered, encodings, names, strict=True):
         ids = np.array([tokenizer.bos_id, *encoding.ids], np.int32)
-        spans = [_span(turn, encoding, ids, tokenizer.eos_id, name) for turn in text.turns]
+        spans = [_span(turn, encoding, ids, tokenizer.eos_id, chat, name) for turn in text.turns]
         results.append(TokenIds(ids=ids, spans=np.array(spans, np.int32).reshape(-1, 2)))
     return results
 
@@ -231,20 +268,46 @@ def _concatenate(messages: list[dict], chat: str) -> tuple[str, list[Turn]]:
     if chat not in MODES:
         raise ValueError(validation.one_of("chat", chat, MODES)[1])
     parts, turns, length = [], [], 0
-    for message in messages:
+    for index, message in enumerate(messages):
         header, content = f"<|{message['role']}|>\n", message["content"].strip()
-        ending = ""
-        if message["role"] == "assistant":
-            ending = EOS
-            start = length + len(header)
-            content_end = start + len(content)
-            turns.append(Turn(start=start, content_end=content_end, end=content_end + len(EOS)))
-        parts += [header, content, ending, "\n"]
-        length += len(header) + len(content) + len(ending) + 1
-    return "".join(parts), turns
+        is_assistant = message["role"] == "assistant"
+        parts += [header, content, EOS if is_assistant else "", "\n"]
+        start = length + len(header)
+        length = start + len(content) + len(EOS) * is_assistant + 1
+        if is_assistant:
+            turn = Turn(
+                start=start,
+                content_end=start + len(content),
+                end=length - 1,
+                next=length if index + 1 < len(messages) else None,
+            )
+            turns.append(turn)
+    text = "".join(parts)
+    return _tightened(text, turns) if chat == "paper" else (text, turns)
 
 
-def _span(turn: Turn, encoding, ids: np.ndarray, eos_id: int, name: str) -> tuple[int, int]:
+def _tightened(text: str, turns: list[Turn]) -> tuple[str, list[Turn]]:
+    """The text without white space around special tokens, and its turns moved accordingly."""
+    starts, gone = [0], [0]  # where a removed stretch starts, and what is gone up to its end
+    stops = [0]
+    for match in _AROUND_SPECIAL.finditer(text):
+        for start, stop in ((match.start(), match.start(1)), (match.end(1), match.end())):
+            starts.append(start)
+            stops.append(stop)
+            gone.append(gone[-1] + stop - start)
+
+    def moved(at: int | None) -> int | None:
+        if at is None:
+            return None
+        last = bisect.bisect_left(starts, at, lo=1) - 1
+        return at - gone[last] + max(stops[last] - at, 0)
+
+    return _AROUND_SPECIAL.sub(r"\1", text), [
+        Turn(**{name: moved(at) for name, at in dataclasses.asdict(turn).items()}) for turn in turns
+    ]
+
+
+def _span(turn: Turn, encoding, ids: np.ndarray, eos_id: int, chat: str, name: str):
     """The targets of one turn. Token k of the text is id k + 1 (BOS is 0), thus target k."""
     first, last = encoding.char_to_token(turn.start), encoding.char_to_token(turn.content_end)
     exact = (
@@ -260,6 +323,8 @@ def _span(turn: Turn, encoding, ids: np.ndarray, eos_id: int, name: str) -> tupl
             f"row {name}: the tokens of the assistant turn at characters {turn.start}-{turn.end} "
             "do not begin and end with it; this tokenizer merges or drops text at its borders"
         )
+    if chat == "open_instruct" and turn.next is not None:
+        return first, encoding.char_to_token(turn.next)  # trains the newline's pieces too
     return first, last + 1
 
 
@@ -276,6 +341,22 @@ def _tokenizer_file(path: str):
     raise FileNotFoundError(
         f"{path}: found no tokenizer; expected tokenizer.json or tokenizer.model there"
     )
+
+
+def _check_agreement(backend, file) -> None:
+    """Raises `ValueError` if the tokenizer.model beside a tokenizer.json gives other ids."""
+    beside = file.with_name("tokenizer.model")
+    if file.suffix != ".json" or not beside.exists():
+        return
+    other = sentencepiece_bpe.convert(beside.read_bytes(), str(beside))
+    for probe in PROBES:
+        ours, theirs = (b.encode(probe, add_special_tokens=False).ids for b in (backend, other))
+        if ours != theirs:
+            raise ValueError(
+                f"{file} and {beside} give different ids for {probe!r}: {ours} and {theirs}. "
+                "Give the one that the model was trained with: the tokenizer.model alone is the "
+                "original; a tokenizer.json saved with legacy = False is not"
+            )
 
 
 def _single_id(backend, text: str, path: str) -> int:

@@ -2,214 +2,297 @@
 
 It is keyed by all that its content depends on: raw rows, code, tokenizer, template, length, rule.
 
-`cache_dir/<fingerprint>/` holds `examples.arrow` (every converted row with its outcome; the rows
-that are left out have no ids) and `counts.json`, and appears by a rename when it is whole. A task
-that is done stays done when a later one fails.
+`cache_dir/<fingerprint>/` holds `examples-NNNNN.arrow` (every converted row with its outcome; the
+rows that are left out have no ids), `aside.jsonl` (what was dropped, and why) and, written last,
+`counts.json`: a folder without it is unfinished. Shards appear whole, so a killed encoding goes on
+with the first shard that is missing. `cache_dir` may be a bucket.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
-import pathlib
-import shutil
-import tempfile
 
 import numpy as np
 from absl import logging
 
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
-from tulu_jax.data import registry
+from tulu_jax.data import registry, truncation
+from tulu_jax.data.sources import readers
 
-FORMAT = 1  # of the cached files; raised when their meaning changes
-TRUNCATIONS = ("cut", "drop")
-WHOLE, CUT, TOO_LONG, UNTRAINED = range(4)
-REASONS = {TOO_LONG: "longer than max_length", UNTRAINED: "no trained token"}
+FORMAT = 2  # of the cached files; raised when their meaning changes
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
-BATCH_ROWS = 1000
+SHARD_ROWS = 4096
+COUNTS, ASIDE = "counts.json", "aside.jsonl"
 NOTHING = chat_lib.TokenIds(ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How rows become ids. `max_length` is in tokens after the shift; longer rows are cut on the
-    right (`truncation = "cut"`) or left out (`"drop"`)."""
+    """How rows become ids: tokenizer, template, and the rule of `truncation` for those of more than
+    `max_length` tokens after the shift. With `one_row`, both sides of a pair with their prompt once
+    must fit in `max_length`."""
 
     tokenizer: chat_lib.ChatTokenizer
     chat: str
     max_length: int
     truncation: str
+    one_row: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskCounts:
     """Where the rows of one task and split went:
-    `raw_rows == examples + not_drawn + sum(dropped.values())`. `cut` of the examples were cut.
+    `raw_rows + added_parts == examples + not_drawn + sum(dropped.values())`. `cut` of the examples
+    were cut; `added_parts` counts what rows gave beyond one example each.
 
-    Tokens are counted after the shift and the cut; of a pair, both sides. `expected` is the number
-    of raw rows of the published source.
+    Tokens are counted after the shift and the cut; of a pair, both sides. `found` examples before
+    any was dropped stand against `expected`.
     """
 
     task: str
     raw_rows: int
+    added_parts: int
     not_drawn: int
     dropped: dict[str, int]
     cut: int
     examples: int
     tokens: int
     trained_tokens: int
+    found: int
     expected: int | None
 
 
 def encode_task(
-    task: registry.Task,
-    *,
-    split: str,
-    rows: int | None,
-    seed: int,
-    data_root: str | None,
-    encoding: Encoding,
-    cache_dir: str,
-) -> tuple[pathlib.Path, TaskCounts]:
-    """The cached folder of one task and split, encoded now unless it is there, and its counts."""
-    drawing = {"split": split, "rows": rows, "seed": seed, "data_root": data_root}
-    fingerprint = _fingerprint(examples_lib.source_digest(task, **drawing), encoding)
-    folder = pathlib.Path(cache_dir) / fingerprint
-    if not folder.exists():
-        loaded = examples_lib.load_examples(task, **drawing)
-        _write(task, loaded, encoding, folder, label=f"{task.name} {split}")
+    task: registry.Task, drawing: examples_lib.Drawing, *, encoding: Encoding, cache_dir: str
+):
+    """The cached folder of one task and split, encoded now unless it is there, and its counts.
+
+    The folder is a `pathlib.Path`, or an `epath.Path` in a bucket. Raises `OSError` that says how
+    to go on if the disk fills; the shards written before are kept.
+    """
+    label = f"{task.name} {drawing.split}"
+    fingerprint = _fingerprint(examples_lib.source_digest(task, drawing), encoding)
+    folder = readers.as_path(cache_dir) / fingerprint
+    if not (folder / COUNTS).exists():
+        _say_why(task, drawing, folder, encoding)
+        loaded = examples_lib.load_examples(task, drawing)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            columns = _encode(task, loaded, encoding, folder, label=label)
+            aside = loaded.aside + columns.pop("aside")
+            lines = "".join(json.dumps(entry) + "\n" for entry in aside)
+            _write(folder / ASIDE, lines.encode())
+            _write(folder / COUNTS, json.dumps(_counts(task, loaded, columns), indent=2).encode())
+        except OSError as error:
+            raise OSError(
+                f"{label}: could not be written to {folder} ({error}). What is whole there is "
+                "kept: free some space, or set cache_dir to a larger disk, and start again"
+            ) from error
     else:
-        logging.info("%s %s: encoded before, in %s", task.name, split, folder)
-    counts = json.loads((folder / "counts.json").read_text())
-    expected = task.expected if split == "train" else None
+        logging.info("%s: encoded before, in %s", label, folder)
+    counts = json.loads((folder / COUNTS).read_text())
+    expected = task.expected if drawing.split == "train" else None
     return folder, TaskCounts(**counts, expected=expected)
 
 
+def shards(folder) -> list:
+    """The Arrow files of a cached folder, in order."""
+    return sorted(file for file in folder.iterdir() if file.name.endswith(".arrow"))
+
+
 def _fingerprint(source_digest: str, encoding: Encoding) -> str:
-    parts = [
-        FORMAT,
-        source_digest,
-        encoding.tokenizer.fingerprint,
-        encoding.chat,
-        encoding.max_length,
-        encoding.truncation,
-    ]
+    rules = [encoding.chat, encoding.max_length, encoding.truncation, encoding.one_row, SHARD_ROWS]
+    parts = [FORMAT, source_digest, encoding.tokenizer.fingerprint, rules]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _write(
-    task: registry.Task,
-    loaded: examples_lib.TaskExamples,
-    encoding: Encoding,
-    folder: pathlib.Path,
-    *,
-    label: str,
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        columns = _encode_to_arrow(task, loaded, encoding, staging / "examples.arrow", label=label)
-        counts = _counts(task, loaded, columns)
-        (staging / "counts.json").write_text(json.dumps(counts, indent=2))
+def _encode(task, loaded, encoding, folder, *, label: str) -> dict:
+    """Writes the missing shards and returns, over all rows, outcome and numbers of tokens."""
+    import tqdm
+
+    total = len(loaded.examples)
+    starts = range(0, total, SHARD_ROWS)
+    columns = {"outcome": [], "tokens": [], "trained_tokens": [], "aside": []}
+
+    def shard(start: int):
+        file = folder / f"examples-{start // SHARD_ROWS:05d}.arrow"
+        if file.exists():
+            return read_table(file)
+        indices = range(start, min(start + SHARD_ROWS, total))
+        table = _encode_rows(task, loaded, encoding, indices)
+        _write(file, _serialized(table))
+        return table
+
+    # Two threads: ids of one shard are laid out while those of the next are made, without the GIL.
+    bar = tqdm.tqdm(total=total, desc=f"encoding {label}", unit="row", disable=not total)
+    with bar, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(shard, start) for start in starts]
         try:
-            os.rename(staging, folder)
-        except OSError:
-            if not folder.exists():  # else another process encoded the same rows first
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            for future in futures:
+                table = future.result()
+                for name in ("outcome", "tokens", "trained_tokens"):
+                    columns[name].append(table[name].to_numpy())
+                columns["aside"] += _left_out(table)
+                bar.update(min(SHARD_ROWS, total - bar.n))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return columns
 
 
-def _encode_to_arrow(task, loaded, encoding, path: pathlib.Path, *, label: str) -> dict:
-    """Writes the rows and returns, per row, its outcome, tokens and trained tokens."""
-    import datasets
-
-    if not loaded.examples:
-        return {"outcome": [], "tokens": [], "trained_tokens": []}
-    width = "uint16" if encoding.tokenizer.vocab_size <= 1 << 16 else "int32"
-    features = {"id": datasets.Value("string"), "outcome": datasets.Value("uint8")}
-    features |= {name: datasets.Value("int32") for name in ("tokens", "trained_tokens")}
-    for side in SIDES[task.kind]:
-        features[side] = datasets.List(datasets.Value(width))
-        features[f"{side}_spans"] = datasets.List(datasets.Value("int32"))
-
-    def encode_batch(indices):
-        return _encode_rows(task, loaded, encoding, indices["index"], np.dtype(width))
-
-    encoded = datasets.Dataset.from_dict({"index": range(len(loaded.examples))}).map(
-        encode_batch,
-        batched=True,
-        batch_size=BATCH_ROWS,
-        remove_columns=["index"],
-        features=datasets.Features(features),
-        cache_file_name=str(path),
-        load_from_cache_file=False,
-        new_fingerprint=path.parent.name,
-        desc=f"encoding {label}",
-    )
-    return {name: encoded[name][:] for name in ("outcome", "tokens", "trained_tokens")}
+def _left_out(table) -> list[dict]:
+    outcomes = table["outcome"].to_numpy()
+    ids = table["id"]
+    return [
+        {"id": ids[int(row)].as_py(), "reason": truncation.REASONS[int(outcomes[row])]}
+        for row in np.flatnonzero(outcomes > truncation.CUT)
+    ]
 
 
-def _encode_rows(task, loaded, encoding, indices: list[int], width: np.dtype) -> dict[str, list]:
+def _encode_rows(task, loaded, encoding: Encoding, indices: range):
+    """The Arrow table of these examples: id, outcome, tokens, trained_tokens, about, and for each
+    side its ids and the trained ranges of its targets."""
+    import pyarrow as pa
+
     rows = [loaded.examples[i] for i in indices]
     names = [loaded.ids[i] for i in indices]
-    options = {"tokenizer": encoding.tokenizer, "chat": encoding.chat, "names": names}
+    options = {"tokenizer": encoding.tokenizer, "chat": encoding.chat}
     if task.kind == "sft":
-        whole = [(ids,) for ids in chat_lib.tokenize([r["messages"] for r in rows], **options)]
+        whole = [
+            (ids,)
+            for ids in chat_lib.tokenize([r["messages"] for r in rows], names=names, **options)
+        ]
+        if encoding.truncation == "split":
+            rows, names, whole = _split(rows, names, whole, encoding.max_length, options)
     else:
-        whole = chat_lib.tokenize_pairs(rows, **options)
-    sides = SIDES[task.kind]
-    columns = {name: [] for name in ("outcome", "tokens", "trained_tokens")}
-    columns |= {f"{side}{suffix}": [] for side in sides for suffix in ("", "_spans")}
-    for parts in whole:
-        outcome, parts = _fit(parts, encoding)
-        columns["outcome"].append(outcome)
-        columns["tokens"].append(sum(len(p.ids) - 1 for p in parts))
-        columns["trained_tokens"].append(sum(_trained(p) for p in parts))
-        for side, part in zip(sides, parts or [NOTHING] * len(sides), strict=True):
-            columns[side].append(part.ids.astype(width))
-            columns[f"{side}_spans"].append(part.spans.reshape(-1))
-    return {"id": names, **columns}
-
-
-def _fit(parts, encoding: Encoding) -> tuple[int, list[chat_lib.TokenIds]]:
-    """Applies the truncation rule to the one or two sides of an example; `[]` if it is left out."""
-    limit = encoding.max_length
-    outcome = WHOLE
-    if any(len(part.ids) - 1 > limit for part in parts):
-        if encoding.truncation == "drop":
-            return TOO_LONG, []
-        outcome = CUT
-    parts = [
-        chat_lib.TokenIds(
-            ids=part.ids[: limit + 1],
-            spans=np.minimum(part.spans[part.spans[:, 0] < limit], limit),
+        whole = chat_lib.tokenize_pairs(rows, names=names, **options)
+    fitted = [
+        truncation.fit(
+            parts,
+            max_length=encoding.max_length,
+            rule=encoding.truncation,
+            one_row=encoding.one_row,
         )
-        for part in parts
+        for parts in whole
     ]
-    if not all(_trained(part) for part in parts):
-        return UNTRAINED, []
-    return outcome, parts
+    sides = SIDES[task.kind]
+    kept = [parts or [NOTHING] * len(sides) for _, parts in fitted]
+    width = np.uint16 if encoding.tokenizer.vocab_size <= 1 << 16 else np.int32
+    counted = {
+        "tokens": [sum(max(len(p.ids) - 1, 0) for p in parts) for parts in kept],
+        "trained_tokens": [sum(truncation.trained(p) for p in parts) for parts in kept],
+    }
+    columns = {
+        "id": pa.array(names, pa.string()),
+        "outcome": pa.array([outcome for outcome, _ in fitted], pa.uint8()),
+        "about": pa.array([json.dumps(row.get("about", {})) for row in rows], pa.string()),
+    }
+    columns |= {name: pa.array(values, pa.int32()) for name, values in counted.items()}
+    for number, side in enumerate(sides):
+        columns[side] = _lists([parts[number].ids.astype(width) for parts in kept])
+        columns[f"{side}_spans"] = _lists([parts[number].spans.reshape(-1) for parts in kept])
+    return pa.table(columns)
 
 
-def _trained(part: chat_lib.TokenIds) -> int:
-    return int((part.spans[:, 1] - part.spans[:, 0]).sum())
+def _split(rows, names, whole, max_length: int, options: dict):
+    """The same with each conversation that is too long split between exchanges into several.
+
+    Exchanges go together while they fit; one that is too long by itself is cut on the right.
+    """
+    result = []
+    for row, name, (ids,) in zip(rows, names, whole, strict=True):
+        if len(ids.ids) - 1 <= max_length:
+            result.append((row, name, (ids,)))
+            continue
+        exchanges = truncation.exchanges(row["messages"])
+        alone = chat_lib.tokenize(exchanges, names=[name] * len(exchanges), **options)
+        chunks, room = [], -1
+        for exchange, encoded in zip(exchanges, alone, strict=True):
+            room -= len(encoded.ids)  # with its BOS, thus never less than within the chunk
+            if room < 0:
+                chunks.append([])
+                room = max_length - len(encoded.ids)
+            chunks[-1] += exchange
+        encoded = chat_lib.tokenize(chunks, names=[name] * len(chunks), **options)
+        result += [
+            ({**row, "messages": chunk}, f"{name}.{index}", (ids,))
+            for index, (chunk, ids) in enumerate(zip(chunks, encoded, strict=True))
+        ]
+    return tuple(map(list, zip(*result, strict=True)))
+
+
+def _lists(arrays: list[np.ndarray]):
+    import pyarrow as pa
+
+    offsets = np.cumsum([0] + [len(array) for array in arrays])
+    return pa.LargeListArray.from_arrays(offsets.astype(np.int64), np.concatenate(arrays))
+
+
+def _serialized(table) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(file):
+    """The Arrow table of a shard: mapped into memory from a local file, read from a bucket."""
+    import pyarrow as pa
+
+    if isinstance(file, os.PathLike) and "://" not in str(file):
+        with pa.memory_map(str(file)) as mapped:
+            return pa.ipc.open_stream(mapped).read_all()
+    return pa.ipc.open_stream(pa.py_buffer(file.read_bytes())).read_all()
+
+
+def _write(file, content: bytes) -> None:
+    """Writes `file` so that it is there whole or not at all."""
+    if "://" in str(file):  # a bucket shows an object when it is complete
+        file.write_bytes(content)
+        return
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _say_why(task, drawing, folder, encoding: Encoding) -> None:
+    """Logs, where this task was encoded before under other conditions, that it is done again."""
+    if folder.exists():
+        logging.info("%s %s: going on in %s", task.name, drawing.split, folder)
+    else:
+        logging.info(
+            "%s %s: no cache for these rows with tokenizer %s, chat %r, max_length %d; encoding",
+            *(task.name, drawing.split, encoding.tokenizer.source, encoding.chat),
+            encoding.max_length,
+        )
 
 
 def _counts(task, loaded, columns: dict) -> dict:
-    outcomes = np.array(columns["outcome"], np.int64)
+    outcomes, tokens, trained = (
+        np.concatenate([np.zeros(0, np.int64), *columns[name]])
+        for name in ("outcome", "tokens", "trained_tokens")
+    )
     dropped = dict(loaded.dropped)
-    for code, reason in REASONS.items():
+    for code, reason in truncation.REASONS.items():
         if (outcomes == code).any():
             dropped[reason] = int((outcomes == code).sum())
     return {
         "task": task.name,
         "raw_rows": loaded.raw_rows,
+        "added_parts": loaded.added_parts + len(outcomes) - len(loaded.examples),
         "not_drawn": loaded.not_drawn,
         "dropped": dropped,
-        "cut": int((outcomes == CUT).sum()),
-        "examples": int((outcomes <= CUT).sum()),
-        "tokens": int(np.sum(columns["tokens"])),
-        "trained_tokens": int(np.sum(columns["trained_tokens"])),
+        "cut": int((outcomes == truncation.CUT).sum()),
+        "examples": int((outcomes <= truncation.CUT).sum()),
+        "tokens": int(tokens.sum()),
+        "trained_tokens": int(trained.sum()),
+        "found": loaded.found,
     }

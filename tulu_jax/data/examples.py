@@ -2,98 +2,163 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import os
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from tulu_jax.data import registry
 from tulu_jax.data.sources import readers
 
 ROLES = ("system", "user", "assistant")
+KEYS = {"sft": ("messages",), "preference": ("prompt", "chosen", "rejected")}
+BAD_ROWS_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Which examples of a task are taken.
+
+    With no `validation` source, every `holdout_every`-th raw row is the validation split and is
+    absent from the train split; None holds nothing out. Of the train split `amount` are drawn with
+    `seed` (None: all, an int: examples, a float: a fraction). Paths are relative to `data_root`.
+    """
+
+    split: str
+    amount: int | float | None
+    seed: int
+    holdout_every: int | None
+    data_root: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskExamples:
-    """Checked examples of one task and split; `ids[i]` is "task/rownumber" of `examples[i]`.
+    """Checked examples of one task and split; `ids[i]`, "task/rownumber" or, of a row that gives
+    several, "task/rownumber.part", is that of `examples[i]`.
 
-    `raw_rows == len(examples) + sum(dropped.values()) + not_drawn`.
+    `raw_rows + added_parts == len(examples) + sum(dropped.values()) + not_drawn`, where
+    `added_parts` counts what rows gave beyond one example each. `found` is what a task's `expected`
+    is compared with. `aside` has a dict of id, reason and, where there is one, example for each of
+    the dropped.
     """
 
     ids: list[str]
     examples: list[dict]
     raw_rows: int
+    added_parts: int
     dropped: dict[str, int]
     not_drawn: int
+    found: int
+    aside: list[dict]
 
 
-def load_examples(
-    task: registry.Task, *, split: str, rows: int | None, seed: int, data_root: str | None
-) -> TaskExamples:
-    """Reads, converts, checks and filters one task's split; `rows` of the train split are drawn.
+def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
+    """Reads, converts, checks, filters and draws one task's split.
 
-    Raises `ValueError` naming the row for a malformed row, and if fewer than `rows` remain.
+    Raises `ValueError` that counts the malformed rows and names the first of them, or if fewer
+    examples remain than `drawing.amount` asks for.
     """
+    split = drawing.split
     prefix = task.name if split not in task.sources or split == "train" else f"{task.name}.{split}"
-    numbered = list(enumerate(_raw_rows(task, split, data_root)))
-    drawn = _of_split(task, split, numbered)
-    dropped = collections.Counter()
-    ids, examples = [], []
-    for number, raw in drawn:
+    numbered = list(enumerate(raw_rows(task, split, drawing.data_root)))
+    taken = _of_split(task, drawing, numbered)
+    dropped, aside, bad = collections.Counter(), [], []
+    ids, examples, parts, seen = [], [], 0, set()
+    for number, raw in taken:
         row_id = f"{prefix}/{number}"
-        example = _convert(task, raw, row_id)
-        reason = example.reason if isinstance(example, registry.Dropped) else None
-        reason = reason or next((f.name for f in task.filters if not f.keep(example)), None)
-        if reason is not None:
-            dropped[reason] += 1
+        try:
+            converted = _converted(task, raw, row_id)
+        except ValueError as error:
+            bad.append(str(error))
             continue
-        ids.append(row_id)
-        examples.append(example)
-    if rows is not None and split == "train":
-        if rows > len(examples):
-            raise ValueError(
-                f"task {task.name!r}: {rows} rows are asked for, but the {split} split has "
-                f"{len(examples)}; ask for fewer, or None for all"
-            )
-        kept = sorted(random.Random(f"{seed}/{task.name}").sample(range(len(examples)), rows))
-        ids, examples = [ids[i] for i in kept], [examples[i] for i in kept]
+        parts += len(converted)
+        for part_id, part in converted:
+            reason = _reason_to_drop(task, part, seen)
+            if reason is None:
+                ids.append(part_id)
+                examples.append(part)
+                continue
+            dropped[reason] += 1
+            kept_aside = {} if isinstance(part, registry.Dropped) else {"example": part}
+            aside.append({"id": part_id, "reason": reason, **kept_aside})
+    if bad:
+        shown = "\n".join(f"  {text}" for text in bad[:BAD_ROWS_SHOWN])
+        more = f"\n  and {len(bad) - BAD_ROWS_SHOWN} more" if len(bad) > BAD_ROWS_SHOWN else ""
+        raise ValueError(
+            f"task {task.name!r}: {len(bad)} of {len(taken)} rows are malformed:\n{shown}{more}"
+        )
+    added = parts - len(taken)
+    ids, examples = _draw(task, drawing, ids, examples)
+    sampled_out = task.sample is not None and split == "train"
     return TaskExamples(
         ids=ids,
         examples=examples,
         raw_rows=len(numbered),
+        added_parts=added,
         dropped=dict(dropped),
-        not_drawn=len(numbered) - len(examples) - sum(dropped.values()),
+        not_drawn=len(numbered) + added - len(examples) - sum(dropped.values()),
+        found=added + (len(taken) if sampled_out else len(numbered)),
+        aside=aside,
     )
 
 
 def check_first_row(task: registry.Task, *, split: str, data_root: str | None) -> None:
     """Reads and converts one raw row. Raises as `load_examples` would for it, or for no rows."""
-    for raw in _raw_rows(task, split, data_root):
-        _convert(task, raw, f"{task.name}/0")
+    for raw in raw_rows(task, split, data_root):
+        _converted(task, raw, f"{task.name}/0")
         return
     raise ValueError(f"task {task.name!r} has no rows")
 
 
-def source_digest(
-    task: registry.Task, *, split: str, rows: int | None, seed: int, data_root: str | None
-) -> str:
+def source_digest(task: registry.Task, drawing: Drawing) -> str:
     """Hex digest of all that decides `load_examples`: raw content, code, rules and seeds."""
     digest = hashlib.sha256()
-    rules = [task.name, task.kind, split, task.sample, task.seed, task.holdout_every, rows, seed]
+    drawn = [drawing.split, drawing.amount, drawing.seed, drawing.holdout_every]
+    rules = [task.name, task.kind, task.sample, task.seed, drawn]
     code = [_code(task.convert)] + [(f.name, _code(f.keep)) for f in task.filters]
     digest.update(json.dumps([rules, code]).encode())
-    source = task.sources.get(split, task.sources["train"])
-    if isinstance(source, str):
-        with readers.as_path(_located(task, source, data_root)).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    else:
+    source = task.source(drawing.split)
+    if callable(source):
         for row in source():
             digest.update(json.dumps(row, sort_keys=True).encode())
+        return digest.hexdigest()
+    files = _files(source)
+    digest.update(json.dumps([*files.where.items()]).encode())
+    paths = _located(task, files, drawing.data_root) or [
+        cached["filename"]
+        for cached in readers.hub_set(
+            files.hub, files.hub_split, wanted=_wanted(files, drawing.data_root)
+        ).cache_files
+    ]
+    for path in paths:
+        stat = readers.as_path(path).stat()
+        size = getattr(stat, "length", None) or getattr(stat, "st_size", 0)
+        changed = getattr(stat, "mtime", None) or getattr(stat, "st_mtime_ns", 0)
+        digest.update(_content_digest(path, size, changed).encode())
     return digest.hexdigest()
+
+
+def raw_rows(task: registry.Task, split: str, data_root: str | None) -> Iterator[dict]:
+    """The raw rows of the source of `split`, in order.
+
+    Raises `FileNotFoundError` that says what to download and where to put it if there is no file
+    and no hub, and `ValueError` as `readers.read_rows`.
+    """
+    source = task.source(split)
+    if callable(source):
+        yield from source()
+        return
+    files = _files(source)
+    paths = _located(task, files, data_root)
+    for path in paths:
+        yield from readers.read_rows(path, files.where)
+    if not paths:
+        wanted = _wanted(files, data_root)
+        yield from readers.read_hub(files.hub, files.hub_split, files.where, wanted=wanted)
 
 
 def check_messages(messages, row_id: str) -> None:
@@ -116,85 +181,146 @@ def check_messages(messages, row_id: str) -> None:
                 raise ValueError(f"{where}: content is not valid Unicode ({error})") from error
 
 
-def _raw_rows(task: registry.Task, split: str, data_root: str | None) -> Iterable[dict]:
-    source = task.sources.get(split, task.sources["train"])
-    return (
-        readers.read_rows(_located(task, source, data_root))
-        if isinstance(source, str)
-        else source()
-    )
+def _files(source: str | registry.Files) -> registry.Files:
+    return registry.Files(paths=(source,)) if isinstance(source, str) else source
 
 
-def _located(task: registry.Task, path: str, data_root: str | None) -> str:
-    if os.path.isabs(path) or "://" in path:
-        return path
-    if data_root is None:
+def _located(task: registry.Task, files: registry.Files, data_root: str | None) -> list[str]:
+    """The files there are; `[]` if there are none and the hub has them."""
+    anywhere = [path for path in files.paths if os.path.isabs(path) or "://" in path]
+    if data_root is None and len(anywhere) < len(files.paths) and files.hub is None:
         raise ValueError(
-            f"task {task.name!r} reads {path!r} below the data root, and none is given; "
-            "set data_root to the folder (or gs:// prefix) that holds it"
+            f"task {task.name!r} reads {', '.join(map(repr, files.paths))} below the data root, and "
+            "none is given; set data_root to the folder (or gs:// prefix) that holds it"
         )
-    return f"{data_root.rstrip('/')}/{path}"
+    patterns = [
+        path if path in anywhere or data_root is None else f"{data_root.rstrip('/')}/{path}"
+        for path in files.paths
+    ]
+    found = {pattern: readers.find(pattern) for pattern in patterns}
+    missing = [pattern for pattern, paths in found.items() if not paths]
+    if missing and (files.hub is None or len(missing) < len(patterns)):
+        raise FileNotFoundError(
+            f"task {task.name!r}: found no {', '.join(missing)}; it comes from {task.origin}. "
+            "Place it there, or set data_root (--gin.DATA_ROOT) to the folder that holds it"
+        )
+    return [path for paths in found.values() for path in paths]
 
 
-def _of_split(task: registry.Task, split: str, numbered: list) -> list:
+def _wanted(files: registry.Files, data_root: str | None) -> str:
+    return ", ".join(f"{data_root or '<data_root>'}/{path}" for path in files.paths)
+
+
+@functools.lru_cache(maxsize=256)
+def _content_digest(path: str, size: int, changed) -> str:
+    """Hash of a file's content; `size` and `changed` make a new file at an old path a new one."""
+    digest = hashlib.sha256()
+    with readers.as_path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _of_split(task: registry.Task, drawing: Drawing, numbered: list) -> list:
+    every = drawing.holdout_every
     if "validation" in task.sources:
-        held_out = numbered if split == "validation" else []
-        kept = [] if split == "validation" else numbered
-    else:
-        every = task.holdout_every
-        held_out = [] if every is None else numbered[every - 1 :: every]
-        kept = [row for row in numbered if every is None or row[0] % every != every - 1]
-    if split == "validation":
-        return held_out
-    if task.sample is None:
-        return kept
-    if task.sample > len(kept):
-        raise ValueError(
-            f"task {task.name!r} samples {task.sample} rows, but its source has {len(kept)}"
+        return (
+            numbered if task.sample is None or drawing.split != "train" else _sample(task, numbered)
         )
-    drawn = random.Random(task.seed).sample(range(len(kept)), task.sample)
-    return [kept[i] for i in sorted(drawn)]
+    if drawing.split == "validation":
+        return [] if every is None else numbered[every - 1 :: every]
+    kept = [row for row in numbered if every is None or row[0] % every != every - 1]
+    return kept if task.sample is None else _sample(task, kept)
 
 
-def _convert(task: registry.Task, raw: dict, row_id: str) -> dict | registry.Dropped:
+def _sample(task: registry.Task, rows: list) -> list:
+    if task.sample > len(rows):
+        raise ValueError(
+            f"task {task.name!r} samples {task.sample} rows, but its source has {len(rows)}"
+        )
+    drawn = random.Random(task.seed).sample(range(len(rows)), task.sample)
+    return [rows[i] for i in sorted(drawn)]
+
+
+def _draw(task, drawing: Drawing, ids: list[str], examples: list[dict]):
+    amount = drawing.amount
+    if amount is None or drawing.split != "train":
+        return ids, examples
+    if isinstance(amount, float):
+        amount = round(amount * len(examples))
+    if amount > len(examples):
+        raise ValueError(
+            f"task {task.name!r}: {amount} rows are asked for, but the train split has "
+            f"{len(examples)}; ask for fewer, or None for all"
+        )
+    rng = random.Random(f"{drawing.seed}/{task.name}")
+    kept = sorted(rng.sample(range(len(examples)), amount))
+    return [ids[i] for i in kept], [examples[i] for i in kept]
+
+
+def _converted(task: registry.Task, raw: dict, row_id: str) -> list[tuple[str, registry.Part]]:
+    """(id, part) of each part of a raw row; an example among them is checked."""
     try:
-        example = task.convert(raw)
+        converted = task.convert(raw)
     except ValueError as error:
         raise ValueError(f"row {row_id}: {error}") from error
-    if isinstance(example, registry.Dropped):
-        return example
-    if task.kind == "sft":
-        _check_keys(example, {"messages"}, row_id)
-        check_messages(example["messages"], row_id)
-        return example
-    _check_keys(example, {"prompt", "chosen", "rejected"}, row_id)
-    for side in ("prompt", "chosen", "rejected"):
-        check_messages(example[side], row_id)
-    return _pair_rules(example, row_id)
+    if not isinstance(converted, list):
+        parts = [(row_id, converted)]
+    elif converted:
+        parts = [(f"{row_id}.{index}", part) for index, part in enumerate(converted)]
+    else:
+        raise ValueError(f"row {row_id}: converted to nothing; expected an example or a reason")
+    for part_id, part in parts:
+        if not isinstance(part, registry.Dropped):
+            _check_example(task, part, part_id)
+    return parts
 
 
-def _pair_rules(example: dict, row_id: str) -> dict | registry.Dropped:
-    """Drops pairs that say nothing: an empty side, or two sides equal up to outer whitespace."""
-    sides = [example[side] for side in ("chosen", "rejected")]
-    for side in sides:
-        if side[-1]["role"] != "assistant":
-            raise ValueError(
-                f"row {row_id}: a side ends with role {side[-1]['role']!r}; expected 'assistant'"
-            )
-    if sides[0][:-1] != sides[1][:-1]:
-        raise ValueError(f"row {row_id}: the sides differ before their last message")
-    chosen, rejected = (side[-1]["content"].strip() for side in sides)
-    if not chosen or not rejected:
-        return registry.Dropped("empty side")
-    if chosen == rejected:
-        return registry.Dropped("identical sides")
-    return example
-
-
-def _check_keys(example, expected: set[str], row_id: str) -> None:
-    if not isinstance(example, dict) or set(example) != expected:
+def _check_example(task: registry.Task, example, row_id: str) -> None:
+    keys = KEYS[task.kind]
+    if not isinstance(example, dict) or set(example) - {"about"} != set(keys):
         found = sorted(example) if isinstance(example, dict) else type(example).__name__
-        raise ValueError(f"row {row_id}: converted to {found}; expected {sorted(expected)}")
+        raise ValueError(f"row {row_id}: converted to {found}; expected {sorted(keys)}")
+    for key in keys:
+        check_messages(example[key], row_id)
+    about = example.get("about", {})
+    if not isinstance(about, dict) or not all(
+        isinstance(v, str | int | float) for v in about.values()
+    ):
+        raise ValueError(f"row {row_id}: about is {about!r}; expected texts and numbers by name")
+    if task.kind == "sft":
+        return
+    for side in ("chosen", "rejected"):
+        if example[side][-1]["role"] != "assistant":
+            raise ValueError(
+                f"row {row_id}: {side} ends with role {example[side][-1]['role']!r}; "
+                "expected 'assistant'"
+            )
+    if example["chosen"][:-1] != example["rejected"][:-1]:
+        raise ValueError(f"row {row_id}: the sides differ before their last message")
+
+
+def _reason_to_drop(task: registry.Task, part: registry.Part, seen: set) -> str | None:
+    if isinstance(part, registry.Dropped):
+        return part.reason
+    reason = _pair_reason(part, seen) if task.kind == "preference" else None
+    return reason or next((f.name for f in task.filters if not f.keep(part)), None)
+
+
+def _pair_reason(pair: dict, seen: set) -> str | None:
+    """Pairs that say nothing new: an empty side, sides equal up to outer whitespace, and a pair
+    (prompt, chosen and rejected) that the task has had before. `seen` gets the pair's hash."""
+    chosen, rejected = (pair[side][-1]["content"].strip() for side in ("chosen", "rejected"))
+    if not chosen or not rejected:
+        return "empty side"
+    if chosen == rejected:
+        return "identical sides"
+    content = json.dumps([pair[side] for side in KEYS["preference"]], sort_keys=True)
+    key = hashlib.sha256(content.encode()).digest()
+    if key in seen:
+        return "duplicate pair"
+    seen.add(key)
+    return None
 
 
 def _code(function) -> list:

@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import encode, examples, packing, registry, stats, store
+from tulu_jax.data import encode, examples, packing, registry, stats, store, truncation
 
 CHOSEN, REJECTED = 0, 1
 NO_EXAMPLE = -1
@@ -30,21 +30,27 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
     """What is trained on and how it becomes rows.
 
-    `train` and `validation` name a mixture or task; with `validation = None` the validation split
-    of `train` is used. `tokenizer` is a file or its folder. `data_root` is the folder, or `gs://`
-    prefix, below which tasks find their files. `max_length` is T, in tokens after the shift; longer
-    examples are cut on the right or dropped (`truncation`), and counted. `packing` is "best_fit" or
-    "none" (one example a row). `workers` is the number of threads that build batches ahead.
+    `train` and `validation` are a mixture or task, or the name of one. With `validation = None`
+    the validation split is that of `train`: the tasks' own, or every `holdout_every`-th raw row of
+    those that have none; without either there is no validation. `tokenizer` is a file or its
+    folder. `data_root` is the folder, or `gs://` prefix, below which tasks find their files, and
+    `cache_dir` where encoded rows are kept, a folder or a bucket. `max_length` is T, in tokens
+    after the shift; what becomes of longer examples is the rule `truncation`, one of
+    `truncation.RULES`, and counted. `packing` is "best_fit" (of pairs: prompt once, answers as
+    branches) or "none" (one example a row; of a pair, two rows). A mixture whose counts are not as
+    expected is refused unless `accept_counts`. `workers` threads build batches ahead.
     """
 
-    train: str
-    validation: str | None = None
+    train: str | registry.Mixture
+    validation: str | registry.Mixture | None = None
     tokenizer: str
     data_root: str | None = None
     max_length: int
     packing: str = "best_fit"
     truncation: str = "cut"
     chat: str = "spec"
+    holdout_every: int | None = None
+    accept_counts: bool = False
     cache_dir: str = "cache"
     seed: int = 0
     workers: int = 2
@@ -54,30 +60,46 @@ class DataConfig:
 
     def _rules(self):
         yield validation.one_of("packing", self.packing, packing.PACKINGS)
-        yield validation.one_of("truncation", self.truncation, encode.TRUNCATIONS)
+        yield validation.one_of("truncation", self.truncation, truncation.RULES)
         yield validation.one_of("chat", self.chat, chat_lib.MODES)
         yield self.max_length >= 2, f"max_length = {self.max_length}: expected 2 or more"
         yield self.seed >= 0, f"seed = {self.seed}: expected 0 or more"
         yield self.workers >= 0, f"workers = {self.workers}: expected 0 or more"
+        every = self.holdout_every
+        yield every is None or every >= 2, f"holdout_every = {every}: expected None, or 2 or more"
         kinds = {}
         for field in ("train", "validation"):
-            name = getattr(self, field)
-            if name is not None:
+            wanted = getattr(self, field)
+            if wanted is not None:
                 try:
-                    kinds[field] = registry.kind_of(name)
+                    kinds[field] = registry.kind_of(wanted)
                 except ValueError as error:
                     yield False, f"{field}: {error}"
         yield len(set(kinds.values())) < 2, f"train and validation are of different kinds: {kinds}"
         yield (
-            "preference" not in kinds.values() or self.packing == "none",
-            f"packing = {self.packing!r} with the preference task {self.train!r}: "
-            "pairs are not packed yet; expected 'none'",
+            "preference" not in kinds.values() or self.truncation != "split",
+            "truncation = 'split' with pairs, which cannot be split; expected 'cut' or 'drop'",
         )
 
     @property
     def kind(self) -> str:
         """`"sft"` or `"preference"`, as the tasks of `train` are."""
         return registry.kind_of(self.train)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether a pair lies in one row, its prompt once and its answers as branches."""
+        return self.kind == "preference" and self.packing == "best_fit"
+
+    def drawing(self, component: registry.Component, split: str) -> examples.Drawing:
+        """Which examples of one task of the mixture `split` takes."""
+        return examples.Drawing(
+            split=split,
+            amount=component.amount,
+            seed=component.seed,
+            holdout_every=self.holdout_every,
+            data_root=self.data_root,
+        )
 
 
 def vocab_size(config: DataConfig) -> int | None:
@@ -94,81 +116,125 @@ def problems(config: DataConfig, *, kind: str) -> Iterator[str]:
     Loads the tokenizer, and reads and converts the first raw row of each task and split.
     """
     if config.kind != kind:
+        names = ", ".join(c.task.name for c in registry.components(config.train))
         yield (
-            f"the objective trains on {kind} data; {config.train!r} is {config.kind} data "
-            f"({', '.join(task.name for task, _, _ in registry.components(config.train))})"
+            f"the objective trains on {kind} data; {registry.name_of(config.train)!r} is "
+            f"{config.kind} data ({names})"
         )
     try:
         chat_lib.load_tokenizer(config.tokenizer)
     except (OSError, ValueError) as error:
         yield f"tokenizer: {error}"
+    tasks_with: dict[str, list[str]] = {}
     for split in registry.SPLITS:
-        for task, _, _ in registry.components(_name(config, split)):
+        for component in split_components(config, split):
+            task = component.task
             try:
                 examples.check_first_row(task, split=split, data_root=config.data_root)
             except (OSError, ValueError) as error:
-                yield f"{task.name}, {split} split: {error}"
+                tasks_with.setdefault(str(error), []).append(f"{task.name} ({split})")
+    for error, tasks in tasks_with.items():
+        yield f"{', '.join(tasks)}: {error}"
 
 
-def prepare(config: DataConfig, *, split: str) -> "Rows":
+def split_components(config: DataConfig, split: str) -> list[registry.Component]:
+    """The tasks that give rows to `split`; `[]` for a validation split that the run has not."""
+    if split == "train":
+        return registry.components(config.train)
+    if config.validation is None:
+        return [
+            component
+            for component in registry.components(config.train)
+            if config.holdout_every is not None or "validation" in component.task.sources
+        ]
+    return registry.components(config.validation)
+
+
+def prepare(config: DataConfig, *, split: str) -> "Rows | None":
     """Encodes the split ("train" or "validation") unless that is cached, and opens it as rows.
 
-    Raises `ValueError` if no example is left.
+    None for a validation split that the run has not. Raises `ValueError` if no example is left, and
+    if the numbers of examples are not as expected, unless `config.accept_counts`.
     """
-    name = _name(config, split)
+    found = split_components(config, split)
+    if not found:
+        logging.info("%s has no validation split", registry.name_of(config.train))
+        return None
     encoding = encode.Encoding(
         tokenizer=chat_lib.load_tokenizer(config.tokenizer),
         chat=config.chat,
         max_length=config.max_length,
         truncation=config.truncation,
+        one_row=config.one_row,
     )
     encoded = [
         encode.encode_task(
-            task,
-            split=split,
-            rows=rows,
-            seed=seed,
-            data_root=config.data_root,
+            component.task,
+            config.drawing(component, split),
             encoding=encoding,
             cache_dir=config.cache_dir,
         )
-        for task, rows, seed in registry.components(name)
+        for component in found
     ]
     folders, counts = zip(*encoded, strict=True)
+    wanted = config.validation if split == "validation" and config.validation else config.train
+    name = registry.name_of(wanted)
     if not sum(c.examples for c in counts):
         raise ValueError(
             f"{name!r} has no examples in its {split} split; rows went to:\n{stats.table(counts)}"
         )
-    rows = Rows(folders, counts, config=config, kind=registry.kind_of(name))
+    if split == "train":
+        _check_counts(config, counts, name)
+    rows = Rows(folders, counts, config=config, kind=registry.kind_of(wanted))
     logging.info("%s, %s split:\n%s", name, split, rows.stats)
     return rows
+
+
+def _check_counts(config: DataConfig, counts: Sequence[encode.TaskCounts], name: str) -> None:
+    expected = registry.expected_examples(config.train)
+    wrong = stats.count_problems(counts, expected=expected, name=name)
+    if not wrong:
+        return
+    listed = "\n".join(f"  {line}" for line in wrong)
+    if not config.accept_counts:
+        raise ValueError(
+            f"{name!r} is not what was published:\n{listed}\nMend the files below data_root, or "
+            "set accept_counts = True to train on what is there; what is encoded is kept"
+        )
+    logging.warning("%s is not what was published; going on as told:\n%s", name, listed)
 
 
 class Rows:
     """The planned rows of one split. Planned row i lies in epoch `i // rows_per_epoch`.
 
     A row is a dict of numpy arrays: `tokens, targets` int32, `loss_mask` bool, `segment_ids,
-    positions` int32, each [T] for supervised rows and [2, T] (CHOSEN, REJECTED) for pairs, which
-    also have `example` int32 [], their index in the encoded set.
+    positions` int32, each [T]. Pairs that are not packed have [2, T] (CHOSEN, REJECTED) and
+    `example` int32 [], their index in the encoded set. Packed pairs have `branches` int32 [T]
+    (0 prompt, 1 chosen, 2 rejected) and `example` int32 [P], the pair of segment s at s - 1, −1
+    behind the last; P is the most pairs that a row can hold.
     """
 
     def __init__(self, folders, counts, *, config: DataConfig, kind: str):
         self.config, self.kind = config, kind
-        self._store = store.ExampleStore(folders, kind=kind)
+        self.one_row = config.one_row
+        self.store = store.ExampleStore(folders, kind=kind, one_row=self.one_row)
         identity = [[f.name for f in folders], config.max_length, config.packing]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         self._plans, self._lock = {}, threading.Lock()
         self._ordered = packing.ordered_plan(
-            self._store.lengths, capacity=config.max_length, packing=config.packing
+            self.store.lengths, capacity=config.max_length, packing=config.packing
         )
         self.rows_per_epoch = self._ordered.num_rows
-        self.num_examples = len(self._store)
+        self.num_examples = len(self.store)
+        self.pairs_per_row = config.max_length // max(1, int(self.store.lengths.min()))
         self.num_tokens = sum(c.tokens for c in counts)
         self.num_trained_tokens = sum(c.trained_tokens for c in counts)
+        two_rows = kind == "preference" and not self.one_row
         self.stats = stats.Stats(
             tasks=counts,
             rows_per_epoch=self.rows_per_epoch,
-            positions_per_row=config.max_length * (2 if kind == "preference" else 1),
+            positions_per_row=config.max_length * (2 if two_rows else 1),
+            positions=self.num_tokens if two_rows else int(self.store.lengths.sum()),
         )
 
     def row(self, index: int) -> Batch:
@@ -182,7 +248,7 @@ class Rows:
 
     def example_ids(self, index: int) -> list[str]:
         """The ids, "task/rownumber", of the examples in planned row `index`, for messages."""
-        return [self._store.name(int(i)) for i in self.examples(index)]
+        return [self.store.name(int(i)) for i in self.examples(index)]
 
     def in_order(self, index: int) -> Batch:
         """Row `index`, below `rows_per_epoch`, of the fixed order used for evaluation.
@@ -199,7 +265,7 @@ class Rows:
         """The plan of an epoch; the few used last are kept, for a batch may straddle two."""
         with self._lock:
             plan = self._plans.pop(epoch, None) or packing.epoch_plan(
-                self._store.lengths,
+                self.store.lengths,
                 capacity=self.config.max_length,
                 packing=self.config.packing,
                 seed=self.config.seed,
@@ -211,7 +277,12 @@ class Rows:
             return plan
 
     def _filled(self, indices: np.ndarray) -> Batch:
-        sides = [self._store.sides(int(i)) for i in indices]
+        sides = [self.store.sides(int(i)) for i in indices]
+        if self.one_row:
+            row = packing.fill_pair_row(sides, capacity=self.config.max_length)
+            row["example"] = np.full(self.pairs_per_row, NO_EXAMPLE, np.int32)
+            row["example"][: len(indices)] = indices
+            return row
         if self.kind == "sft":
             return packing.fill_row([side for (side,) in sides], capacity=self.config.max_length)
         halves = [
@@ -266,10 +337,6 @@ def eval_batches(
 
 def num_eval_batches(rows: Rows, *, batch_size: int) -> int:
     return -(-rows.rows_per_epoch // batch_size)
-
-
-def _name(config: DataConfig, split: str) -> str:
-    return config.validation if split == "validation" and config.validation else config.train
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

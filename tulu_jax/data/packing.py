@@ -91,26 +91,56 @@ def fill_row(
 
     Each example's shift happens inside its own segment, so no target crosses into the next.
     """
-    row = {
-        name: np.zeros(capacity, dtype)
-        for name, dtype in (
-            ("tokens", np.int32),
-            ("targets", np.int32),
-            ("loss_mask", np.bool_),
-            ("segment_ids", np.int32),
-            ("positions", np.int32),
-        )
-    }
-    start = 0
+    row, start = _empty_row(capacity), 0
     for segment, (ids, spans) in enumerate(examples, 1):
         stop = start + len(ids) - 1
-        if stop > capacity:
-            raise ValueError(f"a row of {capacity} positions cannot hold {stop} tokens")
-        row["tokens"][start:stop] = ids[:-1]
-        row["targets"][start:stop] = ids[1:]
-        row["segment_ids"][start:stop] = segment
+        _place(row, ids, spans, start=start, stop=stop, segment=segment)
         row["positions"][start:stop] = np.arange(stop - start)
-        for first, last in spans:
-            row["loss_mask"][start + first : start + last] = True
         start = stop
     return row
+
+
+def fill_pair_row(
+    pairs: list[list[tuple[np.ndarray, np.ndarray]]], *, capacity: int
+) -> dict[str, np.ndarray]:
+    """One row of `capacity` positions from pairs of (ids, trained ranges), prompts stored once.
+
+    A segment is a prompt without its last token (`branches` 0), then the chosen (1) and the
+    rejected (2) answer, each behind a copy of that last token, which has a target in both. Both
+    branches continue the positions of the prompt. A key is visible to a query if it is not later
+    in the row, in the same segment, and in the prompt or in the same branch.
+    """
+    row, start = _empty_row(capacity), 0
+    row["branches"] = np.zeros(capacity, np.int32)
+    for segment, sides in enumerate(pairs, 1):
+        shared = int(sides[0][1][0, 0])
+        prompt, no_spans = sides[0][0][: shared + 1], np.zeros((0, 2), np.int64)
+        stop = start + shared
+        _place(row, prompt, no_spans, start=start, stop=stop, segment=segment)
+        row["positions"][start:stop] = np.arange(shared)
+        start = stop
+        for branch, (ids, spans) in enumerate(sides, 1):
+            answer, stop = ids[shared:], start + len(ids) - 1 - shared
+            _place(row, answer, spans - shared, start=start, stop=stop, segment=segment)
+            row["positions"][start:stop] = np.arange(shared, shared + stop - start)
+            row["branches"][start:stop] = branch
+            start = stop
+    return row
+
+
+def _empty_row(capacity: int) -> dict[str, np.ndarray]:
+    dtypes = {name: np.int32 for name in ("tokens", "targets", "segment_ids", "positions")}
+    return {name: np.zeros(capacity, dtype) for name, dtype in dtypes.items()} | {
+        "loss_mask": np.zeros(capacity, np.bool_)
+    }
+
+
+def _place(row, ids, spans, *, start: int, stop: int, segment: int) -> None:
+    """Writes `ids`, shifted, to positions start:stop, and marks the trained of its targets."""
+    if stop > len(row["tokens"]):
+        raise ValueError(f"a row of {len(row['tokens'])} positions cannot hold {stop} tokens")
+    row["tokens"][start:stop] = ids[:-1]
+    row["targets"][start:stop] = ids[1:]
+    row["segment_ids"][start:stop] = segment
+    for first, last in spans:
+        row["loss_mask"][start + first : start + last] = True

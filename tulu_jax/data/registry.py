@@ -2,8 +2,9 @@
 
 A task turns raw rows into examples: `{"messages": [...]}` for supervised fine-tuning, or
 `{"prompt": [...], "chosen": [...], "rejected": [...]}` for preferences, each a list of
-`{"role", "content"}`. A mixture names tasks with a number of rows of each; an epoch visits each
-row once, which rate sampling as seqio's cannot promise.
+`{"role", "content"}`; either may carry `"about"`, a flat dict of texts and numbers for audits. A
+mixture names tasks with a number of rows of each; an epoch visits each row once, which rate
+sampling as seqio's cannot promise.
 """
 
 import dataclasses
@@ -12,25 +13,46 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tulu_jax import validation
 
-BUILT_IN = ("tulu_jax.data.tulu", "tulu_jax.data.tulu_tiny")  # they register this project's tasks
+BUILT_IN = (  # they register this project's tasks
+    "tulu_jax.data.tulu",
+    "tulu_jax.data.preferences",
+    "tulu_jax.data.tulu_tiny",
+)
 KINDS = ("sft", "preference")
 SPLITS = ("train", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """What a converter returns for a row it leaves out by a stated rule; counted by `reason`."""
+    """What a converter returns for what it leaves out by a stated rule; counted by `reason`."""
 
     reason: str
 
 
-Convert = Callable[[dict], dict | Dropped]
+# A raw row gives one example, several (the chunks of a long conversation), or none: `Dropped`.
+Part = dict | Dropped
+Convert = Callable[[dict], Part | list[Part]]
 Rows = Callable[[], Iterable[dict]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """Raw rows in files: `paths`, which may be globs, relative to the data root of the run.
+
+    Only rows whose columns equal `where` are read. With no such file, the set named `hub` is
+    loaded through `datasets`, its split `hub_split`.
+    """
+
+    paths: tuple[str, ...]
+    where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hub: str | None = None
+    hub_split: str = "train"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Keeps the examples for which `keep(example)` holds; the others are counted under `name`."""
+    """Keeps the examples for which `keep(example)` holds; the others are counted under `name` and
+    kept aside."""
 
     name: str
     keep: Callable[[dict], bool]
@@ -41,20 +63,18 @@ class Task:
     """One named source of examples.
 
     `sources` gives the raw rows of a split: a path (relative to the data root given at run time,
-    or absolute) or a function that yields rows. With no `validation` source, every
-    `holdout_every`-th raw row is the validation split and is absent from the train split.
-    `sample` draws that many raw rows of the train source with `seed`, in their order.
-    `expected` is the number of raw rows of the published train source, None if unknown.
+    or absolute), `Files`, or a function that yields rows. `sample` draws that many raw rows of the
+    train source with `seed`, in their order. `expected` is the number of examples of the train
+    source after that and before anything is dropped, None if unknown.
     """
 
     name: str
     kind: str
-    sources: Mapping[str, str | Rows]
+    sources: Mapping[str, str | Files | Rows]
     convert: Convert
     filters: tuple[Filter, ...] = ()
     sample: int | None = None
     seed: int = 42
-    holdout_every: int | None = 20
     expected: int | None = None
     licence: str
     origin: str
@@ -70,25 +90,30 @@ class Task:
                     f"{self.name}: sources has {sorted(self.sources)}; expected {SPLITS}",
                 ),
                 (
-                    self.holdout_every is None or self.holdout_every >= 2,
-                    f"{self.name}: holdout_every = {self.holdout_every}; expected None or 2 up",
-                ),
-                (
                     self.sample is None or self.sample > 0,
                     f"{self.name}: sample = {self.sample}; expected a positive number of rows",
                 ),
             ),
         )
 
+    def source(self, split: str) -> str | Files | Rows:
+        """The source that `split` is read from: its own, or the train source it is held out of."""
+        return self.sources.get(split, self.sources["train"])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Named tasks with the number of train rows of each: None for all, or that many, drawn with
-    `seed`. The validation split is every held-out row of every task."""
+    """Named tasks, or mixtures, with the share of the train examples of each: None for all, a
+    number of rows, or a fraction; rows are drawn with `seed`.
+
+    Of a mixture inside a mixture all rows or a fraction are taken. The validation split is every
+    held-out row of every task. `expected` is the number of examples before anything is dropped.
+    """
 
     name: str
-    tasks: Mapping[str, int | None]
+    tasks: Mapping[str, int | float | None]
     seed: int = 42
+    expected: int | None = None
 
     def __post_init__(self):
         validation.check(
@@ -97,13 +122,24 @@ class Mixture:
                 (bool(self.tasks), f"{self.name}: has no tasks"),
                 *(
                     (
-                        rows is None or rows > 0,
-                        f"{self.name}: {rows} rows of {task!r}; expected a positive number or None",
+                        _is_amount(amount),
+                        f"{self.name}: {amount!r} of {task!r}; expected None (all), a positive "
+                        "number of rows, or a fraction above 0.0 and up to 1.0",
                     )
-                    for task, rows in self.tasks.items()
+                    for task, amount in self.tasks.items()
                 ),
             ),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """A task of a mixture: `amount` of its train examples (None: all, an int: rows, a float: a
+    fraction), drawn with `seed`."""
+
+    task: Task
+    amount: int | float | None
+    seed: int
 
 
 class Registry:
@@ -126,8 +162,7 @@ class Registry:
     def get(self, name: str):
         if name not in self._items:
             raise ValueError(
-                f"no {self._noun} is named {name!r}{validation.nearest(name, self._items)} "
-                f"(registered: {', '.join(self.names())})"
+                f"no {self._noun} is named {name!r}{validation.nearest(name, self._items)}"
             )
         return self._items[name]
 
@@ -152,26 +187,69 @@ def get_mixture_or_task(name: str) -> Mixture | Task:
         return TaskRegistry.get(name)
     known = MixtureRegistry.names() + TaskRegistry.names()
     raise ValueError(
-        f"no mixture or task is named {name!r}{validation.nearest(name, known)} "
-        f"(registered: {', '.join(known)})"
+        f"no mixture or task is named {name!r}{validation.nearest(name, known)}; mixtures are "
+        f"{', '.join(MixtureRegistry.names())}, and tasks are listed in docs/data.md"
     )
 
 
-def components(name: str) -> list[tuple[Task, int | None, int]]:
-    """The tasks behind a name, each with its number of train rows (None: all) and drawing seed.
+def components(wanted: str | Mixture) -> list[Component]:
+    """The tasks behind a mixture or task name, or behind a mixture that has no name here yet.
 
-    Raises `ValueError` for an unknown name, and for a mixture of supervised and preference tasks.
+    Raises `ValueError` for unknown names, a task that is named twice, a number of rows of a
+    mixture, and a mixture of supervised and preference tasks; all of them at once.
     """
-    found = get_mixture_or_task(name)
-    if isinstance(found, Task):
-        return [(found, None, found.seed)]
-    parts = [(TaskRegistry.get(task), rows, found.seed) for task, rows in found.tasks.items()]
-    kinds = {task.name: task.kind for task, _, _ in parts}
+    problems: list[str] = []
+    found = _flat(wanted, None, None, problems)
+    names = [component.task.name for component in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        problems.append(f"mixture {name_of(wanted)!r} has tasks more than once: {twice}")
+    kinds = {component.task.name: component.task.kind for component in found}
     if len(set(kinds.values())) > 1:
-        raise ValueError(f"mixture {name!r} has tasks of different kinds: {kinds}")
+        problems.append(f"mixture {name_of(wanted)!r} has tasks of different kinds: {kinds}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def name_of(wanted: str | Mixture) -> str:
+    return wanted if isinstance(wanted, str) else wanted.name
+
+
+def kind_of(wanted: str | Mixture) -> str:
+    """`"sft"` or `"preference"`, for a mixture or task."""
+    return components(wanted)[0].task.kind
+
+
+def expected_examples(wanted: str | Mixture) -> int | None:
+    """The number of train examples that is known for a mixture or task, None if none is."""
+    return (get_mixture_or_task(wanted) if isinstance(wanted, str) else wanted).expected
+
+
+def _flat(wanted, amount, seed, problems: list[str]) -> list[Component]:
+    try:
+        found = get_mixture_or_task(wanted) if isinstance(wanted, str) else wanted
+    except ValueError as error:
+        problems.append(str(error))
+        return []
+    if isinstance(found, Task):
+        return [Component(task=found, amount=amount, seed=found.seed if seed is None else seed)]
+    if isinstance(amount, int):
+        problems.append(
+            f"{amount} rows of the mixture {found.name!r} are asked for; of a mixture inside a "
+            "mixture, take None (all) or a fraction, or name its tasks one by one"
+        )
+    parts = []
+    for name, inner in found.tasks.items():
+        if isinstance(amount, float):
+            inner = amount if inner is None else type(inner)(inner * amount)
+        parts += _flat(name, inner, found.seed, problems)
     return parts
 
 
-def kind_of(name: str) -> str:
-    """`"sft"` or `"preference"`, for a mixture or task name."""
-    return components(name)[0][0].kind
+def _is_amount(amount) -> bool:
+    if amount is None:
+        return True
+    if isinstance(amount, float):
+        return 0.0 < amount <= 1.0
+    return amount > 0

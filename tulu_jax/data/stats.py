@@ -8,11 +8,15 @@ from tulu_jax.data import encode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Counts of a prepared split; lengths in tokens after the shift, of a pair both sides."""
+    """Counts of a prepared split; lengths in tokens after the shift, of a pair both sides.
+
+    `positions` of the `rows_per_epoch * positions_per_row` hold a token.
+    """
 
     tasks: tuple[encode.TaskCounts, ...]
     rows_per_epoch: int
     positions_per_row: int
+    positions: int
 
     @property
     def examples(self) -> int:
@@ -48,12 +52,12 @@ class Stats:
     @property
     def packing_efficiency(self) -> float:
         """Share of positions that hold a token."""
-        return self.tokens / (self.rows_per_epoch * self.positions_per_row)
+        return self.positions / (self.rows_per_epoch * self.positions_per_row)
 
     def __str__(self) -> str:
         lines = [table(self.tasks)]
         lines += [f"  left out: {count:,} × {reason}" for reason, count in self.dropped.items()]
-        lines += [f"  {note}" for note in map(_unexpected, self.tasks) if note]
+        lines += [f"  {note}" for note in count_problems(self.tasks, expected=None, name="")]
         lines.append(
             f"  {self.rows_per_epoch:,} rows of {self.positions_per_row:,} positions, "
             f"{self.packing_efficiency:.1%} used, {self.examples_per_row:.2f} examples a row"
@@ -63,9 +67,9 @@ class Stats:
 
 def table(tasks: Sequence[encode.TaskCounts]) -> str:
     """A line for each task and one for their sum."""
-    header = ("task", "raw", "not drawn", "dropped", "cut", "kept", "tokens", "trained")
+    header = ("task", "raw", "added", "not drawn", "dropped", "cut", "kept", "tokens", "trained")
     lines = [
-        (t.task, t.raw_rows, t.not_drawn, sum(t.dropped.values()))
+        (t.task, t.raw_rows, t.added_parts, t.not_drawn, sum(t.dropped.values()))
         + (t.cut, t.examples, t.tokens, t.trained_tokens)
         for t in tasks
     ]
@@ -81,9 +85,19 @@ def table(tasks: Sequence[encode.TaskCounts]) -> str:
     )
 
 
-def _unexpected(counts: encode.TaskCounts) -> str | None:
-    if counts.expected in (None, counts.raw_rows):
-        return None
-    return (
-        f"{counts.task}: {counts.raw_rows:,} raw rows; the published source has {counts.expected:,}"
-    )
+def count_problems(
+    tasks: Sequence[encode.TaskCounts], *, expected: int | None, name: str
+) -> list[str]:
+    """How the examples found differ from those that are expected: per task, and in all."""
+    problems = [
+        f"{t.task}: found {t.found:,} examples, expected {t.expected:,} ({t.found - t.expected:+,})"
+        for t in tasks
+        if t.expected not in (None, t.found)
+    ]
+    found = sum(t.found for t in tasks)
+    if expected not in (None, found):
+        problems.append(
+            f"{name}: found {found:,} examples in all, expected {expected:,} "
+            f"({found - expected:+,})"
+        )
+    return problems

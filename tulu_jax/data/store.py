@@ -1,30 +1,42 @@
 """Encoded examples in memory-mapped Arrow files, addressed by one index over several tasks."""
 
-import pathlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
-from tulu_jax.data import encode
+from tulu_jax.data import encode, truncation
 
 
 class ExampleStore:
     """The examples of some cached folders, in order. Reading one copies no more than itself.
 
-    `lengths` int64 [examples] counts tokens after the shift; of a pair, the longer side.
+    `lengths` int64 [examples] counts tokens after the shift; of a pair, those of the longer side,
+    or with `one_row` those of both sides with their prompt once. `task_of[i]` is the number of the
+    folder that example i is from.
     """
 
-    def __init__(self, folders: Sequence[pathlib.Path], *, kind: str):
-        batches = [batch for folder in folders for batch in _batches(folder)]
-        kept = [np.flatnonzero(batch["outcome"].to_numpy() <= encode.CUT) for batch in batches]
+    def __init__(self, folders: Sequence, *, kind: str, one_row: bool):
+        numbered = [
+            (number, batch)
+            for number, folder in enumerate(folders)
+            for file in encode.shards(folder)
+            for batch in encode.read_table(file).to_batches()
+        ]
+        batches = [batch for _, batch in numbered]
+        kept = [np.flatnonzero(batch["outcome"].to_numpy() <= truncation.CUT) for batch in batches]
         self._batches, self._rows = batches, kept
+        self.task_of = np.repeat([n for n, _ in numbered], [len(rows) for rows in kept]).astype(int)
         self._starts = np.cumsum([0] + [len(rows) for rows in kept])
         self._sides = [
             (_Lists(batches, kept, side), _Lists(batches, kept, f"{side}_spans"))
             for side in encode.SIDES[kind]
         ]
         lengths = [ids.lengths - 1 for ids, _ in self._sides]
-        self.lengths = np.max(lengths, axis=0)
+        if one_row:
+            self.lengths = np.sum(lengths, axis=0) - self._sides[0][1].firsts()
+        else:
+            self.lengths = np.max(lengths, axis=0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,9 +47,16 @@ class ExampleStore:
 
     def name(self, index: int) -> str:
         """The id, "task/rownumber", of one example."""
+        return self._value("id", index)
+
+    def about(self, index: int) -> dict:
+        """What the converter told about one example: texts and numbers by name."""
+        return json.loads(self._value("about", index))
+
+    def _value(self, column: str, index: int) -> str:
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = int(self._rows[batch][index - self._starts[batch]])
-        return self._batches[batch]["id"][row].as_py()
+        return self._batches[batch][column][row].as_py()
 
 
 class _Lists:
@@ -54,19 +73,16 @@ class _Lists:
         self._batch_of, self._starts, self._stops = map(_joined, (batch_of, starts, stops))
         self.lengths = self._stops - self._starts
 
+    def firsts(self) -> np.ndarray:
+        """The first value of each list, int64 [lists]."""
+        return np.array(
+            [self._values[b][s] for b, s in zip(self._batch_of, self._starts, strict=True)],
+            np.int64,
+        )
+
     def __getitem__(self, index: int) -> np.ndarray:
         return self._values[self._batch_of[index]][self._starts[index] : self._stops[index]]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
-
-def _batches(folder: pathlib.Path) -> list:
-    import pyarrow as pa
-
-    path = folder / "examples.arrow"
-    if not path.exists():  # the task had no rows
-        return []
-    with pa.memory_map(str(path)) as mapped:
-        return pa.ipc.open_stream(mapped).read_all().to_batches()

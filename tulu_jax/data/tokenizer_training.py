@@ -22,12 +22,17 @@ def train_tokenizer(
     two tokens are left that occur together more than once.
     """
     texts = []
-    for task, rows, seed in registry.components(name):
-        loaded = examples.load_examples(
-            task, split="train", rows=rows, seed=seed, data_root=data_root
+    for component in registry.components(name):
+        drawing = examples.Drawing(
+            split="train",
+            amount=component.amount,
+            seed=component.seed,
+            holdout_every=None,
+            data_root=data_root,
         )
+        loaded = examples.load_examples(component.task, drawing)
         texts += [text for example in loaded.examples for text in _texts(example)]
-    save_tokenizer(train_bpe(texts, vocab_size=vocab_size), directory, max_length=None)
+    save_tokenizer(train_bpe(texts, vocab_size=vocab_size), directory, max_length=None, mode="spec")
     return chat.load_tokenizer(directory)
 
 
@@ -55,17 +60,18 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int):
     return backend
 
 
-def save_tokenizer(backend, directory: str, *, max_length: int | None) -> None:
+def save_tokenizer(backend, directory: str, *, max_length: int | None, mode: str) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, atomically.
 
-    `transformers.AutoTokenizer` opens the folder; its chat template gives the ids of `chat.py`.
+    `transformers.AutoTokenizer` opens the folder; its chat template gives the ids of `chat.py` in
+    `mode`.
     """
     special = {"bos_token": chat.BOS, "eos_token": chat.EOS, "unk_token": UNK}
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "chat_template": chat.CHAT_TEMPLATE,
+        "chat_template": chat.CHAT_TEMPLATES[mode],
     }
     if max_length is not None:
         config["model_max_length"] = max_length

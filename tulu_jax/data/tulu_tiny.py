@@ -27,7 +27,6 @@ for _name, _kind, _rows in (
             kind=_kind,
             sources={split: functools.partial(_rows, split) for split in registry.SPLITS},
             convert=_as_is,
-            holdout_every=None,
             licence="as this project",
             origin="written by this project",
         )

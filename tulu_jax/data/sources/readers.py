@@ -1,12 +1,18 @@
-"""Raw rows from files, local or remote: JSON lists, JSON lines (also gzipped), tab-separated."""
+"""Raw rows from files, local or remote: JSON lists, JSON lines (also gzipped), TSV, Parquet.
 
+And from a set on the Hugging Face hub, when the files are not there.
+"""
+
+import fnmatch
 import gzip
 import io
 import json
 import pathlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 
-READABLE = (".json", ".jsonl", ".jsonl.gz", ".tsv")
+_failed: dict[tuple[str, str], str] = {}  # hub sets that could not be loaded, and why
+READABLE = (".json", ".jsonl", ".jsonl.gz", ".tsv", ".parquet")
 
 
 def as_path(path: str):
@@ -18,11 +24,23 @@ def as_path(path: str):
     return pathlib.Path(path)
 
 
-def read_rows(path: str) -> Iterator[dict]:
+def find(pattern: str) -> list[str]:
+    """The files that `pattern`, a path whose last part may be a glob, stands for, sorted."""
+    folder, _, name = pattern.rpartition("/")
+    if not any(sign in name for sign in "*?["):
+        return [pattern] if as_path(pattern).exists() else []
+    if not as_path(folder).is_dir():
+        return []
+    names = [file.name for file in as_path(folder).iterdir()]
+    return [f"{folder}/{found}" for found in sorted(fnmatch.filter(names, name))]
+
+
+def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dict]:
     """Yields the rows of one file in order, each a dict; a `.tsv` row is `{"fields": [...]}`.
 
-    Raises `FileNotFoundError` for a missing file and `ValueError` naming file and line for what
-    does not parse, is not an object, or is missing (an empty line, a truncated gzip).
+    Rows whose columns do not equal `where` are passed over. Raises `FileNotFoundError` for a
+    missing file and `ValueError` naming file and line for what does not parse, is not an object,
+    is missing (an empty line, a truncated gzip), or for a file with no row at all.
     """
     if not path.endswith(READABLE):
         raise ValueError(f"{path}: cannot read this kind of file; expected one of {READABLE}")
@@ -31,20 +49,73 @@ def read_rows(path: str) -> Iterator[dict]:
         raise FileNotFoundError(
             f"{path}: no such file; place it there, or give the folder that holds it as data_root"
         )
+    read = 0
+    for row in _rows(path, file, where or {}):
+        read += 1
+        if all(row.get(name) == value for name, value in (where or {}).items()):
+            yield row
+    if not read and not where:
+        raise ValueError(f"{path}: has no rows; expected at least one")
+
+
+def read_hub(name: str, split: str, where: Mapping[str, str], *, wanted: str) -> Iterator[dict]:
+    """Yields the rows of a set on the Hugging Face hub whose columns equal `where`.
+
+    Raises `FileNotFoundError` that says what to download and where to put it (`wanted`) if the hub
+    cannot be reached or has no such set.
+    """
+    for row in hub_set(name, split, wanted=wanted):
+        if all(row.get(column) == value for column, value in where.items()):
+            yield row
+
+
+def hub_set(name: str, split: str, *, wanted: str):
+    """The `datasets.Dataset` of a split of a hub set; `FileNotFoundError` as `read_hub`."""
+    import datasets
+
+    reason = _failed.get((name, split))  # asking again takes as long, for each task of a mixture
+    if reason is None:
+        try:
+            return datasets.load_dataset(name, split=split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = _failed[name, split] = " ".join(str(error).split())[:200]
+    raise FileNotFoundError(
+        f"found no {wanted}, and the hub set {name!r} ({split}) could not be loaded: {reason}. "
+        f"Download the files of {name!r}, place them as {wanted}, and give the folder above as "
+        "data_root (--gin.DATA_ROOT)"
+    )
+
+
+def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
     if path.endswith(".json"):
         yield from _read_json_list(path, file.read_bytes())
-        return
-    for number, line in _lines(path, file):
-        if path.endswith(".tsv"):
-            yield {"fields": line.split("\t")}
-        else:
-            yield _parse_line(path, number, line)
+    elif path.endswith(".parquet"):
+        yield from _read_parquet(path, file, where)
+    else:
+        for number, line in _lines(path, file):
+            if path.endswith(".tsv"):
+                yield {"fields": line.split("\t")}
+            else:
+                yield _parse_line(path, number, line)
+
+
+def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open("rb") as raw:
+            table = pq.read_table(raw, filters=[(n, "==", v) for n, v in where.items()] or None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet ({error})") from error
+    for batch in table.to_batches(max_chunksize=1000):
+        yield from batch.to_pylist()
 
 
 def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
     try:
         rows = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: found a {type(rows).__name__}; expected a list of objects")
@@ -62,7 +133,7 @@ def _lines(path: str, file) -> Iterator[tuple[int, str]]:
         try:
             for number, line in enumerate(io.TextIOWrapper(stream, "utf-8", newline="\n"), 1):
                 yield number, line.rstrip("\r\n")
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, after line {number}: unreadable ({error})") from error
 
 
@@ -71,7 +142,7 @@ def _parse_line(path: str, number: int, line: str) -> dict:
         raise ValueError(f"{path}, line {number}: missing (the line is empty); expected an object")
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: malformed JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; expected an object")
