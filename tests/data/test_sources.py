@@ -1,4 +1,4 @@
-"""Readers and converters: what each takes, and what each says of bad input."""
+"""Readers: what each takes, and what each says of bad input."""
 
 import gzip
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 from raw_rows import messages
 
-from tulu_jax.data import examples, registry
-from tulu_jax.data.sources import instruct, preference, readers
+from tulu_jax.data import registry
+from tulu_jax.data.sources import preference, readers
 
 GOOD = '{"a": 1}\n'
 
@@ -62,57 +62,6 @@ def test_missing_file_says_where_it_belongs(tmp_path):
         read(tmp_path / "r.jsonl")
 
 
-def test_alpaca_with_and_without_input():
-    row = {"instruction": "Add. ", "input": "1, 2\n", "output": "3"}
-    assert instruct.alpaca(row) == {"messages": messages("Add.\n\n1, 2", "3")}
-    assert instruct.alpaca(row | {"input": " "}) == {"messages": messages("Add.", "3")}
-    with pytest.raises(ValueError, match=r"missing column 'output'; found \['input', 'instr"):
-        instruct.alpaca({"instruction": "", "input": ""})
-    with pytest.raises(ValueError, match=r"column 'input' is a NoneType; expected a string"):
-        instruct.alpaca(row | {"input": None})
-
-
-def test_lima_loses_an_odd_last_turn():
-    assert instruct.lima({"conversations": ["a", "b", "c"]}) == {"messages": messages("a", "b")}
-    assert instruct.lima({"conversations": ["a"]}) == registry.Dropped("fewer than two turns")
-    with pytest.raises(ValueError, match=r"expected 'conversations', a list of texts"):
-        instruct.lima({"conversations": "a"})
-
-
-def node(text: str, *replies: dict, role: str = "assistant", **more) -> dict:
-    return {"text": text, "role": role, "replies": list(replies), **more}
-
-
-def quality(value: float) -> dict:
-    return {"labels": {"quality": {"value": value, "count": 3}}}
-
-
-def test_open_assistant_follows_the_best_replies():
-    tree = node(
-        "q",
-        node("deleted", deleted=True, **quality(1.0)),
-        node("unlabelled"),
-        node("fine", **quality(0.5)),
-        node(
-            "best",
-            node("thanks", node("welcome"), node("later"), role="prompter"),
-            **quality(0.75),
-        ),
-        role="prompter",
-    )
-    found = instruct.oasst_tree({"prompt": tree})
-    assert found == {"messages": messages("q", "best", "thanks", "welcome")}
-
-
-def test_open_assistant_without_labels_takes_first_replies_and_drops_open_ends():
-    tree = node("q", node("first"), node("second", node("?", role="prompter")), role="prompter")
-    assert instruct.oasst_tree({"prompt": tree}) == {"messages": messages("q", "first")}
-    tree["replies"].reverse()
-    assert instruct.oasst_tree({"prompt": tree}) == registry.Dropped(
-        "best replies end with the prompter"
-    )
-
-
 def test_ultrafeedback_drops_ties_and_refuses_inverted_scores():
     row = {
         "prompt": "p",
@@ -128,30 +77,3 @@ def test_ultrafeedback_drops_ties_and_refuses_inverted_scores():
     inverted = row | {"metadata": {"score_chosen": 7.0, "score_rejected": 8.0}}
     with pytest.raises(ValueError, match=r"chosen scores 7.0, rejected 8.0"):
         preference.ultrafeedback_binarized(inverted)
-
-
-REAL = {  # raw rows; train examples; dropped
-    "lima": (400, 380, {}),
-    "gpt4_alpaca": (666, 633, {}),
-    "code_alpaca": (1345, 1278, {}),
-    "stanford_alpaca": (1600, 1520, {}),
-    "dolly": (400, 380, {}),
-    "oasst1_sample": (67, 38, {"best replies end with the prompter": 26}),
-    "ultrafeedback_binarized": (500, 358, {"equal scores": 41, "identical sides": 1}),
-}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_rows_are_all_accounted_for(shared_data, name):
-    ((task, rows, seed),) = registry.components(name)
-    raw, kept, dropped = REAL[name]
-    options = {"rows": rows, "seed": seed, "data_root": str(shared_data)}
-    train = examples.load_examples(task, split="train", **options)
-    assert (train.raw_rows, len(train.examples), train.dropped) == (raw, kept, dropped)
-    assert train.not_drawn + kept + sum(dropped.values()) == raw
-    validation = examples.load_examples(task, split="validation", **options)
-    assert validation.raw_rows == raw and not set(validation.ids) & set(train.ids)
-    held_out = len(validation.examples) + sum(validation.dropped.values())
-    every = task.holdout_every
-    assert held_out == raw // every == train.not_drawn
-    assert all(int(row_id.split("/")[1]) % every == every - 1 for row_id in validation.ids)

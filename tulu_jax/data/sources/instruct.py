@@ -1,59 +1,93 @@
-"""Converters of instruction sources: one raw row to `{"messages": [...]}` or `Dropped`."""
+"""Converters of instruction rows (Stanford, GPT-4 and Code Alpaca, Dolly): two turns each.
 
-from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import columns
+The instruction is laid out by one of fourteen templates, drawn with fixed weights; rows with an
+input have fourteen of their own. The draw is seeded by the row itself, so a row always gets the
+same template, whatever is read before it; upstream drew from one stream over all its files.
+Source: open-instruct `instruction_encode_templates.py` of November 2023, layouts verbatim.
+"""
+
+import random
+
+from tulu_jax.data.sources import turns
+
+WITH_INPUT = (  # user turn, assistant turn, weight
+    ("{instruction}\n\n{input}\n\n", "{output}", 0.2),
+    ("{instruction}\n{input}\n\n", "{output}", 0.1),
+    ("{instruction}\n{input}\n", "{output}", 0.1),
+    ("{instruction}\n\nInput: {input}\n\nOutput:", "{output}", 0.05),
+    ("{instruction}\nInput: {input}\nOutput:", "{output}", 0.05),
+    ("{instruction}\n{input}\n\nResponse:", "{output}", 0.05),
+    ("{instruction}\n\nAdditional Context:\n{input}\n\nAnswer:", "{output}", 0.05),
+    ("Task: {instruction}\nInput: {input}\nOutput:", "{output}", 0.05),
+    ("Task: {instruction}\n\n{input}\n\n", "{output}", 0.05),
+    ("Task: {instruction}\n\n{input}\n\nAnswer:", "{output}", 0.05),
+    (
+        "You need to complete the following task:\n\n{instruction}\n\n{input}\n\nAnswer:",
+        "{output}",
+        0.05,
+    ),
+    (
+        "{instruction}\n\nNow complete the following instance -\nInput: {input}\nOutput:",
+        "{output}",
+        0.05,
+    ),
+    ("Instruction:{instruction}\n\nInput: {input}\n\n", "{output}", 0.05),
+    (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+        "{output}",
+        0.1,
+    ),
+)
+WITHOUT_INPUT = (  # user turn, assistant turn, weight
+    ("{instruction}\n\n", "{output}", 0.2),
+    ("{instruction}\n", "{output}", 0.1),
+    ("{instruction}", "\n{output}", 0.1),
+    ("{instruction} Output:", "{output}", 0.05),
+    ("{instruction}\nResponse:", "{output}", 0.05),
+    ("{instruction}\n\nAnswer:", "{output}", 0.05),
+    ("Task: {instruction}\n\n", "{output}", 0.05),
+    ("Instruction: {instruction}\n", "{output}", 0.05),
+    ("Instruction: {instruction}\nOutput:", "{output}", 0.05),
+    ("You need to complete the following task:\n\n{instruction}\n\n", "{output}", 0.05),
+    ("Can you help with this?\n\n{instruction}\n", "{output}", 0.05),
+    ("Plase answer the following request: {instruction}\nAnswer:", "{output}", 0.05),
+    (
+        "Tell me how would you respond to the following request.\n{instruction}\n",
+        "{output}",
+        0.05,
+    ),
+    (
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:",
+        "{output}",
+        0.1,
+    ),
+)
 
 
-def alpaca(row: dict) -> dict:
-    """`instruction`, `input`, `output` (Stanford, GPT-4 and Code Alpaca, re-keyed Dolly).
-
-    The user turn is the instruction, then a blank line and the input if there is one.
-    """
-    instruction, context, output = columns.text(row, "instruction", "input", "output")
-    user = "\n\n".join(part for part in (instruction.strip(), context.strip()) if part)
-    return {"messages": [_message("user", user), _message("assistant", output)]}
+def alpaca(row: dict, *, seed: int) -> dict:
+    """`instruction`, `input` (possibly blank), `output`."""
+    instruction, context, output = turns.texts(row, "instruction", "input", "output")
+    return turns.example(encode(instruction, context, output, seed=seed), row, "category")
 
 
-def lima(row: dict) -> dict | Dropped:
-    """`conversations`: texts of user and assistant in turn; an odd last one is left out."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise ValueError(f"found columns {sorted(row)}; expected 'conversations', a list of texts")
-    turns = turns[: len(turns) // 2 * 2]
-    if not turns:
-        return Dropped("fewer than two turns")
-    roles = ("user", "assistant")
-    return {"messages": [_message(roles[i % 2], turn) for i, turn in enumerate(turns)]}
+def dolly(row: dict, *, seed: int) -> dict:
+    """`instruction`, `context` (possibly blank), `response`: Dolly's own columns."""
+    instruction, context, output = turns.texts(row, "instruction", "context", "response")
+    return turns.example(encode(instruction, context, output, seed=seed), row, "category")
 
 
-def oasst_tree(row: dict) -> dict | Dropped:
-    """An Open Assistant message tree: the chain of best replies, if it ends with the assistant.
-
-    At every message the reply with the highest mean human `quality` is followed; a missing label
-    counts as 0 and the first of equals wins, so a tree without labels gives its first replies.
-    Deleted messages are skipped. Source: open-instruct `reformat_datasets.py` of November 2023.
-    """
-    node = row.get("prompt")
-    if not isinstance(node, dict):
-        raise ValueError(f"found columns {sorted(row)}; expected 'prompt', the root message")
-    if node.get("deleted"):
-        return Dropped("deleted prompt")
-    messages = []
-    while node is not None:
-        text, role = columns.text(node, "text", "role")
-        if role not in ("prompter", "assistant"):
-            raise ValueError(f"unknown role {role!r}; expected 'prompter' or 'assistant'")
-        messages.append(_message("user" if role == "prompter" else "assistant", text))
-        replies = [reply for reply in node.get("replies", []) if not reply.get("deleted")]
-        node = max(replies, key=_quality, default=None)
-    if messages[-1]["role"] != "assistant":
-        return Dropped("best replies end with the prompter")
-    return {"messages": messages}
-
-
-def _quality(reply: dict) -> float:
-    return reply.get("labels", {}).get("quality", {}).get("value", 0.0)
-
-
-def _message(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
+def encode(instruction: str, context: str, output: str, *, seed: int) -> list[dict]:
+    """The two messages of an instruction row; all three texts are stripped first."""
+    instruction, context, output = instruction.strip(), context.strip(), output.strip()
+    rng = random.Random(f"{seed}/{instruction}/{context}")
+    layouts = WITH_INPUT if context else WITHOUT_INPUT
+    ((user, assistant, _),) = rng.choices(layouts, [weight for _, _, weight in layouts])
+    return turns.dialogue(
+        [
+            user.format(instruction=instruction, input=context),
+            assistant.format(output=output),
+        ]
+    )

@@ -1,0 +1,13 @@
+"""Converter of the hard-coded identity prompts: every row ten times.
+
+The fourteen rows AI2 used (`hard_coded_examples.xlsx`) are not published on their own; whoever has
+them, or writes others, saves them as JSON lines with that sheet's columns.
+"""
+
+from tulu_jax.data.sources import turns
+
+
+def hard_coded(row: dict, *, repeat: int) -> list[dict]:
+    """`Prompt`, `Output`."""
+    prompt, output = turns.texts(row, "Prompt", "Output")
+    return [{"messages": turns.dialogue([prompt, output])} for _ in range(repeat)]
