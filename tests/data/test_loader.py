@@ -1,6 +1,7 @@
 """Batches: a pure function of (fingerprint, seed, k), over processes, threads and restarts."""
 
 import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
@@ -98,6 +99,34 @@ def test_contract_of_a_preference_batch(pair_rows):
         np.testing.assert_array_equal(in_order["tokens"], batch["tokens"][i])
 
 
+def test_contract_of_a_packed_preference_batch(pair_rows):
+    rows = loader.prepare(
+        dataclasses.replace(pair_rows.config, packing="best_fit", max_length=128),
+        split="validation",
+    )
+    (batch,) = read(rows, stop=1)
+    assert sorted(batch) == ["branches", "example", *SFT_KEYS]
+    assert all(batch[key].shape == (8, 128) for key in ["branches", *SFT_KEYS])
+    assert batch["example"].shape == (8, rows.pairs_per_row) and batch["example"].dtype == np.int32
+    assert set(np.unique(batch["branches"])) == {0, 1, 2}
+    pairs = (batch["example"] >= 0).sum(axis=1)
+    np.testing.assert_array_equal(batch["segment_ids"].max(axis=1), pairs)
+    assert rows.rows_per_epoch < pair_rows.rows_per_epoch / 3
+    tokenizer = chat.load_tokenizer(rows.config.tokenizer)
+    for i in range(8):
+        for segment, example in enumerate(batch["example"][i, : pairs[i]], 1):
+            here = (batch["segment_ids"][i] == segment) & batch["loss_mask"][i]
+            chosen, rejected = (
+                tokenizer.decode(batch["targets"][i][here & (batch["branches"][i] == branch)])
+                for branch in (1, 2)
+            )
+            assert chosen == f"Sure: {rejected}."
+            assert rows.example_ids(i)[segment - 1] == rows.store.name(int(example))
+    every = [batch["example"] for batch in loader.eval_batches(rows, batch_size=8, **ALONE)]
+    ids = np.concatenate([example[example >= 0] for example in every])
+    assert sorted(ids.tolist()) == list(range(rows.num_examples))
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_read_the_slices_of_one_global_batch(sft_rows, count):
     whole = read(sft_rows)
@@ -122,6 +151,39 @@ def test_resuming_needs_the_step_alone(sft_config, sft_rows):
     for start in (1, last - 2):
         assert_same(read(reopened, start=start, stop=last, batch_size=64), whole[start:])
     assert read(reopened, start=last, stop=last) == []
+
+
+DIGESTS = """
+import hashlib, json, sys
+from tulu_jax.data import loader
+rows = loader.prepare(loader.DataConfig(**json.loads(sys.argv[1])), split="train")
+start, stop, index, count, workers = map(int, sys.argv[2:])
+options = {"start_step": start, "num_steps": stop, "workers": workers, "batch_size": 8}
+for batch in loader.batches(rows, process_index=index, process_count=count, **options):
+    for row in range(len(batch["tokens"])):
+        content = b"".join(batch[key][row].tobytes() for key in sorted(batch))
+        print(hashlib.sha256(content).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("task", ["tulu_tiny", "tulu_tiny_preference"])
+def test_restarted_processes_of_any_number_give_the_same_rows(sft_config, cache_dir, task):
+    """Real processes, restarted at other steps, with other numbers of workers and of processes."""
+    config = dataclasses.replace(sft_config, train=task, max_length=128)
+    fields = json.dumps(dataclasses.asdict(config))
+
+    def digests(*arguments) -> list[str]:
+        command = [sys.executable, "-c", DIGESTS, fields, *map(str, arguments)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return run.stdout.split()
+
+    whole = digests(0, 6, 0, 1, 2)
+    assert len(set(whole)) == 48
+    assert digests(4, 6, 0, 1, 0) == whole[32:]
+    halves = [digests(2, 5, index, 2, 1 + 2 * index) for index in (0, 1)]
+    assert [
+        half[step * 4 + row] for step in range(3) for half in halves for row in range(4)
+    ] == whole[16:40]
 
 
 def test_an_epoch_visits_every_example_once(sft_rows):

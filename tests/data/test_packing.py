@@ -124,3 +124,60 @@ def test_plans_a_whole_mixture_in_seconds_and_wastes_almost_nothing():
     found = packing.epoch_plan(lengths, capacity=8192, packing="best_fit", seed=0, epoch=0)
     assert time.perf_counter() - start < 10
     assert lengths.sum() / (found.num_rows * 8192) > 0.995
+
+
+PAIRS = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5
+)
+
+
+def pair_sides(prompt: int, chosen: int, rejected: int, first: int):
+    """Both sides of a pair whose ids are all different but for the prompt's."""
+    shared = list(range(first, first + prompt))
+    return [
+        (np.array(shared + [first + 100 * (branch + 1) + i for i in range(answer)]), None)
+        for branch, answer in enumerate((chosen, rejected))
+    ]
+
+
+@hypothesis.given(PAIRS)
+def test_a_pair_row_is_the_two_sequences_with_their_prompt_once(sizes):
+    """Each branch, behind its prompt, is the plain sequence: tokens, targets, mask, positions."""
+    pairs = []
+    for number, (prompt, chosen, rejected) in enumerate(sizes):
+        sides = pair_sides(prompt, chosen, rejected, first=1000 * (number + 1))
+        pairs.append([(ids, np.array([[prompt - 1, len(ids) - 1]])) for ids, _ in sides])
+    used = sum(prompt - 1 + chosen + rejected for prompt, chosen, rejected in sizes)
+    row = packing.fill_pair_row(pairs, capacity=used + 3)
+    assert (row["segment_ids"] > 0).sum() == used and not row["loss_mask"][used:].any()
+    for segment, pair in enumerate(pairs, 1):
+        for branch, (ids, spans) in enumerate(pair, 1):
+            here = (row["segment_ids"] == segment) & np.isin(row["branches"], (0, branch))
+            plain = packing.fill_row([(ids, spans)], capacity=len(ids) - 1)
+            for name in ("tokens", "positions"):
+                assert row[name][here].tolist() == plain[name].tolist()
+            trained = here & (row["branches"] == branch)
+            assert row["targets"][trained].tolist() == plain["targets"][plain["loss_mask"]].tolist()
+            assert row["loss_mask"][trained].all()
+        prompt = (row["segment_ids"] == segment) & (row["branches"] == 0)
+        assert not row["loss_mask"][prompt].any()
+
+
+def test_a_pair_row_side_by_side():
+    chosen, rejected = np.array([1, 5, 6, 20, 2]), np.array([1, 5, 6, 30, 31, 2])
+    pair = [(chosen, np.array([[2, 4]])), (rejected, np.array([[2, 5]]))]
+    row = packing.fill_pair_row([pair], capacity=9)
+    assert {name: values.astype(int).tolist() for name, values in row.items()} == {
+        "tokens": [1, 5, 6, 20, 6, 30, 31, 0, 0],
+        "targets": [5, 6, 20, 2, 30, 31, 2, 0, 0],
+        "loss_mask": [0, 0, 1, 1, 1, 1, 1, 0, 0],
+        "segment_ids": [1, 1, 1, 1, 1, 1, 1, 0, 0],
+        "branches": [0, 0, 1, 1, 2, 2, 2, 0, 0],
+        "positions": [0, 1, 2, 3, 2, 3, 4, 0, 0],
+    }
+
+
+def test_a_pair_that_does_not_fit():
+    pair = [(np.arange(9), np.array([[2, 8]]))] * 2
+    with pytest.raises(ValueError, match=r"a row of 13 positions cannot hold 14 tokens"):
+        packing.fill_pair_row([pair], capacity=13)
