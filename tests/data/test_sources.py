@@ -4,10 +4,8 @@ import gzip
 import json
 
 import pytest
-from raw_rows import messages
 
-from tulu_jax.data import registry
-from tulu_jax.data.sources import preference, readers
+from tulu_jax.data.sources import readers
 
 GOOD = '{"a": 1}\n'
 
@@ -60,20 +58,3 @@ def test_bad_file_is_named_with_its_line(tmp_path, name, content, message):
 def test_missing_file_says_where_it_belongs(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"r.jsonl: no such file; place it there"):
         read(tmp_path / "r.jsonl")
-
-
-def test_ultrafeedback_drops_ties_and_refuses_inverted_scores():
-    row = {
-        "prompt": "p",
-        "chosen": "good",
-        "rejected": "bad",
-        "metadata": {"score_chosen": 9.0, "score_rejected": 8.0},
-    }
-    found = preference.ultrafeedback_binarized(row)
-    assert found["prompt"] == messages("p")
-    assert [found[side][0]["content"] for side in ("chosen", "rejected")] == ["good", "bad"]
-    tied = row | {"metadata": {"score_chosen": 8.0, "score_rejected": 8.0}}
-    assert preference.ultrafeedback_binarized(tied) == registry.Dropped("equal scores")
-    inverted = row | {"metadata": {"score_chosen": 7.0, "score_rejected": 8.0}}
-    with pytest.raises(ValueError, match=r"chosen scores 7.0, rejected 8.0"):
-        preference.ultrafeedback_binarized(inverted)
