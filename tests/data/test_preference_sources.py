@@ -45,12 +45,16 @@ def test_what_is_kept_for_audits():
         "source": "flan",
         "model_chosen": "m-good",
         "model_rejected": "m-bad",
+        "slot_chosen": 1,
+        "slot_rejected": 0,
         "score_chosen": 10.0,
         "score_rejected": 3.0,
     }
     assert converted("nectar")[0]["about"] == {
         "model_chosen": "a",
         "model_rejected": "b",
+        "slot_chosen": 1,
+        "slot_rejected": 0,
         "score_chosen": -1.0,
         "score_rejected": -2.0,
     }

@@ -22,7 +22,9 @@ def slots(row: dict, rejected: str, score: str = "overall", tens: str = "keep"):
     found = ultrafeedback.binarize(row, rejected=rejected, score=score, tens=tens)
     if isinstance(found, Dropped):
         return found.reason
-    return tuple(int(found[side][0]["content"]) for side in ("chosen", "rejected"))
+    said = tuple(int(found[side][0]["content"]) for side in ("chosen", "rejected"))
+    assert said == (found["about"]["slot_chosen"], found["about"]["slot_rejected"])
+    return said
 
 
 def scored(*scores: float, **options) -> dict:
@@ -145,6 +147,8 @@ def test_the_raw_schema_example_of_ultrafeedback(shared_data):
         "source": "sharegpt",
         "model_chosen": "falcon-40b-instruct",
         "model_rejected": "gpt-4",
+        "slot_chosen": 0,
+        "slot_rejected": 1,
         "score_chosen": 2.75,
         "score_rejected": 1.0,
     }

@@ -15,7 +15,7 @@ def message(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
 
-def text_pair(prompt: list[dict], chosen: str, rejected: str, **about: str | float) -> dict:
+def text_pair(prompt: list[dict], chosen: str, rejected: str, **about: str | int | float) -> dict:
     """The example of two answers to the same messages; `about` is kept for audits."""
     example = {
         "prompt": prompt,

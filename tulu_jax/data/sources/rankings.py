@@ -9,7 +9,7 @@ from tulu_jax.data.sources import columns, hh, pairs
 
 SEED = 42
 
-Ranked = list[tuple[float, str, str]]  # (rank, answer, model), best first
+Ranked = list[tuple[float, str, str, int]]  # (rank, answer, model, place in the row), best first
 
 
 def _adjacent(ranked: Ranked, prompt: str):
@@ -57,9 +57,10 @@ def nectar(row: dict, *, rule: str) -> Dropped | list[dict | Dropped]:
     answers = pairs.mappings(row, "answers")
     if len(answers) < 2:
         return Dropped("fewer than two answers")
-    texts = (columns.text(answer, "answer", "model") for answer in answers)
-    ranks = (pairs.number(answer, "rank") for answer in answers)
-    ranked = [(rank, *text) for rank, text in zip(ranks, texts, strict=True)]
+    ranked = [
+        (pairs.number(answer, "rank"), *columns.text(answer, "answer", "model"), slot)
+        for slot, answer in enumerate(answers)
+    ]
     ranked.sort(key=lambda answer: answer[0])
     return [_pair(messages, *two) for two in RULES[rule](ranked, prompt)]
 
@@ -83,4 +84,6 @@ def _pair(prompt: list[dict], better, worse) -> dict | Dropped:
         score_rejected=-worse[0],
         model_chosen=better[2],
         model_rejected=worse[2],
+        slot_chosen=better[3],
+        slot_rejected=worse[3],
     )

@@ -21,11 +21,12 @@ TENS = ("keep", "repair")
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Equal in all three means the same completion, as in the original script."""
+    """Equal but for the slot means the same completion, as in the original script."""
 
     score: float
     response: str
     model: str
+    slot: int = dataclasses.field(compare=False)
 
 
 def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropped:
@@ -43,7 +44,7 @@ def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropp
     of 1 to 5 that are not "N/A"). `tens` says what is done about overall scores of 10 that were
     meant as 1, in records from before their repair: "keep" takes every score as it stands; "repair"
     follows the rule of the repair for a completion scored 10: a mean of aspects up to 2 makes it 1,
-    one up to 4 leaves the completion out (upstream asked GPT-4 again), one above 4 lets it stand.
+    one up to 4 leaves the completion out (upstream asked GPT-4 again), one above 4 or none keeps it.
 
     A completion without a score is left out. Records with fewer than two are dropped, where the
     public binarizations have the placeholder "N/A" on both sides.
@@ -52,9 +53,7 @@ def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropp
     _one_of("score", score, SCORES)
     _one_of("tens", tens, TENS)
     (prompt,) = columns.text(row, "instruction")
-    raw = pairs.mappings(row, "completions")
-    read = (_completion(completion, score=score, tens=tens) for completion in raw)
-    completions = [completion for completion in read if completion is not None]
+    completions = _scored(pairs.mappings(row, "completions"), score=score, tens=tens)
     if len(completions) < 2:
         return Dropped("fewer than two scored completions")
     best = max(completions, key=lambda completion: completion.score)
@@ -68,6 +67,8 @@ def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropp
         **pairs.labels(row, "source"),
         model_chosen=best.model,
         model_rejected=other.model,
+        slot_chosen=best.slot,
+        slot_rejected=other.slot,
     )
     return pairs.scored(example, chosen=best.score, rejected=other.score, ties="drop")
 
@@ -98,10 +99,16 @@ def _lowest(completions: list[Completion], best: Completion, prompt: str) -> Com
 REJECTED = {"first": _first, "random": _random, "lowest": _lowest}
 
 
-def _completion(raw: dict, *, score: str, tens: str) -> Completion | None:
-    response, model = columns.text(raw, "response", "model")
-    value = _mean_rating(raw) if score == "aspects" else _overall_score(raw, tens)
-    return None if value is None else Completion(value, response, model)
+def _scored(raw: list[dict], *, score: str, tens: str) -> list[Completion]:
+    """The completions that have a score; `slot` is their place among all."""
+    completions = []
+    for slot, completion in enumerate(raw):
+        response, model = columns.text(completion, "response", "model")
+        aspects = score == "aspects"
+        value = _mean_rating(completion) if aspects else _overall_score(completion, tens)
+        if value is not None:
+            completions.append(Completion(value, response, model, slot))
+    return completions
 
 
 def _overall_score(raw: dict, tens: str) -> float | None:
