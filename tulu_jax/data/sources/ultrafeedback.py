@@ -43,8 +43,9 @@ def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropp
     `score` is "overall" (GPT-4's overall score of 1 to 10) or "aspects" (the mean of the ratings
     of 1 to 5 that are not "N/A"). `tens` says what is done about overall scores of 10 that were
     meant as 1, in records from before their repair: "keep" takes every score as it stands; "repair"
-    follows the rule of the repair for a completion scored 10: a mean of aspects up to 2 makes it 1,
-    one up to 4 leaves the completion out (upstream asked GPT-4 again), one above 4 or none keeps it.
+    follows the rule of the repair for a completion scored 10. A mean of aspects up to 2 makes it 1;
+    one up to 4 leaves the completion out (upstream asked GPT-4 again); above 4, or with no mean,
+    the 10 stands.
 
     A completion without a score is left out. Records with fewer than two are dropped, where the
     public binarizations have the placeholder "N/A" on both sides.
