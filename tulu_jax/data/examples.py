@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+import types
 from collections.abc import Iterator
 
 from tulu_jax.data import registry
@@ -17,6 +18,7 @@ from tulu_jax.data.sources import readers
 ROLES = ("system", "user", "assistant")
 KEYS = {"sft": ("messages",), "preference": ("prompt", "chosen", "rejected")}
 BAD_ROWS_SHOWN = 5
+CONVERTERS = "tulu_jax.data.sources."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,7 @@ def source_digest(task: registry.Task, drawing: Drawing) -> str:
     digest.update(json.dumps([*files.where.items()]).encode())
     paths = _located(task, files, drawing.data_root) or [
         cached["filename"]
-        for cached in readers.hub_set(
-            files.hub, files.hub_split, wanted=_wanted(files, drawing.data_root)
-        ).cache_files
+        for cached in readers.hub_set(files, wanted=_wanted(files, drawing.data_root)).cache_files
     ]
     for path in paths:
         stat = readers.as_path(path).stat()
@@ -158,7 +158,9 @@ def raw_rows(task: registry.Task, split: str, data_root: str | None) -> Iterator
         yield from readers.read_rows(path, files.where)
     if not paths:
         wanted = _wanted(files, data_root)
-        yield from readers.read_hub(files.hub, files.hub_split, files.where, wanted=wanted)
+        for row in readers.hub_set(files, wanted=wanted):
+            if all(row.get(column) == value for column, value in files.where.items()):
+                yield row
 
 
 def check_messages(messages, row_id: str) -> None:
@@ -190,8 +192,8 @@ def _located(task: registry.Task, files: registry.Files, data_root: str | None) 
     anywhere = [path for path in files.paths if os.path.isabs(path) or "://" in path]
     if data_root is None and len(anywhere) < len(files.paths) and files.hub is None:
         raise ValueError(
-            f"task {task.name!r} reads {', '.join(map(repr, files.paths))} below the data root, and "
-            "none is given; set data_root to the folder (or gs:// prefix) that holds it"
+            f"task {task.name!r} reads {', '.join(map(repr, files.paths))} below the data root, "
+            "and none is given; set data_root to the folder (or gs:// prefix) that holds it"
         )
     patterns = [
         path if path in anywhere or data_root is None else f"{data_root.rstrip('/')}/{path}"
@@ -303,8 +305,10 @@ def _check_example(task: registry.Task, example, row_id: str) -> None:
 def _reason_to_drop(task: registry.Task, part: registry.Part, seen: set) -> str | None:
     if isinstance(part, registry.Dropped):
         return part.reason
-    reason = _pair_reason(part, seen) if task.kind == "preference" else None
-    return reason or next((f.name for f in task.filters if not f.keep(part)), None)
+    reason = next((f.name for f in task.filters if not f.keep(part)), None)
+    if reason is None and task.kind == "preference":
+        reason = _pair_reason(part, seen)
+    return reason
 
 
 def _pair_reason(pair: dict, seen: set) -> str | None:
@@ -324,7 +328,8 @@ def _pair_reason(pair: dict, seen: set) -> str | None:
 
 
 def _code(function) -> list:
-    """What identifies a function's behaviour: its module's source, its name, its bound values."""
+    """What identifies a function's behaviour: the source of its module and of the converters'
+    modules that this one uses, its name, its bound values."""
     bound = [repr(a) for a in getattr(function, "args", ())]
     bound += [f"{k}={v!r}" for k, v in sorted(getattr(function, "keywords", {}).items())]
     function = getattr(function, "func", function)  # functools.partial
@@ -333,7 +338,18 @@ def _code(function) -> list:
         value = cell.cell_contents
         bound.append(_code(value) if callable(value) else repr(value))
     try:
-        source = inspect.getsource(sys.modules[function.__module__])
+        sources = _sources(sys.modules[function.__module__], {})
     except (OSError, TypeError):  # defined at a prompt
-        source = repr((function.__code__.co_code, function.__code__.co_consts))
-    return [function.__qualname__, hashlib.sha256(source.encode()).hexdigest(), bound]
+        sources = {"": repr((function.__code__.co_code, function.__code__.co_consts))}
+    digest = hashlib.sha256(json.dumps(sources, sort_keys=True).encode())
+    return [function.__qualname__, digest.hexdigest(), bound]
+
+
+def _sources(module: types.ModuleType, found: dict[str, str]) -> dict[str, str]:
+    """`found` with the source of `module` and of what it uses of the package of converters."""
+    found[module.__name__] = inspect.getsource(module)
+    for used in vars(module).values():
+        inner = isinstance(used, types.ModuleType) and used.__name__.startswith(CONVERTERS)
+        if inner and used.__name__ not in found:
+            _sources(used, found)
+    return found

@@ -19,11 +19,14 @@ def _add(name: str, **fields) -> None:
     TaskRegistry.add(Task(name=name, kind="preference", **fields))
 
 
-def _prefs(task: str, *, hub: str | None) -> dict[str, Files]:
+def _prefs(task: str, *, hub: str, revision: str | None = None) -> dict[str, Files]:
     """The two preference splits of an H4-style repository."""
     return {
         ours: Files(
-            paths=(f"preference_raw/{task}/data/{theirs}-*.parquet",), hub=hub, hub_split=theirs
+            paths=(f"preference_raw/{task}/data/{theirs}-*.parquet",),
+            hub=hub,
+            hub_split=theirs,
+            hub_revision=revision,
         )
         for ours, theirs in (("train", "train_prefs"), ("validation", "test_prefs"))
     }
@@ -33,7 +36,11 @@ def _prefs(task: str, *, hub: str | None) -> dict[str, Files]:
 # all 61,966; every other task drops them.
 _add(
     "ultrafeedback_h4_first",
-    sources=_prefs("ultrafeedback_h4_first", hub=None),
+    sources=_prefs(
+        "ultrafeedback_h4_first",
+        hub="HuggingFaceH4/ultrafeedback_binarized",
+        revision=H4_FIRST,
+    ),
     convert=functools.partial(
         preference.conversations, scores=("score_chosen", "score_rejected"), ties="keep"
     ),

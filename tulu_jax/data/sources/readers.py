@@ -11,7 +11,9 @@ import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 
-_failed: dict[tuple[str, str], str] = {}  # hub sets that could not be loaded, and why
+from tulu_jax.data import registry
+
+_failed: dict[tuple, str] = {}  # hub sets that could not be loaded, and why
 READABLE = (".json", ".jsonl", ".jsonl.gz", ".tsv", ".parquet")
 
 
@@ -58,31 +60,28 @@ def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dic
         raise ValueError(f"{path}: has no rows; expected at least one")
 
 
-def read_hub(name: str, split: str, where: Mapping[str, str], *, wanted: str) -> Iterator[dict]:
-    """Yields the rows of a set on the Hugging Face hub whose columns equal `where`.
+def hub_set(files: registry.Files, *, wanted: str):
+    """The `datasets.Dataset` of the hub set that `files` falls back on.
 
     Raises `FileNotFoundError` that says what to download and where to put it (`wanted`) if the hub
     cannot be reached or has no such set.
     """
-    for row in hub_set(name, split, wanted=wanted):
-        if all(row.get(column) == value for column, value in where.items()):
-            yield row
-
-
-def hub_set(name: str, split: str, *, wanted: str):
-    """The `datasets.Dataset` of a split of a hub set; `FileNotFoundError` as `read_hub`."""
     import datasets
 
-    reason = _failed.get((name, split))  # asking again takes as long, for each task of a mixture
+    key = (files.hub, files.hub_split, files.hub_revision)
+    reason = _failed.get(key)  # asking again takes as long, for each task of a mixture
     if reason is None:
         try:
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(
+                files.hub, split=files.hub_split, revision=files.hub_revision
+            )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = _failed[name, split] = " ".join(str(error).split())[:200]
+            reason = _failed[key] = " ".join(str(error).split())[:200]
+    what = f"{files.hub!r}, split {files.hub_split}"
+    what += f", revision {files.hub_revision}" if files.hub_revision else ""
     raise FileNotFoundError(
-        f"found no {wanted}, and the hub set {name!r} ({split}) could not be loaded: {reason}. "
-        f"Download the files of {name!r}, place them as {wanted}, and give the folder above as "
-        "data_root (--gin.DATA_ROOT)"
+        f"found no {wanted}, and the hub set {what} could not be loaded: {reason}. Download its "
+        f"files, place them as {wanted}, and give the folder above as data_root (--gin.DATA_ROOT)"
     )
 
 
