@@ -166,7 +166,7 @@ def _encode_rows(task, loaded, encoding: Encoding, indices: range):
             for ids in chat_lib.tokenize([r["messages"] for r in rows], names=names, **options)
         ]
         if encoding.truncation == "split":
-            rows, names, whole = _split(rows, names, whole, encoding.max_length, options)
+            rows, names, whole = split(rows, names, whole, encoding.max_length, options)
     else:
         whole = chat_lib.tokenize_pairs(rows, names=names, **options)
     fitted = [
@@ -197,8 +197,8 @@ def _encode_rows(task, loaded, encoding: Encoding, indices: range):
     return pa.table(columns)
 
 
-def _split(rows, names, whole, max_length: int, options: dict):
-    """The same with each conversation that is too long split between exchanges into several.
+def split(rows, names, whole, max_length: int, options: dict):
+    """(rows, names, sides) with each conversation that is too long split between its exchanges.
 
     Exchanges go together while they fit; one that is too long by itself is cut on the right.
     """

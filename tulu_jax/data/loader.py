@@ -255,7 +255,11 @@ class Rows:
 
         With packing "none" it holds example `index`.
         """
-        return self._filled(self._ordered.row(index))
+        return self._filled(self.examples_in_order(index))
+
+    def examples_in_order(self, index: int) -> np.ndarray:
+        """The examples in row `index` of the fixed order, as indices in the encoded set."""
+        return self._ordered.row(index)
 
     def empty(self) -> Batch:
         """A row of padding: nothing to attend to, nothing trained, `example` -1."""
