@@ -40,13 +40,14 @@ class Files:
     """Raw rows in files: `paths`, which may be globs, relative to the data root of the run.
 
     Only rows whose columns equal `where` are read. With no such file, the set named `hub` is
-    loaded through `datasets`, its split `hub_split`.
+    loaded through `datasets`: its split `hub_split` at `hub_revision` (None: the newest).
     """
 
     paths: tuple[str, ...]
     where: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hub: str | None = None
     hub_split: str = "train"
+    hub_revision: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,8 +180,7 @@ MixtureRegistry = Registry("mixture")
 
 def get_mixture_or_task(name: str) -> Mixture | Task:
     """The mixture or the task of that name. Raises `ValueError` with the nearest known name."""
-    for module in BUILT_IN:
-        importlib.import_module(module)
+    _import_built_in()
     if name in MixtureRegistry:
         return MixtureRegistry.get(name)
     if name in TaskRegistry:
@@ -190,6 +190,12 @@ def get_mixture_or_task(name: str) -> Mixture | Task:
         f"no mixture or task is named {name!r}{validation.nearest(name, known)}; mixtures are "
         f"{', '.join(MixtureRegistry.names())}, and tasks are listed in docs/data.md"
     )
+
+
+def all_names() -> list[str]:
+    """The names of every mixture and of every task, this project's and those added to them."""
+    _import_built_in()
+    return MixtureRegistry.names() + TaskRegistry.names()
 
 
 def components(wanted: str | Mixture) -> list[Component]:
@@ -224,6 +230,11 @@ def kind_of(wanted: str | Mixture) -> str:
 def expected_examples(wanted: str | Mixture) -> int | None:
     """The number of train examples that is known for a mixture or task, None if none is."""
     return (get_mixture_or_task(wanted) if isinstance(wanted, str) else wanted).expected
+
+
+def _import_built_in() -> None:
+    for module in BUILT_IN:
+        importlib.import_module(module)
 
 
 def _flat(wanted, amount, seed, problems: list[str]) -> list[Component]:
