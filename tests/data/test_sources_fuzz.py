@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 
 import hypothesis
@@ -18,6 +19,7 @@ from tulu_jax.data.sources import (
     oasst,
     orca,
     published,
+    readers,
     science,
     sharegpt,
 )
@@ -178,6 +180,32 @@ def test_any_row(name, data):
 @hypothesis.given(data=st.data())
 def test_a_row_with_something_changed(name, data):
     check(name, data.draw(mutated_rows(CONVERTERS[name][1])))
+
+
+REAL = {  # real rows of the layout a converter takes
+    "alpaca": "instruct_raw/code_alpaca/code_alpaca_20k.json",
+    "lima": "instruct_raw/lima/train.jsonl",
+    "p3": "instruct_raw/flan_v2/t0_p3_sample.jsonl",
+    "cot_fields": "instruct_raw/cot/ecqa_train.tsv",
+    "orca_preferred": "preference_raw/orca_dpo_pairs/validation.jsonl",
+    "best_path": "instruct_raw/oasst1/en_100_tree.jsonl",
+    "leaf_paths": "instruct_raw/oasst1/en_100_tree.jsonl",
+    "sharegpt": "instruct_raw/sharegpt/glaive_toolcall_en_demo.json",
+    "sharegpt_whole": "instruct_raw/sharegpt/gpt4_final_data_sample_230629.json",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_row_with_something_changed(shared_data, name):
+    rows = list(itertools.islice(readers.read_rows(str(shared_data / REAL[name])), 20))
+    assert all(check(name, row) for row in rows)
+
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(data=st.data())
+    def run(data):
+        check(name, data.draw(mutated_rows(data.draw(st.sampled_from(rows)))))
+
+    run()
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
