@@ -1,20 +1,71 @@
 """Encodes the data of a run into its cache and says what became of every row.
 
+With --show, prints rows as the model sees them; with --check, compares our ids with those of
+`transformers` and `sentencepiece`.
+
 Examples:
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin
   python -m tulu_jax.prepare --gin_file=stories260k_sft.gin '--gin.DATA_ROOT="/data"'
+  python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --show=3 --html=/tmp/rows.html
+  python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --check
 """
+
+import os
+import pathlib
+import sys
+
+from absl import flags
 
 from tulu_jax import cli
 
+_SHOW = flags.DEFINE_integer("show", None, "Print this many rows, from --row on.", lower_bound=1)
+_ROW = flags.DEFINE_integer("row", 0, "The first row to --show.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "train", ["train", "validation"], "The split to --show.")
+_HTML = flags.DEFINE_string("html", None, "Write the rows to --show as a page to this file too.")
+_CHECK = flags.DEFINE_bool("check", False, "Compare our ids with those of other libraries.")
+flags.register_multi_flags_validator(
+    ["show", "html"],
+    lambda given: given["show"] or not given["html"],
+    message="--html writes the rows to --show; give --show=N",
+)
+
 
 def main(config) -> None:
-    """Encodes both splits (or finds them encoded); their counts are logged."""
+    """Encodes both splits (or finds them encoded), their counts logged; or shows, or checks."""
     from tulu_jax.data import loader
 
     cli.stop_if(loader.problems(config.data, kind=config.data.kind))
+    if _CHECK.value:
+        sys.exit(_check(config.data))
+    if _SHOW.value:
+        _show(config.data)
+        return
     for split in ("train", "validation"):
         loader.prepare(config.data, split=split)
+
+
+def _check(data) -> int:
+    from tulu_jax.data import check
+
+    outcomes = check.check(data)
+    print(check.report(outcomes, data))
+    return int(any(outcome.difference for outcome in outcomes))
+
+
+def _show(data) -> None:
+    from tulu_jax.data import loader, show, show_html, show_text
+
+    rows = loader.prepare(data, split=_SPLIT.value)
+    cli.stop_if(show.problems(rows, first=_ROW.value, split=_SPLIT.value))
+    shown = list(show.shown_rows(rows, first=_ROW.value, count=_SHOW.value, split=_SPLIT.value))
+    facts = show.facts(rows, split=_SPLIT.value)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    for lines in show_text.listing(facts, shown, colour=colour):
+        print(lines)
+    if _HTML.value:
+        page = "".join(show_html.page(facts, shown))
+        pathlib.Path(_HTML.value).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
