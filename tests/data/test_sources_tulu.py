@@ -48,8 +48,14 @@ def test_expected_counts_are_those_of_the_paper():
     counts = {name: registry.expected_examples(f"tulu_v2_raw.{name}") for name in V2}
     assert sum(counts.values()) == registry.expected_examples("tulu_v2_sft_raw") == 330_490
     assert counts["cot"] == 50_000 and counts["science"] == 7_544
-    science_counts = [task.expected for task in tasks("tulu_v2_raw.science").values()]
-    assert sum(filter(None, science_counts)) + 700 == 7_544
+
+
+@pytest.mark.parametrize(
+    "name", ["tulu_v2_sft", "tulu_v2_sft_raw", "tulu_v2.science", "tulu_v2_raw.science"]
+)
+def test_expected_counts_of_tasks_sum_to_that_of_their_mixture(name):
+    counts = [task.expected for task in tasks(name).values()]
+    assert sum(counts) == registry.expected_examples(name)
 
 
 @pytest.mark.parametrize(("version", "rows", "files"), [("v2", 50_000, 6), ("v1", 100_000, 14)])
@@ -64,6 +70,8 @@ def test_all_but_one():
         rest = set(tasks(f"tulu_v2_sft_without_{component}"))
         assert rest == whole - set(tasks(f"tulu_v2.{component}"))
         assert len(whole - rest) == (6 if component == "science" else 1)
+        counts = [registry.TaskRegistry.get(name).expected for name in rest]
+        assert sum(counts) == registry.expected_examples(f"tulu_v2_sft_without_{component}")
 
 
 def test_only_hard_coded_prompts_pass_the_name_filter_and_v1_has_none():

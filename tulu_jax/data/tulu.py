@@ -49,14 +49,27 @@ V1_COMPONENTS = ("flan_v2", "cot", "oasst1", "dolly", "gpt4_alpaca", "code_alpac
 
 V2_ROWS, V2_RAW_ROWS = 326_154, 330_490  # after and before the name filter
 V1_ROWS, V1_RAW_ROWS = 489_818, 490_445  # on the hub, and in the paper
-# Rows of the published mixture, where a source states them; the other counts are not known to us.
-V2_PUBLISHED = {"cot": 49_747, "lima": 1_018, "hard_coded": 140}
-# The paper gives SciERC's two tasks together: 700.
-SCIENCE = {
-    "evidence_inference": 1_678,
-    "qasper_truncated_4000": 2_255,
-    "scifact_json": 919,
-    "scitldr_aic": 1_992,
+# Rows of the published mixture as a public reader of it counts them; they sum to V2_ROWS, and those
+# of cot, lima, hard_coded and science agree with open-instruct's `tulu2_7b_remix.yaml` and §2.
+V2_PUBLISHED = {
+    "flan_v2": 49_123,
+    "cot": 49_747,
+    "oasst1": 7_331,
+    "sharegpt": 111_912,
+    "gpt4_alpaca": 19_906,
+    "code_alpaca": 20_016,
+    "lima": 1_018,
+    "wizardlm": 29_810,
+    "open_orca": 29_683,
+    "hard_coded": 140,
+}
+SCIENCE = {  # rows before and after the name filter; of SciERC's 700 before, the paper has the sum
+    "evidence_inference": (1_678, 1_674),
+    "qasper_truncated_4000": (2_255, 2_218),
+    "scierc_ner": (350, 349),
+    "scierc_relation": (350, 349),
+    "scifact_json": (919, 919),
+    "scitldr_aic": (1_992, 1_959),
 }
 # Share of each FLAN v2 submixture; V2 keeps few-shot templates only and drops dialog.
 FLAN_V2_PORTIONS = {
@@ -109,10 +122,12 @@ ORIGINS = {
     "code_alpaca": "GitHub: sahil280114/codealpaca, data/code_alpaca_20k.json",
     "stanford_alpaca": "GitHub: tatsu-lab/stanford_alpaca, alpaca_data.json",
     "lima": "Hugging Face hub: GAIR/lima, train.jsonl (on request)",
-    "wizardlm": "Hugging Face hub: WizardLM/WizardLM_evol_instruct_V2_196k",
+    "wizardlm": "Hugging Face hub: ai2-adapt-dev/wizardlm-backup (the original, "
+    "WizardLM/WizardLM_evol_instruct_V2_196k, lacks its file since)",
     "open_orca": "Hugging Face hub: Open-Orca/OpenOrca, 1M-GPT4-Augmented.parquet",
-    "science": "AI2's science_train.jsonl (not published on its own)",
-    "hard_coded": "fourteen prompts of AI2 (not published on their own), or your own",
+    "science": "Hugging Face hub: hamishivi/tulu_mix_store, science_train.jsonl",
+    "hard_coded": "Hugging Face hub: hamishivi/tulu_mix_store, hard_coded_examples.xlsx, "
+    "saved as JSON lines; or prompts of your own",
     "dolly": "Hugging Face hub: databricks/databricks-dolly-15k",
 }
 
@@ -200,7 +215,7 @@ SHAREGPT = Files(paths=("instruct_raw/sharegpt/sg_90k_part?_html_cleaned.json",)
 GPT4_ALPACA_FILE = "instruct_raw/gpt4_alpaca/alpaca_gpt4_data.json"
 CODE_ALPACA_FILE = "instruct_raw/code_alpaca/code_alpaca_20k.json"
 LIMA_FILE = "instruct_raw/lima/train.jsonl"
-WIZARDLM_FILE = "instruct_raw/wizardlm/WizardLM_evol_instruct_V2_143k.json"
+WIZARDLM_FILE = "instruct_raw/wizardlm/WizardLM_evol_instruct_V2_143k.*"  # .json, .parquet
 SCIENCE_FILE = "instruct_raw/science/science_train.jsonl"
 
 V2_RAW = (  # component, source, converter, rows drawn from the source, examples before the filter
@@ -233,12 +248,12 @@ V1_RAW = (  # as above; V1 has no name filter
 def _register_v2() -> None:
     for component in V2_COMPONENTS:
         if component != "science":
-            _published("v2", component, component, V2_PUBLISHED.get(component))
-    _mix(
-        "tulu_v2.science",
-        [_published("v2", "science", f"science.{task}", None) for task in science.TASKS],
-        expected=7_468,
-    )
+            _published("v2", component, component, V2_PUBLISHED[component])
+    science_parts = [
+        _published("v2", "science", f"science.{task}", after)
+        for task, (_, after) in SCIENCE.items()
+    ]
+    _mix("tulu_v2.science", science_parts, expected=7_468)
     named = (name_filter.NAME_FILTER,)
     for component, source, convert, sample, expected in V2_RAW:
         _add(
@@ -260,9 +275,9 @@ def _register_v2() -> None:
                 Files(paths=(SCIENCE_FILE,), where={"dataset": task}),
                 science.science,
                 filters=named,
-                expected=SCIENCE.get(task),
+                expected=before,
             )
-            for task in science.TASKS
+            for task, (before, _) in SCIENCE.items()
         ],
         expected=7_544,
     )
@@ -276,10 +291,14 @@ def _register_v2() -> None:
     )
     _mix("tulu_v2_sft", [f"tulu_v2.{c}" for c in V2_COMPONENTS], expected=V2_ROWS)
     _mix("tulu_v2_sft_raw", [f"tulu_v2_raw.{c}" for c in V2_COMPONENTS], expected=V2_RAW_ROWS)
-    _mix("sharegpt_only", ["tulu_v2.sharegpt"])
+    _mix("sharegpt_only", ["tulu_v2.sharegpt"], expected=V2_PUBLISHED["sharegpt"])
     for left_out in V2_COMPONENTS:
         rest = [f"tulu_v2.{c}" for c in V2_COMPONENTS if c != left_out]
-        _mix(f"tulu_v2_sft_without_{left_out}", rest)
+        _mix(
+            f"tulu_v2_sft_without_{left_out}",
+            rest,
+            expected=V2_ROWS - V2_PUBLISHED.get(left_out, 7_468),
+        )
 
 
 def _register_v1() -> None:

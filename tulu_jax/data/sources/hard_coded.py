@@ -1,7 +1,7 @@
 """Converter of the hard-coded identity prompts: every row ten times.
 
-The fourteen rows AI2 used (`hard_coded_examples.xlsx`) are not published on their own; whoever has
-them, or writes others, saves them as JSON lines with that sheet's columns.
+The fourteen rows AI2 used are a spreadsheet, `hard_coded_examples.xlsx`; whoever has it, or writes
+other prompts, saves them as JSON lines with that sheet's columns.
 """
 
 from tulu_jax.data.sources import turns
