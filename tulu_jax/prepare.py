@@ -1,11 +1,13 @@
 """Encodes the data of a run into its cache and says what became of every row.
 
+Prints a mixture card and leaves it, as Markdown, JSON and pictures, in `<workdir>/data`.
 With --show, prints rows as the model sees them; with --check, compares our ids with those of
 `transformers` and `sentencepiece`.
 
 Examples:
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin
   python -m tulu_jax.prepare --gin_file=stories260k_sft.gin '--gin.DATA_ROOT="/data"'
+  python -m tulu_jax.prepare --gin_file=stories260k_dpo.gin --eval_data=/data/eval
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --show=3 --html=/tmp/rows.html
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --check
 """
@@ -18,6 +20,9 @@ from absl import flags
 
 from tulu_jax import cli
 
+_EVAL_DATA = flags.DEFINE_string(
+    "eval_data", None, "Folder of evaluation data; the card lists its prompts in the train rows."
+)
 _SHOW = flags.DEFINE_integer("show", None, "Print this many rows, from --row on.", lower_bound=1)
 _ROW = flags.DEFINE_integer("row", 0, "The first row to --show.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "validation"], "The split to --show.")
@@ -31,7 +36,7 @@ flags.register_multi_flags_validator(
 
 
 def main(config) -> None:
-    """Encodes both splits (or finds them encoded), their counts logged; or shows, or checks."""
+    """Encodes both splits (or finds them encoded) and writes their card; or shows, or checks."""
     from tulu_jax.data import loader
 
     cli.stop_if(loader.problems(config.data, kind=config.data.kind))
@@ -40,8 +45,27 @@ def main(config) -> None:
     if _SHOW.value:
         _show(config.data)
         return
-    for split in ("train", "validation"):
-        loader.prepare(config.data, split=split)
+    _card(config)
+
+
+def _card(config) -> None:
+    from etils import epath
+
+    from tulu_jax.data import benchmarks, card, loader, registry
+
+    prompts = None
+    if _EVAL_DATA.value:
+        try:
+            prompts = benchmarks.read_prompts(_EVAL_DATA.value)
+        except (OSError, ValueError) as error:
+            cli.stop_if([f"--eval_data: {error}"])
+    prepared = {split: loader.prepare(config.data, split=split) for split in registry.SPLITS}
+    splits = {split: rows for split, rows in prepared.items() if rows is not None}
+    built = card.build(config.data, splits, batch_size=config.batch_size, prompts=prompts)
+    folder = epath.Path(config.workdir) / "data"
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(card.write(built, folder))
+    print(f"Wrote {folder}/card.md")
 
 
 def _check(data) -> int:

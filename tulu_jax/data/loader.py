@@ -215,7 +215,7 @@ class Rows:
     """
 
     def __init__(self, folders, counts, *, config: DataConfig, kind: str):
-        self.config, self.kind = config, kind
+        self.config, self.kind, self.folders = config, kind, folders
         self.one_row = config.one_row
         self.store = store.ExampleStore(folders, kind=kind, one_row=self.one_row)
         identity = [[f.name for f in folders], config.max_length, config.packing]
