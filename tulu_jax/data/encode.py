@@ -71,16 +71,19 @@ def encode_task(
     """The cached folder of one task and split, encoded now unless it is there, and its counts.
 
     The folder is a `pathlib.Path`, or an `epath.Path` in a bucket. Raises `OSError` that says how
-    to go on if the disk fills; the shards written before are kept.
+    to go on if the disk fills, or if the bucket cannot be written; what was written is kept.
     """
     label = f"{task.name} {drawing.split}"
     fingerprint = _fingerprint(examples_lib.source_digest(task, drawing), encoding)
     folder = readers.as_path(cache_dir) / fingerprint
-    if not (folder / COUNTS).exists():
+    with readers.reaching(folder):
+        finished = (folder / COUNTS).exists()
+    if not finished:
         _say_why(task, drawing, folder, encoding)
         loaded = examples_lib.load_examples(task, drawing)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if "://" not in cache_dir:  # it would make a bucket where there is none of that name
+                folder.mkdir(parents=True, exist_ok=True)
             columns = _encode(task, loaded, encoding, folder, label=label)
             aside = loaded.aside + columns.pop("aside")
             lines = "".join(json.dumps(entry) + "\n" for entry in aside)
@@ -93,14 +96,16 @@ def encode_task(
             ) from error
     else:
         logging.info("%s: encoded before, in %s", label, folder)
-    counts = json.loads((folder / COUNTS).read_text())
+    with readers.reaching(folder):
+        counts = json.loads((folder / COUNTS).read_text())
     expected = task.expected if drawing.split == "train" else None
     return folder, TaskCounts(**counts, expected=expected)
 
 
 def shards(folder) -> list:
     """The Arrow files of a cached folder, in order."""
-    return sorted(file for file in folder.iterdir() if file.name.endswith(".arrow"))
+    with readers.reaching(folder):
+        return sorted(file for file in folder.iterdir() if file.name.endswith(".arrow"))
 
 
 def _fingerprint(source_digest: str, encoding: Encoding) -> str:
@@ -247,13 +252,16 @@ def read_table(file):
     if isinstance(file, os.PathLike) and "://" not in str(file):
         with pa.memory_map(str(file)) as mapped:
             return pa.ipc.open_stream(mapped).read_all()
-    return pa.ipc.open_stream(pa.py_buffer(file.read_bytes())).read_all()
+    with readers.reaching(file):
+        content = file.read_bytes()
+    return pa.ipc.open_stream(pa.py_buffer(content)).read_all()
 
 
 def _write(file, content: bytes) -> None:
     """Writes `file` so that it is there whole or not at all."""
     if "://" in str(file):  # a bucket shows an object when it is complete
-        file.write_bytes(content)
+        with readers.reaching(file):
+            file.write_bytes(content)
         return
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:

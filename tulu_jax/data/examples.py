@@ -135,10 +135,11 @@ def source_digest(task: registry.Task, drawing: Drawing) -> str:
         for cached in readers.hub_set(files, wanted=_wanted(files, drawing.data_root)).cache_files
     ]
     for path in paths:
-        stat = readers.as_path(path).stat()
-        size = getattr(stat, "length", None) or getattr(stat, "st_size", 0)
-        changed = getattr(stat, "mtime", None) or getattr(stat, "st_mtime_ns", 0)
-        digest.update(_content_digest(path, size, changed).encode())
+        with readers.reaching(path):
+            stat = readers.as_path(path).stat()
+            size = getattr(stat, "length", None) or getattr(stat, "st_size", 0)
+            changed = getattr(stat, "mtime", None) or getattr(stat, "st_mtime_ns", 0)
+            digest.update(_content_digest(path, size, changed).encode())
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 And from a set on the Hugging Face hub, when the files are not there.
 """
 
+import contextlib
 import fnmatch
 import gzip
 import io
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from tulu_jax.data import registry
 
 _failed: dict[tuple, str] = {}  # hub sets that could not be loaded, and why
+_out_of_reach: dict[str, str] = {}  # buckets, and why
 READABLE = (".json", ".jsonl", ".jsonl.gz", ".tsv", ".parquet")
 
 
@@ -26,14 +28,39 @@ def as_path(path: str):
     return pathlib.Path(path)
 
 
+@contextlib.contextmanager
+def reaching(path) -> Iterator[None]:
+    """Around what reads or writes `path`: what a bucket's client raises becomes an `OSError` that
+    names the bucket, and so at once the next time, for the client tries for half a minute."""
+    if "://" not in str(path):
+        yield
+        return
+    bucket = "/".join(str(path).split("/")[:3])
+    if bucket in _out_of_reach:
+        raise OSError(_out_of_reach[bucket])
+    try:
+        yield
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, or it is not installed
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _out_of_reach[bucket] = (
+            f"{bucket} cannot be read or written ({reason}). Check its name, the network and the "
+            'credentials (gcloud auth application-default login), and that the extra "gcs" is '
+            "installed; then start again"
+        )
+        raise OSError(_out_of_reach[bucket]) from error
+
+
 def find(pattern: str) -> list[str]:
     """The files that `pattern`, a path whose last part may be a glob, stands for, sorted."""
     folder, _, name = pattern.rpartition("/")
-    if not any(sign in name for sign in "*?["):
-        return [pattern] if as_path(pattern).exists() else []
-    if not as_path(folder).is_dir():
-        return []
-    names = [file.name for file in as_path(folder).iterdir()]
+    with reaching(pattern):
+        if not any(sign in name for sign in "*?["):
+            return [pattern] if as_path(pattern).exists() else []
+        if not as_path(folder).is_dir():
+            return []
+        names = [file.name for file in as_path(folder).iterdir()]
     return [f"{folder}/{found}" for found in sorted(fnmatch.filter(names, name))]
 
 
@@ -42,12 +69,15 @@ def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dic
 
     Rows whose columns do not equal `where` are passed over. Raises `FileNotFoundError` for a
     missing file and `ValueError` naming file and line for what does not parse, is not an object,
-    is missing (an empty line, a truncated gzip), or for a file with no row at all.
+    is missing (an empty line, a truncated gzip), or for a file with no row at all; for a bucket
+    that cannot be read, `OSError`.
     """
     if not path.endswith(READABLE):
         raise ValueError(f"{path}: cannot read this kind of file; expected one of {READABLE}")
     file = as_path(path)
-    if not file.exists():
+    with reaching(path):
+        there = file.exists()
+    if not there:
         raise FileNotFoundError(
             f"{path}: no such file; place it there, or give the folder that holds it as data_root"
         )
@@ -87,7 +117,9 @@ def hub_set(files: registry.Files, *, wanted: str):
 
 def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
     if path.endswith(".json"):
-        yield from _read_json_list(path, file.read_bytes())
+        with reaching(path):
+            content = file.read_bytes()
+        yield from _read_json_list(path, content)
     elif path.endswith(".parquet"):
         yield from _read_parquet(path, file, where)
     else:
@@ -114,7 +146,7 @@ def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
 def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
     try:
         rows = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: found a {type(rows).__name__}; expected a list of objects")
@@ -125,12 +157,13 @@ def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
 
 
 def _lines(path: str, file) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line without its newline)."""
+    """Yields (line number from 1, line without its newline); a byte-order mark is passed over."""
     number = 0
-    with file.open("rb") as raw:
+    with reaching(path), file.open("rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
         try:
-            for number, line in enumerate(io.TextIOWrapper(stream, "utf-8", newline="\n"), 1):
+            text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
+            for number, line in enumerate(text, 1):
                 yield number, line.rstrip("\r\n")
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, after line {number}: unreadable ({error})") from error
@@ -141,7 +174,7 @@ def _parse_line(path: str, number: int, line: str) -> dict:
         raise ValueError(f"{path}, line {number}: missing (the line is empty); expected an object")
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: malformed JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; expected an object")

@@ -1,0 +1,253 @@
+"""Raw rows and the encode cache in a bucket: real gcsfs against an emulator that runs beside."""
+
+import asyncio
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import uuid
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from raw_rows import chats, write_jsonl
+
+from tulu_jax.data import encode, loader
+from tulu_jax.data.sources import readers
+
+gcsfs = pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
+pytest.importorskip("gcp_storage_emulator", reason="the extra 'test' is not installed")
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    """The address of a Cloud Storage emulator: a process of its own, on this machine's loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", "--in-memory"]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", port], stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the emulator did not start in 20 s")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fresh_client() -> None:
+    """gcsfs for `gs://`, and none of its objects from before, which keep address and listings."""
+    import fsspec
+    from etils.epath import backend
+
+    fsspec.register_implementation("gcs", gcsfs.GCSFileSystem, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def client(monkeypatch):
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # needs another service
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # nobody is there
+    fresh_client()
+    yield
+    fresh_client()
+    readers._out_of_reach.clear()
+
+
+@pytest.fixture
+def bucket(emulator, client, monkeypatch) -> str:
+    """`gs://` and the name of a new bucket."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
+    name = f"rows-{uuid.uuid4().hex}"
+    gcsfs.GCSFileSystem().mkdir(name)
+    return f"gs://{name}"
+
+
+@pytest.fixture
+def config(tokenizer_dir, tmp_path, bucket, add_task) -> loader.DataConfig:
+    """A task "a" of 40 rows, the same in the bucket and in `tmp_path`."""
+    write_jsonl(tmp_path / "rows.jsonl", chats(40))
+    upload(tmp_path / "rows.jsonl", f"{bucket}/data/rows.jsonl")
+    add_task("a", {"train": "rows.jsonl"})
+    return loader.DataConfig(
+        train="a",
+        tokenizer=tokenizer_dir,
+        data_root=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+        max_length=64,
+    )
+
+
+def upload(file: pathlib.Path, target: str) -> None:
+    readers.as_path(target).write_bytes(file.read_bytes())
+
+
+def local(config) -> loader.Rows:
+    return loader.prepare(config, split="train")
+
+
+def in_bucket(config, bucket: str) -> loader.Rows:
+    """Rows and cache in the bucket."""
+    moved = dataclasses.replace(config, data_root=f"{bucket}/data", cache_dir=f"{bucket}/cache")
+    return loader.prepare(moved, split="train")
+
+
+def assert_same_rows(found: loader.Rows, expected: loader.Rows) -> None:
+    assert found.fingerprint == expected.fingerprint and found.stats == expected.stats
+    assert found.num_examples == expected.num_examples
+    for index in range(expected.rows_per_epoch):
+        ours, theirs = found.row(index), expected.row(index)
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+        assert found.example_ids(index) == expected.example_ids(index)
+
+
+def test_rows_and_cache_in_a_bucket_equal_local_ones(config, bucket, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_ROWS", 16)
+    expected = local(config)
+    assert_same_rows(in_bucket(config, bucket), expected)
+    (folder,) = readers.as_path(f"{bucket}/cache").iterdir()
+    twin = pathlib.Path(config.cache_dir) / folder.name
+    names = sorted(file.name for file in twin.iterdir())
+    assert sorted(file.name for file in folder.iterdir()) == names and len(names) == 5
+    for name in names:
+        assert (folder / name).read_bytes() == (twin / name).read_bytes()
+    fresh_client()
+    assert_same_rows(in_bucket(config, bucket), expected)  # from the cache
+
+
+def test_every_kind_of_file_and_globs_in_a_bucket(config, bucket, tmp_path, add_task):
+    rows = chats(6)
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "lines.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "part-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "part-1.parquet")
+    (tmp_path / "fields.tsv").write_text("a\tb\n")
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            upload(file, f"{bucket}/kinds/{file.name}")
+    assert list(readers.read_rows(f"{bucket}/kinds/list.json")) == rows
+    assert list(readers.read_rows(f"{bucket}/kinds/lines.jsonl.gz")) == rows
+    assert list(readers.read_rows(f"{bucket}/kinds/fields.tsv")) == [{"fields": ["a", "b"]}]
+    found = readers.find(f"{bucket}/kinds/part-*.parquet")
+    assert found == [f"{bucket}/kinds/part-{i}.parquet" for i in range(2)]
+    assert [row for path in found for row in readers.read_rows(path)] == rows + rows
+
+
+ENCODE = """
+import json, sys
+from tulu_jax.data import encode, loader, registry
+encode.SHARD_ROWS = 4
+registry.TaskRegistry.add(
+    registry.Task(
+        name="a",
+        kind="sft",
+        sources={"train": "rows.jsonl"},
+        convert=lambda row: row,
+        licence="-",
+        origin="-",
+    )
+)
+rows = loader.prepare(loader.DataConfig(**json.loads(sys.argv[1])), split="train")
+print(rows.fingerprint, rows.num_examples)
+"""
+
+
+def encode_in_a_process(config) -> subprocess.Popen:
+    command = [sys.executable, "-c", ENCODE, json.dumps(dataclasses.asdict(config))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def shards_in(bucket: str) -> dict[str, str]:
+    """When each shard below the bucket's cache was written, by its name."""
+    files = gcsfs.GCSFileSystem(skip_instance_cache=True).find(f"{bucket}/cache", detail=True)
+    return {name: file["updated"] for name, file in files.items() if name.endswith(".arrow")}
+
+
+def test_an_encoding_killed_between_shards_goes_on(config, bucket, tmp_path):
+    """Real processes: the first is killed once some shards of 500 are in the bucket."""
+    write_jsonl(tmp_path / "rows.jsonl", chats(2000))
+    upload(tmp_path / "rows.jsonl", f"{bucket}/data/rows.jsonl")
+    moved = dataclasses.replace(config, data_root=f"{bucket}/data", cache_dir=f"{bucket}/cache")
+    process = encode_in_a_process(moved)
+    while not shards_in(bucket) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    written = shards_in(bucket)
+    assert 0 < len(written) < 500
+    output, error = encode_in_a_process(moved).communicate()
+    assert output.split()[1:] == [b"2000"], error.decode()
+    shards = shards_in(bucket)
+    assert len(shards) == 500 and shards.items() >= written.items()
+    fresh = dataclasses.replace(config, cache_dir=str(tmp_path / "fresh"))
+    assert encode_in_a_process(fresh).communicate()[0] == output
+    for name in shards:
+        twin = tmp_path / "fresh" / pathlib.Path(*pathlib.Path(name).parts[2:])
+        assert readers.as_path(f"gs://{name}").read_bytes() == twin.read_bytes()
+
+
+def test_a_truncated_gzip_in_a_bucket(config, bucket):
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in chats(500)).encode())
+    readers.as_path(f"{bucket}/cut.jsonl.gz").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz, after line \d+: unreadable"):
+        list(readers.read_rows(f"{bucket}/cut.jsonl.gz"))
+
+
+def test_missing_objects_and_buckets(config, bucket):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file; place it there"):
+        list(readers.read_rows(f"{bucket}/none.jsonl"))
+    elsewhere = dataclasses.replace(config, data_root=f"{bucket}/elsewhere")
+    with pytest.raises(FileNotFoundError, match=rf"found no {bucket}/elsewhere/rows\.jsonl"):
+        local(elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"found no gs://no-such-bucket/rows\.jsonl"):
+        local(dataclasses.replace(config, data_root="gs://no-such-bucket"))
+    mistyped = dataclasses.replace(config, cache_dir="gs://no-such-bucket/cache")
+    with pytest.raises(OSError, match="a train: could not be written to gs://no-such-bucket/cache"):
+        local(mistyped)
+    assert not gcsfs.GCSFileSystem().exists("no-such-bucket")
+
+
+def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypatch):
+    """Nobody listens. Only the waits of gcsfs between its six tries are left out."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    fresh_client()
+    tries = []
+
+    async def sleep(seconds):
+        tries.append(seconds)
+
+    fake = types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+    monkeypatch.setattr(gcsfs.retry, "asyncio", fake)
+    away = dataclasses.replace(config, data_root="gs://out-of-reach/data")
+    with pytest.raises(OSError) as raised:
+        local(away)
+    assert "gs://out-of-reach cannot be read or written (ClientConnectorError" in str(raised.value)
+    assert "the network and the credentials" in str(raised.value)
+    assert 0 < sum(tries) < 100  # seconds, of which two requests at a time wait together
+    tries.clear()
+    (problem,) = loader.problems(away, kind="sft")
+    assert problem.startswith("a (train): gs://out-of-reach cannot be read") and not tries
+    with pytest.raises(OSError, match="gs://cache-out-of-reach cannot be read or written"):
+        local(dataclasses.replace(config, cache_dir="gs://cache-out-of-reach/cache"))
+
+
+def test_gcsfs_is_used_with_and_without_tensorflow(bucket):
+    assert os.environ["EPATH_USE_TF"] == "false"
+    assert readers.as_path(bucket)._backend.fs(bucket).__class__ is gcsfs.GCSFileSystem
