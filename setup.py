@@ -26,6 +26,10 @@ BASE = [
 # SentencePiece checkpoints (a bare tokenizer.model) are read through transformers' converter.
 SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]
 TORCH = ["torch==2.13.0"]
+GCS = ["gcsfs>=2024.6"]
+SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio_bridge.py uses it
+TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
 setuptools.setup(
     name="tulu_jax",
@@ -38,8 +42,9 @@ setuptools.setup(
     install_requires=BASE + SENTENCEPIECE,
     extras_require={
         "tpu": ["jax[tpu]"],
-        "gcs": ["gcsfs>=2024.6"],
-        "test": TORCH + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
+        "gcs": GCS,
+        "seqio": SEQIO,
+        "test": TORCH + GCS + SEQIO + TOOLS + EMULATOR,
         "bench": TORCH,
     },
 )
