@@ -26,6 +26,7 @@ import numpy as np
 
 from tulu_jax import validation
 from tulu_jax.data import sentencepiece_bpe
+from tulu_jax.data import words as words_lib
 from tulu_jax.data.examples import check_messages
 from tulu_jax.data.sources import readers
 
@@ -79,9 +80,10 @@ PROBES = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTokenizer:
     """A tokenizer with single-id BOS and `</s>`. `fingerprint` is a hash of its content; `source`
-    is the path it was loaded from."""
+    is the path it was loaded from. `words` is the quick way to its ids, where there is one."""
 
     backend: Any  # tokenizers.Tokenizer
+    words: words_lib.Words | None
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -149,6 +151,7 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     _check_agreement(backend, file)
     return ChatTokenizer(
         backend=backend,
+        words=words_lib.Words(backend) if words_lib.allows(backend) else None,
         vocab_size=backend.get_vocab_size(),
         bos_id=_single_id(backend, BOS, path),
         eos_id=_single_id(backend, EOS, path),
@@ -177,13 +180,15 @@ def tokenize(
 ) -> list[TokenIds]:
     """Ids and trained ranges of conversations, encoded in parallel; `names` are used in errors.
 
-    The ranges come from character offsets, never from the lengths of encoded prefixes. Raises
+    The ranges come from where the assistant's turns lie in the text, in characters. Raises
     `ValueError` if a range does not begin and end exactly where the assistant's content does, or
     its last id is not EOS.
     """
     for messages, name in zip(conversations, names, strict=True):
         check_messages(messages, name)
     rendered = [render(messages, chat=chat) for messages in conversations]
+    if tokenizer.words is not None:
+        return _tokenize_by_words(rendered, tokenizer, chat)
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     results = []
     for text, encoding, name in zip(rendered, encodings, names, strict=True):
@@ -191,6 +196,27 @@ def tokenize(
         spans = [_span(turn, encoding, ids, tokenizer.eos_id, chat, name) for turn in text.turns]
         results.append(TokenIds(ids=ids, spans=np.array(spans, np.int32).reshape(-1, 2)))
     return results
+
+
+def _tokenize_by_words(
+    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, chat: str
+) -> list[TokenIds]:
+    """`tokenize` where no token crosses the border of a word: a turn begins behind a newline or a
+    special token, and its `</s>` is one, so its borders are borders of tokens."""
+
+    def border(turn: Turn) -> int:
+        trains_newline = chat == "open_instruct" and turn.next is not None
+        return turn.next if trains_newline else turn.end
+
+    texts = [row.text for row in rendered]
+    cuts = [[at for turn in row.turns for at in (turn.start, border(turn))] for row in rendered]
+    return [
+        TokenIds(
+            ids=np.concatenate([np.array([tokenizer.bos_id], np.int32), ids]),
+            spans=np.array(at, np.int32).reshape(-1, 2),
+        )
+        for ids, at in tokenizer.words.encode(texts, cuts)
+    ]
 
 
 def tokenize_pairs(
