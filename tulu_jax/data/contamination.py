@@ -62,9 +62,17 @@ class Index:
         self._hash_of = ngrams.mixed(np.arange(len(vocabulary) + 1, dtype=np.uint64))
         self._ids = [[vocabulary[word] for word in text] for text in texts]
         self._messages: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
-        self._postings: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+        for number, ids in enumerate(self._ids):
+            if 0 < len(ids) < SHORTEST:
+                self._messages[tuple(ids)].append(number)
+        # Seed s is the hash of an n-gram; prompts _owners[_starts[s]:_starts[s + 1]] have it, from
+        # their words _places[...] on. The table tells quickly that a hash is none.
+        grams, owners, places = self._grams()
+        self._seeds, starts = np.unique(grams, return_index=True)
+        self._starts = [*starts.tolist(), len(grams)]
+        self._owners, self._places = owners.tolist(), places.tolist()
         self._table = np.zeros(1 << _TABLE_BITS, bool)
-        self._fill()
+        self._table[_slots(self._seeds)] = True
 
     def matches(self, rows: Iterable[tuple[str, dict]]) -> Iterator[Match]:
         """Every prompt in every (id, example), each at most once a message."""
@@ -80,27 +88,27 @@ class Index:
                 held, waiting = 0, []
         yield from self._search(waiting)
 
-    def _fill(self) -> None:
-        benchmarks_of: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
+    def _grams(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(hash, prompt, first word) of every 8-gram, of a shorter prompt of the whole, but for
+        templates; sorted by hash."""
+        columns = [(np.zeros(0, np.uint64), np.zeros((0, 2), np.int64))]
         for number, ids in enumerate(self._ids):
-            if 0 < len(ids) < SHORTEST:
-                self._messages[tuple(ids)].append(number)
-            size = min(len(ids), SEED_WORDS)
-            if size < SHORTEST:
-                continue
-            grams = ngrams.rolling(self._hash_of[ids], size)[-1].tolist()
-            for position, gram in enumerate(grams):
-                self._postings[gram].append((number, position))
-            for gram in set(grams):
-                benchmarks_of[gram][self.prompts[number].benchmark] += 1
-        for gram, counts in benchmarks_of.items():
-            template = {name for name, count in counts.items() if count > TEMPLATE_PROMPTS}
-            kept = [p for p in self._postings[gram] if self.prompts[p[0]].benchmark not in template]
-            self._postings[gram] = kept
-            if not kept:
-                del self._postings[gram]
-        seeds = np.array(list(self._postings), np.uint64)
-        self._table[_slots(seeds)] = True
+            if len(ids) >= SHORTEST:
+                size = min(len(ids), SEED_WORDS)
+                grams = ngrams.rolling(self._hash_of[ids], size)[-1]
+                where = np.stack([np.full(len(grams), number), np.arange(len(grams))], axis=1)
+                columns.append((grams, where))
+        grams, where = (np.concatenate(column) for column in zip(*columns, strict=True))
+        owners, places = where.T
+        names = [prompt.benchmark for prompt in self.prompts]
+        benchmark_of = np.unique(names, return_inverse=True)[1][owners]
+        order = np.lexsort((places, owners, benchmark_of, grams))
+        grams, owners, places = grams[order], owners[order], places[order]
+        begins = _changes(grams) | _changes(benchmark_of[order])  # an n-gram within a benchmark
+        groups = np.cumsum(begins) - 1
+        prompts_with = np.bincount(groups, weights=begins | _changes(owners))
+        kept = (prompts_with <= TEMPLATE_PROMPTS)[groups]
+        return grams[kept], owners[kept], places[kept]
 
     def _search(self, waiting: list[tuple[str, str, list[int]]]) -> Iterator[Match]:
         """Matches in some messages, which lie in one array with an unknown word between them."""
@@ -114,9 +122,15 @@ class Index:
         starts_array = np.array(starts)
         for gram in grams[SHORTEST - 1 :]:
             found = np.flatnonzero(self._table[_slots(gram)])
+            seeds = np.searchsorted(self._seeds, gram[found])
+            exact = self._seeds[np.minimum(seeds, len(self._seeds) - 1)] == gram[found]
+            found, seeds = found[exact], seeds[exact]
             messages = np.searchsorted(starts_array, found, side="right") - 1
-            for message, position in zip(messages.tolist(), found.tolist(), strict=True):
-                hits[message].append((position - starts[message], int(gram[position])))
+            positions = (found - starts_array[messages]).tolist()
+            for message, hit in zip(
+                messages.tolist(), zip(positions, seeds.tolist(), strict=True), strict=True
+            ):
+                hits[message].append(hit)
         for message, (row, place, numbers) in enumerate(waiting):
             if len(numbers) < SHORTEST and tuple(numbers) in self._messages:
                 runs = {p: [(0, len(numbers))] for p in self._messages[tuple(numbers)]}
@@ -130,8 +144,9 @@ class Index:
     def _runs(self, numbers: list[int], hits) -> dict[int, list[tuple[int, int]]]:
         """By prompt, the stretches [start, stop) of it that are long enough and in the message."""
         runs, seen = collections.defaultdict(set), {}
-        for position, gram in hits:
-            for prompt, at in self._postings.get(gram, ()):
+        for position, seed in hits:
+            for posting in range(self._starts[seed], self._starts[seed + 1]):
+                prompt, at = self._owners[posting], self._places[posting]
                 ids, diagonal = self._ids[prompt], (prompt, position - at)
                 if seen.get(diagonal, -1) > position:
                     continue
@@ -233,6 +248,11 @@ def _messages(example: dict) -> Iterator[tuple[str, str]]:
     for key in ("messages", "prompt", "chosen", "rejected"):
         for index, message in enumerate(example.get(key, ())):
             yield f"{key} {index} ({message['role']})", message["content"]
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Where a value differs from the one before; the first does."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
 def _slots(hashes: np.ndarray) -> np.ndarray:
