@@ -44,7 +44,7 @@ class TaskExamples:
 
     `raw_rows + added_parts == len(examples) + sum(dropped.values()) + not_drawn`, where
     `added_parts` counts what rows gave beyond one example each. `found` is what a task's `expected`
-    is compared with. `aside` has a dict of id, reason and, where there is one, example for each of
+    is compared with; a row held out counts as one example. `aside` has a dict of id, reason and, where there is one, example for each of
     the dropped.
     """
 
@@ -94,8 +94,9 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
             f"task {task.name!r}: {len(bad)} of {len(taken)} rows are malformed:\n{shown}{more}"
         )
     added = parts - len(taken)
+    unread = 0 if task.sample is not None and split == "train" else len(numbered) - len(taken)
+    unconverted = sum("example" not in entry for entry in aside) if task.kind == "sft" else 0
     ids, examples = _draw(task, drawing, ids, examples)
-    sampled_out = task.sample is not None and split == "train"
     return TaskExamples(
         ids=ids,
         examples=examples,
@@ -103,7 +104,7 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
         added_parts=added,
         dropped=dict(dropped),
         not_drawn=len(numbered) + added - len(examples) - sum(dropped.values()),
-        found=added + (len(taken) if sampled_out else len(numbered)),
+        found=parts - unconverted + unread,
         aside=aside,
     )
 

@@ -65,8 +65,8 @@ class Task:
 
     `sources` gives the raw rows of a split: a path (relative to the data root given at run time,
     or absolute), `Files`, or a function that yields rows. `sample` draws that many raw rows of the
-    train source with `seed`, in their order. `expected` is the number of examples of the train
-    source after that and before anything is dropped, None if unknown.
+    train source with `seed`, in their order. `expected` is the number of train examples after that
+    that the converter gives, before filters; of pairs, before any is dropped. None if unknown.
     """
 
     name: str
