@@ -6,6 +6,7 @@ import gin
 import pytest
 
 from tulu_jax import cli, preflight
+from tulu_jax.data import registry
 from tulu_jax.recipe import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -54,6 +55,31 @@ def test_every_complete_config_builds(name, shared_data):
 def test_overrides_and_workdir():
     config = cli.load("tulu_tiny_sft.gin", ["--gin.NUM_STEPS=7"], workdir="/somewhere/else")
     assert config.num_steps == 7 and config.workdir == "/somewhere/else"
+
+
+MIXTURE = """
+from tulu_jax.data import registry
+MIXTURE = @registry.Mixture()
+registry.Mixture.name = 'mine'
+registry.Mixture.tasks = {'tulu_v2.lima': None, 'tulu_v2.science': 0.5, 'tulu_tiny': 2000}
+registry.Mixture.seed = 7
+"""
+
+
+def test_a_mixture_written_in_gin(tmp_path):
+    config = cli.load(write(tmp_path, MIXTURE), workdir="out/here")
+    mixture = config.data.train
+    assert (mixture.name, mixture.seed, mixture.tasks["tulu_v2.science"]) == ("mine", 7, 0.5)
+    found = {c.task.name: c.amount for c in registry.components(mixture)}
+    assert found["tulu_v2.lima"] is None and found["tulu_tiny"] == 2000
+    assert found["tulu_v2.science.scierc_ner"] == 0.5 and len(found) == 8
+    saved = tmp_path / "config.gin"
+    saved.write_text(cli.operative_config())
+    assert cli.load(str(saved), workdir=None).data == config.data
+    said = refusal(write(tmp_path, MIXTURE.replace("tulu_v2.lima", "tulu_v2.limo")))
+    assert "no mixture or task is named 'tulu_v2.limo'; did you mean 'tulu_v2.lima'" in said
+    said = refusal(write(tmp_path, MIXTURE.replace("0.5", "1.5")))
+    assert "mine: 1.5 of 'tulu_v2.science'; expected None (all), a positive number of rows" in said
 
 
 def test_operative_config_rebuilds_the_run(tmp_path):
