@@ -158,27 +158,30 @@ def _shortened(folder) -> dict[str, int]:
     return found
 
 
-def _removed(texts, shortened, left_out, tokenizer, config) -> dict:
+def _removed(texts, shortened, left_out, tokenizer, config: loader.DataConfig) -> dict:
     """Tokens that filters took with whole examples, and that `max_length` took; rows that a
     converter left out were never an example and have none."""
     filtered = [entry["example"] for entry in left_out if "example" in entry]
-    long = [name for name in shortened if name in texts]
-    whole = _tokens([texts[name] for name in long], tokenizer, config)
-    return {
-        "tokens_filtered": _tokens(filtered, tokenizer, config),
-        "tokens_over_length": whole - sum(shortened[name] for name in long),
-    }
+    options = {"tokenizer": tokenizer, "chat": config.chat}
+    if config.truncation == "split" and shortened:  # of these, parts were cut: "row.part"
+        names = list(dict.fromkeys(name.rpartition(".")[0] for name in shortened))
+        rows = [texts[name] for name in names]
+        chats = [row["messages"] for row in rows]
+        whole = [(ids,) for ids in chat_lib.tokenize(chats, names=names, **options)]
+        _, parts, sides = encode.split(rows, names, whole, config.max_length, options)
+        lengths = {p: len(ids.ids) - 1 for p, (ids,) in zip(parts, sides, strict=True)}
+        over = sum(lengths[name] - kept for name, kept in shortened.items())
+    else:
+        over = _tokens([texts[name] for name in shortened], options) - sum(shortened.values())
+    return {"tokens_filtered": _tokens(filtered, options), "tokens_over_length": over}
 
 
-def _tokens(rows: list[dict], tokenizer, config: loader.DataConfig) -> int:
+def _tokens(rows: list[dict], options: dict) -> int:
     """Tokens of examples after the shift, uncut; of a pair, both sides."""
     chats = [row["messages"] for row in rows if "messages" in row]
     for side in ("chosen", "rejected"):
         chats += [row["prompt"] + row[side] for row in rows if side in row]
-    chats = [chat for chat in chats if chat]
-    encoded = chat_lib.tokenize(
-        chats, tokenizer=tokenizer, chat=config.chat, names=["of the card"] * len(chats)
-    )
+    encoded = chat_lib.tokenize(chats, names=["of the card"] * len(chats), **options)
     return sum(len(ids.ids) - 1 for ids in encoded)
 
 
