@@ -224,28 +224,26 @@ def tokenize_pairs(
 ) -> list[tuple[TokenIds, TokenIds]]:
     """(chosen, rejected) of `{"prompt", "chosen", "rejected"}`, trained on the final turn only.
 
-    Raises `ValueError` naming the pair if the ids before the final turn differ between the sides.
+    The ids before it are the same on both sides, unless an answer that begins with the text of a
+    special token swallows the white space before it: `same_prompt` tells.
     """
-    conversations = [
-        pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected")
-    ]
+    halves = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    conversations = [pair["prompt"] + pair[side] for pair, side in halves]
     doubled = [f"{name} ({side})" for name in names for side in ("chosen", "rejected")]
+    for (pair, side), name in zip(halves, doubled, strict=True):
+        if not pair[side] or pair[side][-1]["role"] != "assistant":
+            raise ValueError(f"row {name}: does not end with an assistant message")
     sides = [
         TokenIds(ids=side.ids, spans=side.spans[-1:])
         for side in tokenize(conversations, tokenizer=tokenizer, chat=chat, names=doubled)
     ]
-    results = list(zip(sides[::2], sides[1::2], strict=True))
-    for (chosen, rejected), pair, name in zip(results, pairs, names, strict=True):
-        for side in ("chosen", "rejected"):
-            if pair[side][-1]["role"] != "assistant":
-                raise ValueError(f"row {name}: {side} does not end with an assistant message")
-        prompts = [side.ids[: side.spans[0, 0] + 1].tolist() for side in (chosen, rejected)]
-        if prompts[0] != prompts[1]:
-            raise ValueError(
-                f"row {name}: the prompts of chosen and rejected differ ({len(prompts[0])} and "
-                f"{len(prompts[1])} ids before the final turn); expected the same ids"
-            )
-    return results
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def same_prompt(chosen: TokenIds, rejected: TokenIds) -> bool:
+    """Whether both sides of a pair have the same ids before their final turn."""
+    prompts = [side.ids[: side.spans[0, 0] + 1] for side in (chosen, rejected)]
+    return np.array_equal(*prompts)
 
 
 def shift(token_ids: TokenIds, *, max_length: int | None) -> Encoded:
@@ -278,8 +276,16 @@ def encode_pair(
     max_length: int | None = None,
     name: str = "?",
 ) -> tuple[Encoded, Encoded]:
-    """Chosen and rejected, shifted; trained on the final assistant turn, prompts identical."""
+    """Chosen and rejected, shifted; trained on the final assistant turn, prompts identical.
+
+    Raises `ValueError` naming the pair if the ids before the final turn differ.
+    """
     ((chosen, rejected),) = tokenize_pairs([pair], tokenizer=tokenizer, chat=chat, names=[name])
+    if not same_prompt(chosen, rejected):
+        raise ValueError(
+            f"row {name}: the prompts of chosen and rejected differ ({chosen.spans[0, 0] + 1} and "
+            f"{rejected.spans[0, 0] + 1} ids before the final turn); expected the same ids"
+        )
     return shift(chosen, max_length=max_length), shift(rejected, max_length=max_length)
 
 

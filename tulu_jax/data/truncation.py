@@ -8,22 +8,23 @@
 | `drop` | left out | left out |
 
 Under every rule, what has no trained token left is left out, and so is a pair whose answers are the
-same after the cut.
+same after the cut, or whose prompts are not the same ids (`chat.tokenize_pairs`).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from tulu_jax.data.chat import TokenIds
+from tulu_jax.data.chat import TokenIds, same_prompt
 
 RULES = ("cut", "whole_turns", "split", "drop")
-WHOLE, CUT, TOO_LONG, UNTRAINED, NO_TURN, SAME = range(6)  # up to CUT, the example is kept
+WHOLE, CUT, TOO_LONG, UNTRAINED, NO_TURN, SAME, PROMPTS = range(7)  # up to CUT, the example is kept
 REASONS = {
     TOO_LONG: "longer than max_length",
     UNTRAINED: "no trained token",
     NO_TURN: "no whole turn fits",
     SAME: "difference cut away",
+    PROMPTS: "prompts differ",
 }
 
 
@@ -35,6 +36,8 @@ def fit(
     A side fits with up to `max_length` tokens after the shift. With `one_row`, the sides of a pair
     must fit in one row that stores their prompt once.
     """
+    if len(parts) > 1 and not same_prompt(*parts):
+        return PROMPTS, []
     limits = _limits(parts, max_length, one_row)
     lengths = [len(part.ids) - 1 for part in parts]
     if all(length <= limit for length, limit in zip(lengths, limits, strict=True)):
