@@ -28,8 +28,8 @@ CONTENTS = {
     "formatting": "%s %(x)s {0} {} \\n \\u0041 $x ${y} `z`",
     "HTML": "<script>alert('&amp;')</script><!-- --><b>\"x\"</b>",
     "code": "```python\n\tif x:\n        return  y  # z\n```",
-    "a very long word": "ab" * 20_000,
-    "a very long message": "The quick brown fox jumps over 13 lazy dogs. 東京💡\n" * 4_000,
+    "a very long word": "ab" * 5_000,
+    "a very long message": "The quick brown fox jumps over 13 lazy dogs. 東京💡\n" * 1_000,
 }
 
 

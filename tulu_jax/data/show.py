@@ -15,6 +15,7 @@ from tulu_jax.data import encode, loader, pieces, registry
 from tulu_jax.data import examples as examples_lib
 
 SIDES = ("chosen", "rejected")
+AGAIN = "start again, and what has changed is encoded again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def facts(rows: loader.Rows, *, split: str) -> dict[str, str]:
     wanted = config.validation if split == "validation" and config.validation else config.train
     return {
         "data": f"{registry.name_of(wanted)}, {split} split",
-        "examples": f"{rows.num_examples:,}, {share(rows.num_trained_tokens, rows.num_tokens)}",
+        "examples": f"{rows.num_examples:,} · {share(rows.num_trained_tokens, rows.num_tokens)}",
         "rows": f"{rows.rows_per_epoch:,} of {stats.positions_per_row:,} positions, "
         f"{stats.packing_efficiency:.1%} used",
         "chat": f"{config.chat}, packing {config.packing}, truncation {config.truncation}",
@@ -153,11 +154,15 @@ class _Source:
             loaded = examples_lib.load_examples(component.task, drawing)
             self._examples[task] = dict(zip(loaded.ids, loaded.examples, strict=True))
         known = self._examples[task]
-        return known[name] if name in known else self._chunk(known, name)
-
-    def _chunk(self, known: dict[str, dict], name: str) -> dict:
-        """The part of an example that the truncation rule "split" made of it."""
         whole = name.rpartition(".")[0]
+        if name in known:
+            return known[name]
+        if self._config.truncation == "split" and whole in known:
+            return self._chunk(known, whole, name)
+        raise ValueError(f"row {name}: its raw row is no longer there; {AGAIN}")
+
+    def _chunk(self, known: dict[str, dict], whole: str, name: str) -> dict:
+        """The part of an example that the truncation rule "split" made of it."""
         ids = chat_lib.tokenize([known[whole]["messages"]], names=[whole], **self._options)
         chunks, names, _ = encode.split(
             [known[whole]], [whole], [tuple(ids)], self._config.max_length, self._options
@@ -240,7 +245,7 @@ def _divided(tokens: list[pieces.Token], kept: list[int], at: int, name: str):
     if whole[: len(kept)] != kept:
         raise ValueError(
             f"row {name}: it holds {len(kept)} ids that are not the first of the {len(whole)} that "
-            "its raw row encodes to now; set cache_dir to a new folder and encode again"
+            f"its raw row encodes to now; {AGAIN}"
         )
     return tokens[: places[at]], tokens[places[at] :]
 
