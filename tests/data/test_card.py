@@ -144,7 +144,9 @@ def test_pairs_in_both_packings(config):
     assert found["best_fit"]["packings"] == found["none"]["packings"]
     configured, paper = found["none"]["updates"]
     assert configured["expected"] == 4 and configured["std"] == 0 and configured["updates"] == 5
-    assert paper["rows"] == 32 and paper["updates"] == 0 and paper["std"] is None
+    assert found["best_fit"]["updates"][1] == paper and paper["packing"] == "best_fit"
+    assert paper["rows"] == round(32 / (20 / found["none"]["packings"][0]["rows"]))
+    assert paper["updates"] == 0 and paper["std"] is None
 
 
 def test_pairs_too_long_for_one_row_are_counted_apart(config):

@@ -255,29 +255,43 @@ def _planned(name: str, lengths: np.ndarray, size: int) -> dict:
 
 
 def _updates(rows: "loader.Rows", batch_size: int) -> list[dict]:
-    """Examples an update over the planned updates of epoch 0: as configured, and with the number of
-    rows that gives the paper's number of examples."""
+    """Examples an update over the planned updates of epoch 0: as configured, and packed with the
+    number of rows that gives the paper's number of examples."""
+    wanted = EXAMPLES_AN_UPDATE[rows.kind]
+    packed = _sizes(rows, "best_fit", _packed_lengths(rows))
+    configured = packed
+    if rows.config.packing != "best_fit":
+        configured = _sizes(rows, rows.config.packing, rows.store.lengths)
+    enough = max(1, round(wanted / packed.mean())) if packed.size else 1
+    return [
+        {"packing": rows.config.packing, **_spread(configured, batch_size, "as configured")},
+        {"packing": "best_fit", **_spread(packed, enough, f"for the paper's {wanted}")},
+    ]
+
+
+def _packed_lengths(rows: "loader.Rows") -> np.ndarray:
+    """Positions of each example in a packed row; without pairs that were cut for rows of one side
+    each, and do not fit."""
+    lengths = rows.store.lengths
+    if rows.kind == "preference" and not rows.one_row:
+        lengths = store.ExampleStore(rows.folders, kind=rows.kind, one_row=True).lengths
+    return lengths[lengths <= rows.config.max_length]
+
+
+def _sizes(rows: "loader.Rows", how: str, lengths: np.ndarray) -> np.ndarray:
+    """The number of examples in each planned row of epoch 0."""
     config = rows.config
     plan = packing.epoch_plan(
-        rows.store.lengths,
-        capacity=config.max_length,
-        packing=config.packing,
-        seed=config.seed,
-        epoch=0,
+        lengths, capacity=config.max_length, packing=how, seed=config.seed, epoch=0
     )
-    sizes = np.diff(plan.starts)
-    wanted = EXAMPLES_AN_UPDATE[rows.kind]
-    return [
-        _spread(sizes, batch_size, "as configured"),
-        _spread(sizes, max(1, round(wanted / sizes.mean())), f"for the paper's {wanted}"),
-    ]
+    return np.diff(plan.starts)
 
 
 def _spread(sizes: np.ndarray, rows_an_update: int, why: str) -> dict:
     updates = len(sizes) // rows_an_update
     examples_of = sizes[: updates * rows_an_update].reshape(updates, rows_an_update).sum(1)
     found = {"why": why, "rows": rows_an_update, "updates": updates}
-    expected = float(sizes.mean() * rows_an_update)
+    expected = float(sizes.mean() * rows_an_update) if sizes.size else 0.0
     if not updates:
         return found | {"expected": expected, "std": None, "min": None, "max": None, "all": []}
     return found | {

@@ -142,10 +142,10 @@ def _packing(card: dict) -> Iterable[str]:
         "not fit such a row as they are cut now, and are not counted in it."
     )
     yield _table(
-        (f"rows an update, packing `{card['settings']['packing']}`", "rows", "updates an epoch")
+        ("rows an update", "packing", "rows", "updates an epoch")
         + (f"{noun} expected", "spread (sd)", "fewest", "most"),
         [
-            (u["why"], u["rows"], u["updates"], f"{u['expected']:.1f}")
+            (u["why"], u["packing"], u["rows"], u["updates"], f"{u['expected']:.1f}")
             + tuple("–" if u[c] is None else round(u[c], 1) for c in ("std", "min", "max"))
             for u in card["updates"]
         ],

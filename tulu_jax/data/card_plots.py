@@ -11,7 +11,7 @@ OURS, OTHER, PALE = "#1f77b4", "#d95f02", "#b8c4ce"
 def draw(card: dict) -> dict[str, bytes]:
     """PNG pictures by file name."""
     pictures: dict[str, Callable] = {"components.png": _components, "lengths.png": _lengths}
-    if card["settings"]["packing"] != "none" and any(u["updates"] for u in card["updates"]):
+    if _planned(card):
         pictures["updates.png"] = _updates
     if card["audit"]:
         pictures["pair_lengths.png"] = _pair_lengths
@@ -78,7 +78,7 @@ def _lengths(card: dict):
 def _updates(card: dict):
     """How many examples the planned updates of an epoch hold."""
     noun = "conversations" if card["kind"] == "sft" else "pairs"
-    planned = [u for u in card["updates"] if u["updates"]]
+    planned = _planned(card)
     figure, axes = _subplots(1, len(planned), figsize=(4.8 * len(planned), 3.4), squeeze=False)
     for axis, update in zip(axes[0], planned, strict=True):
         values = np.array(update["all"])
@@ -92,6 +92,11 @@ def _updates(card: dict):
         axis.yaxis.set_major_locator(_few_ticks())
         axis.xaxis.set_major_locator(_few_ticks())
     return figure
+
+
+def _planned(card: dict) -> list[dict]:
+    """The ways to update whose number of examples varies."""
+    return [u for u in card["updates"] if u["updates"] and u["packing"] != "none"]
 
 
 def _pair_lengths(card: dict):
