@@ -71,7 +71,6 @@ class ShownRow:
 
     index: int
     epoch: int | None
-    rows_per_epoch: int
     capacity: int
     tokens: int
     trained: int
@@ -182,7 +181,6 @@ def _shown(rows: loader.Rows, index: int, source: _Source, *, is_train: bool) ->
     return ShownRow(
         index=index,
         epoch=index // rows.rows_per_epoch if is_train else None,
-        rows_per_epoch=rows.rows_per_epoch,
         capacity=row["tokens"].size,
         tokens=int((row["segment_ids"] > 0).sum()),
         trained=int(row["loss_mask"].sum()),

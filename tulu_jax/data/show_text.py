@@ -42,7 +42,7 @@ def listing(facts: Mapping[str, str], rows: Iterable[ShownRow], *, colour: bool)
     yield "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
     yield _legend(colour)
     for row in rows:
-        yield "\n" + _styled(f"━━ {row} ", BOLD, colour)
+        yield "\n" + _styled(f"━━ {row}", BOLD, colour)
         for segment in row.segments:
             if len(segment.parts) == 1:
                 heads = [f"── {segment.number} · {segment.example} · {segment.parts[0]}"]
