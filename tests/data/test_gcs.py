@@ -241,6 +241,8 @@ def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypat
     assert "gs://out-of-reach cannot be read or written (ClientConnectorError" in str(raised.value)
     assert "the network and the credentials" in str(raised.value)
     assert 0 < sum(tries) < 100  # seconds, of which two requests at a time wait together
+    with pytest.raises(OSError, match="gs://globs-out-of-reach cannot be read or written"):
+        readers.find("gs://globs-out-of-reach/data/*.parquet")
     tries.clear()
     (problem,) = loader.problems(away, kind="sft")
     assert problem.startswith("a (train): gs://out-of-reach cannot be read") and not tries

@@ -58,9 +58,10 @@ def find(pattern: str) -> list[str]:
     with reaching(pattern):
         if not any(sign in name for sign in "*?["):
             return [pattern] if as_path(pattern).exists() else []
-        if not as_path(folder).is_dir():
+        try:  # asking whether it is a folder would take a bucket out of reach for none
+            names = [file.name for file in as_path(folder).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = [file.name for file in as_path(folder).iterdir()]
     return [f"{folder}/{found}" for found in sorted(fnmatch.filter(names, name))]
 
 
