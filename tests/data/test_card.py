@@ -208,12 +208,13 @@ def prepare(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 
 
 def test_the_command_prints_and_writes_the_card(tmp_path):
-    done = prepare("--gin_file=tulu_tiny_sft.gin", "--workdir=run", cwd=tmp_path)
+    done = prepare("--gin_file=tulu_tiny_dpo.gin", "--workdir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "run/data/card.md").read_text(encoding="utf-8")
-    assert page in done.stdout and page.startswith("# Mixture card: tulu_tiny\n")
+    assert page in done.stdout and page.startswith("# Mixture card: tulu_tiny_preference\n")
     numbers = json.loads((tmp_path / "run/data/card.json").read_text())
     assert {t["split"] for t in numbers["tasks"]} == {"train", "validation"}
+    assert numbers["audit"]["length"]["longer_chosen"]["chosen_share"] == 1.0
     assert numbers["contamination"] is None
 
 

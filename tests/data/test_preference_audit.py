@@ -40,6 +40,13 @@ def test_planted_length_bias():
     assert sum(found["histogram"]["counts"]) == 11 and found["by_score_gap"] == "not recorded"
 
 
+@pytest.mark.parametrize("count", range(1, 400, 7))
+def test_an_interval_holds_its_share(count):
+    for row in (pair("q", "a b", "c"), pair("q", "a", "b c")):
+        found = preference_audit.length_bias(pairs_of([row] * count))["longer_chosen"]
+        assert 0 <= found["low"] <= found["chosen_share"] <= found["high"] <= 1
+
+
 def test_length_bias_by_task_and_by_score_gap():
     rows = [scored(pair(f"q{i}", "a b" if i < 4 else "a", "b c d"), 5 + i, 5) for i in range(8)]
     pairs = pairs_of(rows, tokens=[[2, 1]] * 6 + [[1, 2]] * 2)

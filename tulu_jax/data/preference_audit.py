@@ -278,8 +278,8 @@ def _share(chosen: int, of: int) -> dict:
     return {
         "on_one_side": of,
         "chosen_share": share,
-        "low": max(0.0, middle - half),
-        "high": min(1.0, middle + half),
+        "low": max(0.0, min(share, middle - half)),  # at 0 and 1, the share up to rounding
+        "high": min(1.0, max(share, middle + half)),
     }
 
 
