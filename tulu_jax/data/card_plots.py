@@ -67,7 +67,9 @@ def _lengths(card: dict):
             label = f"{name}, {source}: {values[name]:,.0f}"
             axis.axvline(values[name], color=colour, linestyle=style, linewidth=1.5, label=label)
     sides = "conversations" if card["kind"] == "sft" else "sides of pairs"
-    axis.set_xlabel("tokens (log scale; bins of equal width on it)")
+    axis.set_xlabel("tokens (log scale)")
+    axis.xaxis.set_major_locator(_one_two_five())
+    axis.xaxis.set_minor_formatter("")
     axis.set_ylabel(f"{sides} in the bin (log scale)")
     axis.xaxis.set_major_formatter(_thousands())
     axis.yaxis.set_major_formatter(_thousands())
@@ -116,6 +118,7 @@ def _pair_lengths(card: dict):
     axes[0].axvline(mean, color=OURS, label=f"mean {mean:+,.1f}")
     axes[0].set_xlabel("chosen − rejected, tokens (the outermost 1 % at the ends)")
     axes[0].set_ylabel("pairs")
+    axes[0].yaxis.set_major_formatter(_thousands())
     axes[0].legend(frameon=False)
     _shares(axes[1], groups, "longer answer is chosen")
     return figure
@@ -169,7 +172,8 @@ def _shares(axis, groups: list[tuple[str, dict]], label: str) -> None:
     names = [f"{name}  (n = {share['on_one_side']:,})" for name, share in known]
     axis.set_yticks(range(len(known)), names)
     axis.set_ylim(-0.6, len(known) - 0.4)
-    axis.set_xlim(0, 100)
+    axis.set_xlim(-3, 103)
+    axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel(f"{label}, %\n95 % interval; orange where it leaves 50 % out", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
 
@@ -196,6 +200,12 @@ def _few_ticks():
     from matplotlib import ticker
 
     return ticker.MaxNLocator(5, integer=True)
+
+
+def _one_two_five():
+    from matplotlib import ticker
+
+    return ticker.LogLocator(subs=(1, 2, 5))
 
 
 def _png(figure) -> bytes:
