@@ -266,3 +266,14 @@ def test_real_mixtures_are_served(shared_data, tmp_path):
             )
         ]
         assert batch["tokens"].max() < 512 and batch["loss_mask"].any()
+
+
+def test_repeated_upstream_ids_are_kept_and_counted(config, tmp_path):
+    rows = chats(4)
+    for row, upstream in zip(rows, ["x_1", "x_2", "x_1", "x_1"], strict=True):
+        row["about"] = {"id": upstream}
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = train_rows(config)
+    assert found.num_examples == 4 and found.stats.tasks[0].repeated_ids == 2
+    assert "a: 2 examples have the upstream id of an earlier one; kept" in str(found.stats)
+    assert len({found.store.name(i) for i in range(4)}) == 4

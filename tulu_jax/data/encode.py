@@ -22,7 +22,7 @@ from tulu_jax.data import examples as examples_lib
 from tulu_jax.data import registry, truncation
 from tulu_jax.data.sources import readers
 
-FORMAT = 2  # of the cached files; raised when their meaning changes
+FORMAT = 3  # of the cached files; raised when their meaning changes
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
 SHARD_ROWS = 4096
 COUNTS, ASIDE = "counts.json", "aside.jsonl"
@@ -49,7 +49,7 @@ class TaskCounts:
     were cut; `added_parts` counts what rows gave beyond one example each.
 
     Tokens are counted after the shift and the cut; of a pair, both sides. `found` examples before
-    any was dropped stand against `expected`.
+    any was dropped stand against `expected`. `repeated_ids` as in `TaskExamples`.
     """
 
     task: str
@@ -62,6 +62,7 @@ class TaskCounts:
     tokens: int
     trained_tokens: int
     found: int
+    repeated_ids: int
     expected: int | None
 
 
@@ -303,4 +304,5 @@ def _counts(task, loaded, columns: dict) -> dict:
         "tokens": int(tokens.sum()),
         "trained_tokens": int(trained.sum()),
         "found": loaded.found,
+        "repeated_ids": loaded.repeated_ids,
     }

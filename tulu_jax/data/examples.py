@@ -44,8 +44,10 @@ class TaskExamples:
 
     `raw_rows + added_parts == len(examples) + sum(dropped.values()) + not_drawn`, where
     `added_parts` counts what rows gave beyond one example each. `found` is what a task's `expected`
-    is compared with; a row held out counts as one example. `aside` has a dict of id, reason and, where there is one, example for each of
-    the dropped.
+    is compared with; a row held out counts as one example. `repeated_ids` counts the examples that
+    have the id upstream gave an earlier one, `about["id"]`: they are kept, for ids tell nothing of
+    the content. `aside` has a dict of id, reason and, where there is one, example for each of the
+    dropped.
     """
 
     ids: list[str]
@@ -55,6 +57,7 @@ class TaskExamples:
     dropped: dict[str, int]
     not_drawn: int
     found: int
+    repeated_ids: int
     aside: list[dict]
 
 
@@ -97,6 +100,7 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
     unread = 0 if task.sample is not None and split == "train" else len(numbered) - len(taken)
     unconverted = sum("example" not in entry for entry in aside) if task.kind == "sft" else 0
     ids, examples = _draw(task, drawing, ids, examples)
+    upstream = [e["about"]["id"] for e in examples if "id" in e.get("about", ())]
     return TaskExamples(
         ids=ids,
         examples=examples,
@@ -105,6 +109,7 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
         dropped=dict(dropped),
         not_drawn=len(numbered) + added - len(examples) - sum(dropped.values()),
         found=parts - unconverted + unread,
+        repeated_ids=len(upstream) - len(set(upstream)),
         aside=aside,
     )
 

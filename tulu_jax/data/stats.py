@@ -57,6 +57,11 @@ class Stats:
     def __str__(self) -> str:
         lines = [table(self.tasks)]
         lines += [f"  left out: {count:,} × {reason}" for reason, count in self.dropped.items()]
+        lines += [
+            f"  {t.task}: {t.repeated_ids:,} examples have the upstream id of an earlier one; kept"
+            for t in self.tasks
+            if t.repeated_ids
+        ]
         lines += [f"  {note}" for note in count_problems(self.tasks, expected=None, name="")]
         lines.append(
             f"  {self.rows_per_epoch:,} rows of {self.positions_per_row:,} positions, "
