@@ -177,6 +177,12 @@ def test_validation_rows_are_counted_and_not_audited(config):
     assert [(t["split"], t["examples"]) for t in tasks] == [("train", 8), ("validation", 2)]
 
 
+def test_repeated_upstream_ids_are_said(config, tmp_path):
+    rows = [{"messages": messages(f"q {i}", "a"), "about": {"id": "same"}} for i in range(3)]
+    page = card.write(built(config("again", rows)), tmp_path / "data")
+    assert "Kept with the upstream id of an earlier row: 2 of again." in page
+
+
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_what_is_written(config, tmp_path, kind):
     rows = [{"messages": messages(f"q {i} | `x`", "a b c")} for i in range(12)]

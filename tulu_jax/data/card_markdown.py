@@ -48,6 +48,9 @@ def _rows(card: dict) -> Iterable[str]:
         "Raw and added = not drawn + left out + kept. `found` counts examples before any is left "
         "out; a dash: the source states no number."
     )
+    repeated = [f"{t['repeated_ids']:,} of {t['task']}" for t in card["tasks"] if t["repeated_ids"]]
+    if repeated:
+        yield f"Kept with the upstream id of an earlier row: {', '.join(repeated)}."
     reasons = [
         (t["task"], t["split"], reason, count)
         for t in card["tasks"]
