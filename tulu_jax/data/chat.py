@@ -188,7 +188,7 @@ def tokenize(
         check_messages(messages, name)
     rendered = [render(messages, chat=chat) for messages in conversations]
     if tokenizer.words is not None:
-        return _tokenize_by_words(rendered, tokenizer, chat)
+        return _tokenize_by_words(rendered, tokenizer, chat, names)
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     results = []
     for text, encoding, name in zip(rendered, encodings, names, strict=True):
@@ -199,24 +199,25 @@ def tokenize(
 
 
 def _tokenize_by_words(
-    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, chat: str
+    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, chat: str, names: Sequence[str]
 ) -> list[TokenIds]:
     """`tokenize` where no token crosses the border of a word: a turn begins behind a newline or a
     special token, and its `</s>` is one, so its borders are borders of tokens."""
 
-    def border(turn: Turn) -> int:
+    def cuts(turn: Turn) -> tuple[int, int, int]:
         trains_newline = chat == "open_instruct" and turn.next is not None
-        return turn.next if trains_newline else turn.end
+        return turn.start, turn.end, turn.next if trains_newline else turn.end
 
-    texts = [row.text for row in rendered]
-    cuts = [[at for turn in row.turns for at in (turn.start, border(turn))] for row in rendered]
-    return [
-        TokenIds(
-            ids=np.concatenate([np.array([tokenizer.bos_id], np.int32), ids]),
-            spans=np.array(at, np.int32).reshape(-1, 2),
-        )
-        for ids, at in tokenizer.words.encode(texts, cuts)
-    ]
+    wanted = [[at for turn in row.turns for at in cuts(turn)] for row in rendered]
+    encoded = tokenizer.words.encode([row.text for row in rendered], wanted)
+    results = []
+    for (ids, at), name in zip(encoded, names, strict=True):
+        borders = np.array(at, np.int32).reshape(-1, 3)  # in ids before BOS, thus in targets
+        if (ids[borders[:, 1] - 1] != tokenizer.eos_id).any():
+            raise ValueError(f"row {name}: an assistant turn does not end with the id of {EOS}")
+        ids = np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
+        results.append(TokenIds(ids=ids, spans=borders[:, [0, 2]]))
+    return results
 
 
 def tokenize_pairs(
