@@ -14,9 +14,11 @@ fi
 pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 pip torch==2.13.0  # by itself first: a plain torch may resolve to a CUDA build of gigabytes
 pip -e ".[test]"
+"$VENV/bin/python" -c "import seqio, gcsfs, gcp_storage_emulator"  # their tests skip without them
 
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
 # The longest files first, so that the two workers end together.
 "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  tests/test_recipe.py tests/test_trainer.py tests/test_step.py tests "$@"
+  tests/test_recipe.py tests/test_trainer.py tests/test_step.py tests/data/test_seqio_bridge.py \
+  tests "$@"
