@@ -51,7 +51,8 @@ def main(config) -> None:
 def _card(config) -> None:
     from etils import epath
 
-    from tulu_jax.data import benchmarks, card, loader, registry
+    from tulu_jax.data import loader, registry
+    from tulu_jax.data.audit import benchmarks, card
 
     prompts = None
     if _EVAL_DATA.value:
@@ -69,7 +70,7 @@ def _card(config) -> None:
 
 
 def _check(data) -> int:
-    from tulu_jax.data import check
+    from tulu_jax.data.audit import check
 
     outcomes = check.check(data)
     print(check.report(outcomes, data))
@@ -77,7 +78,8 @@ def _check(data) -> int:
 
 
 def _show(data) -> None:
-    from tulu_jax.data import loader, show, show_html, show_text
+    from tulu_jax.data import loader
+    from tulu_jax.data.audit import show, show_html, show_text
 
     rows = loader.prepare(data, split=_SPLIT.value)
     cli.stop_if(show.problems(rows, first=_ROW.value, split=_SPLIT.value))

@@ -168,7 +168,7 @@ def test_a_hub_that_cannot_be_reached(add_task, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as raised:
         load(task, data_root=str(tmp_path))
     for part in (
-        f"found no {tmp_path}/x/*.parquet, and the hub set 'nobody/nothing', split train could not be",
+        f"found no {tmp_path}/x/*.parquet, and the hub set 'nobody/nothing', split train could not",
         "Download its files, place them as",
         "data_root (--gin.DATA_ROOT)",
     ):

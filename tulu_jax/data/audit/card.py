@@ -11,21 +11,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tulu_jax.data import (
+from tulu_jax.data import chat as chat_lib
+from tulu_jax.data import encode, examples, loader, packing, registry, store, truncation
+from tulu_jax.data.audit import (
     benchmarks,
     card_markdown,
     card_plots,
     contamination,
-    encode,
-    examples,
-    loader,
-    packing,
     preference_audit,
-    registry,
-    store,
-    truncation,
 )
-from tulu_jax.data import chat as chat_lib
 from tulu_jax.data.sources import name_filter, readers
 
 # TÜLU 2 (arXiv 2311.10702) §2 and figure 1; tokens of a row of the V2 mixture.

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import difficult_chats, loader, tokenizer_training
 from tulu_jax.data import examples as examples_lib
+from tulu_jax.data import loader, tokenizer_training
+from tulu_jax.data.audit import difficult_chats
 from tulu_jax.data.sources import readers
 
 ROWS_PER_TASK = 64

@@ -13,18 +13,8 @@ import pytest
 from hypothesis import strategies as st
 from raw_rows import messages, write_jsonl
 
-from tulu_jax.data import (
-    chat,
-    check,
-    examples,
-    loader,
-    pieces,
-    registry,
-    show,
-    show_html,
-    show_text,
-    tokenizer_training,
-)
+from tulu_jax.data import chat, examples, loader, registry, tokenizer_training
+from tulu_jax.data.audit import check, pieces, show, show_html, show_text
 
 ROWS = 12
 ODD = [
