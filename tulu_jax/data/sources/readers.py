@@ -133,15 +133,23 @@ def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
 
 def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
         with file.open("rb") as raw:
-            table = pq.read_table(raw, filters=[(n, "==", v) for n, v in where.items()] or None)
-    except (pa.ArrowInvalid, OSError) as error:
+            parquet = pq.ParquetFile(raw)
+            missing = sorted(set(where) - set(parquet.schema_arrow.names))
+            if missing:
+                raise ValueError(
+                    f"{path}: found columns {parquet.schema_arrow.names}; expected {missing} too"
+                )
+            for batch in parquet.iter_batches(batch_size=1000):
+                for name, value in where.items():
+                    batch = batch.filter(pc.equal(batch[name], value))
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
-    for batch in table.to_batches(max_chunksize=1000):
-        yield from batch.to_pylist()
 
 
 def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
