@@ -146,7 +146,7 @@ def fit(tiling: Tiling, *, queries: int, keys: int, heads: int, kv_heads: int) -
 
 def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
     """The pairs of `visited` [B, i, j] in order, the block of axis 1 staying while axis 2 moves."""
-    B, outer, inner = visited.shape
+    _, outer, inner = visited.shape
     index = jnp.nonzero(visited.reshape(-1), size=bound + 1, fill_value=visited.size - 1)[0]
     index = index.astype(jnp.int32)
     count = visited.sum(dtype=jnp.int32)
@@ -414,6 +414,16 @@ def _forward_kernel(
                 nothing = (own_code[...] == NO_QUERY) & (sums == 0)
                 shown = jnp.where(exact | nothing, shown, jnp.inf)
             lse[h] = shown
+
+
+def _compiler_params(tiling, interpret):
+    if interpret:
+        return None
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"),
+        vmem_limit_bytes=tiling.vmem_limit,
+        disable_bounds_checks=True,
+    )
 
 
 def _forward(q, k, v, plan, *, online, static):
