@@ -50,14 +50,16 @@ class Tile:
     """The work of one grid step: `heads` query heads of `block` queries and as many keys.
 
     Whole pairs are computed `chunk` keys at a time, pairs on the diagonal `sub` keys at a time
-    against the queries from there on. `transposed` keeps probabilities as the stationary operand
-    of the matrix unit, which fills a 256-wide one at H = 128.
+    against the queries from there on. `pipelined` interleaves the stages of successive products in
+    the program text, which needs more VMEM. `transposed` keeps probabilities as the stationary
+    operand of the matrix unit, which fills a 256-wide one at H = 128.
     """
 
     block: int
     chunk: int
     sub: int
     heads: int
+    pipelined: bool
     transposed: bool
 
 
@@ -286,6 +288,29 @@ def _chunks(kind, tile):
     return [(k, tile.chunk, 0) for k in range(0, tile.block, tile.chunk)]
 
 
+def _run(tile, kind, first, second, third):
+    """`third(item, second(item, first(item)))` for each product of a pair.
+
+    In a pipeline the first stage of an item is written before the second of the item before it and
+    the third of the one before that: what the matrix unit and the vector unit do at a time belongs
+    to different items.
+    """
+    items = [(chunk, head) for chunk in _chunks(kind, tile) for head in range(tile.heads)]
+    if not tile.pipelined:
+        for item in items:
+            third(item, second(item, first(item)))
+        return
+    following, late = first(items[0]), None
+    for n, item in enumerate(items):
+        current = following
+        if n + 1 < len(items):
+            following = first(items[n + 1])
+        if late is not None:
+            third(*late)
+        late = item, second(item, current)
+    third(*late)
+
+
 def _dot(a, b, dims, precision):
     return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
@@ -321,15 +346,15 @@ def _forward_kernel(
     row, query, key, flag, shift, *refs, tile, group, scale, branched, online, precision
 ):
     """One pair of the forward pass for `tile.heads` query heads; see `_forward`."""
-    del row, query, key
-    q, k, v, key_code, own_code, *refs = refs
-    prompt_code, *refs = refs if branched else (None, *refs)
+    q, k, v, key_codes, own_codes, *refs = refs
+    prompt_codes, *refs = refs if branched else (None, *refs)
     out, lse, scaled, acc, total, own, *refs = refs
     prompt, *refs = refs if branched else (None, *refs)
     largest = refs[0] if online else None
     t = pl.program_id(1)
-    flag, shift = flag[t], shift[t]
+    row, flag, shift = row[t], flag[t], shift[t]
     heads, turned = tile.heads, tile.transposed and not online
+    own_code, prompt_code = _code(own_codes, row, query[t]), _code(prompt_codes, row, query[t])
 
     @pl.when(flag & FIRST != 0)
     def _():
@@ -338,82 +363,112 @@ def _forward_kernel(
         total[...] = jnp.zeros_like(total)
         if online:
             largest[...] = jnp.full_like(largest, MASKED)
-        own[...] = _column(own_code[...])
+        own[...] = _column(own_code)
         if branched:
-            prompt[...] = _column(prompt_code[...])
+            prompt[...] = _column(prompt_code)
 
     def pair(kind):
-        for k0, n, q0 in _chunks(kind, tile):
+        def scores(item):
+            (k0, n, q0), h = item
             keys, queries = pl.ds(k0, n), pl.ds(q0, tile.block - q0)
-            if kind != FULL and turned:
-                column = _column(key_code[:, keys])
-                rows = (x if x is None else x[:, queries] for x in (own_code, prompt_code))
-                seen = _seen_by_columns(*rows, column, shift, k0 - q0)
-            elif kind != FULL:
-                columns = (own[queries], prompt[queries] if branched else None)
-                seen = _seen_by_rows(*columns, key_code[:, keys], shift, q0 - k0)
-            for h in range(heads):
-                kv = h // group
-                qs, ks, vs = scaled[h, queries], k[kv, keys], v[kv, keys]
-                if turned:
-                    s = _dot(ks, qs, NT, precision)  # [n, queries]
-                else:
-                    s = _dot(qs, ks, NT, precision)  # [queries, n]
-                if kind != FULL:
-                    s = jnp.where(seen, s, MASKED)
-                if turned:
-                    p = jnp.exp2(s)
-                    total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
-                    acc[h, :, queries] += _dot(vs.T, p.astype(v.dtype), NN, precision)
-                    continue
-                if online:
-                    old = largest[h, queries]
-                    new = jnp.maximum(old, s.max(axis=1, keepdims=True))
-                    largest[h, queries] = new
-                    p = jnp.exp2(s - _across(new, n))
-                    if kind != FULL:  # a row that has seen nothing yet has MASKED for its largest
-                        p = jnp.where(seen, p, 0.0)
-                    decay = jnp.exp2(old - new)
-                    total[h, queries] *= decay
-                    acc[h, queries] *= decay[:, :1]
-                else:
-                    p = jnp.exp2(s)
-                total[h, queries] += sum(p[:, c : c + LANES] for c in range(0, n, LANES))
-                acc[h, queries] += _dot(p.astype(v.dtype), vs, NN, precision)
+            operands = scaled[h, queries], k[h // group, keys]
+            s = _dot(*(operands[::-1] if turned else operands), NT, precision)
+            return s if kind == FULL else jnp.where(seen(k0, n, q0), s, MASKED)
+
+        @functools.cache
+        def seen(k0, n, q0):
+            queries = pl.ds(q0, tile.block - q0)
+            code = _code(key_codes, row, key[t])[:, k0 : k0 + n]
+            if turned:
+                rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+                return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
+            columns = (x if x is None else x[queries] for x in (own, prompt))
+            return _seen_by_rows(*columns, code, shift, q0 - k0)
+
+        def softmax(item, s):
+            (_, n, q0), h = item
+            queries = pl.ds(q0, tile.block - q0)
+            if turned:
+                p = jnp.exp2(s)
+                total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
+                return p.astype(v.dtype)
+            if online:
+                old = largest[h, queries]
+                new = jnp.maximum(old, s.max(axis=1, keepdims=True))
+                largest[h, queries] = new
+                # A row that has seen nothing yet has MASKED for its largest.
+                p = jnp.where(s == MASKED, 0.0, jnp.exp2(s - _across(new, n)))
+                decay = jnp.exp2(old - new)
+                total[h, queries] *= decay
+                acc[h, queries] *= decay[:, :1]
+            else:
+                p = jnp.exp2(s)
+            total[h, queries] += sum(p[:, c : c + LANES] for c in range(0, n, LANES))
+            return p.astype(v.dtype)
+
+        def accumulate(item, p):
+            (k0, n, q0), h = item
+            queries, values = pl.ds(q0, tile.block - q0), v[h // group, pl.ds(k0, n)]
+            if turned:
+                acc[h, :, queries] += _dot(values.T, p, NN, precision)
+            else:
+                acc[h, queries] += _dot(p, values, NN, precision)
+
+        _run(tile, kind, scores, softmax, accumulate)
 
     _on_kinds(flag, pair)
 
     @pl.when(flag & LAST != 0)
     def _():
-        rows = []  # of each head [1, queries]: sums, and 0 where the outputs are finite
-        if turned:
-            for h in range(heads):
+        rows, others = (
+            [],
+            [],
+        )  # of each head: sums [1, queries] and the maximum, or 0 if all is finite
+        packed = jnp.zeros((tile.block, LANES), jnp.float32)
+        lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+        for h in range(heads):
+            if turned:
                 sums = total[h].sum(axis=0, keepdims=True)
-                rows.append((sums, (acc[h] * 0.0).sum(axis=0, keepdims=True)))
-                out[h] = (acc[h] / jnp.where(sums > 0, sums, 1.0)).T.astype(out.dtype)
-        else:
-            lane = lax.broadcasted_iota(jnp.int32, (tile.block, LANES), 1)
-            packed = jnp.zeros((tile.block, LANES), jnp.float32)
-            for h in range(heads):
+                rows.append(sums)
+                out[h] = (acc[h] * (1.0 / jnp.where(sums > 0, sums, 1.0))).T.astype(out.dtype)
+            else:
                 sums = total[h].sum(axis=1, keepdims=True)
-                out[h] = (acc[h] / jnp.where(sums > 0, sums, 1.0)).astype(out.dtype)
-                # A maximum or whether all is finite; 0 times what overflowed is NaN.
-                other = largest[h, :, :1] if online else (acc[h] * 0.0).sum(axis=1, keepdims=True)
-                packed = jnp.where(lane == 2 * h, sums, packed)
-                packed = jnp.where(lane == 2 * h + 1, other, packed)
+                out[h] = (acc[h] * (1.0 / jnp.where(sums > 0, sums, 1.0))).astype(out.dtype)
+                packed = jnp.where(lane == h, sums, packed)
+            if online:
+                packed = jnp.where(lane == heads + h, largest[h], packed)
+            else:  # 0 times what overflowed is NaN
+                others.append((acc[h] * 0.0).sum(axis=0, keepdims=True).sum(axis=1, keepdims=True))
+        if not turned:
             packed = packed.T
-            rows = [
-                (packed[2 * h : 2 * h + 1], packed[2 * h + 1 : 2 * h + 2]) for h in range(heads)
-            ]
-        for h, (sums, other) in enumerate(rows):
+            rows = [packed[h : h + 1] for h in range(heads)]
+        if online:
+            others = [packed[heads + h : heads + h + 1] for h in range(heads)]
+        for h, (sums, other) in enumerate(zip(rows, others, strict=True)):
             shown = jnp.where(sums > 0, jnp.log2(jnp.where(sums > 0, sums, 1.0)), UNSEEING)
             if online:
                 shown = jnp.where(sums > 0, shown + other, UNSEEING)
             else:
                 exact = (sums < LARGEST) & (sums > SMALLEST) & (other == 0)
-                nothing = (own_code[...] == NO_QUERY) & (sums == 0)
+                nothing = (own_code == NO_QUERY) & (sums == 0)
                 shown = jnp.where(exact | nothing, shown, jnp.inf)
             lse[h] = shown
+
+
+def _codes_by_block(plan, block):
+    """The codes of keys, queries and (with branches) prompts as [B, blocks, block]."""
+    codes = (plan.key, plan.own) + (() if plan.prompt is None else (plan.prompt,))
+    return [x.reshape(x.shape[0], -1, block) for x in codes]
+
+
+def _code(codes, row, block):
+    """One block of codes as [1, block]."""
+    return None if codes is None else codes[row, pl.ds(block, 1)]
+
+
+def _whole(x):
+    """All of `x` at every step: read once."""
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
 
 def _compiler_params(tiling, interpret):
@@ -443,24 +498,17 @@ def _forward(q, k, v, plan, *, online, static):
     def query_row(n, t, row, query, *_):
         return row[t], n, 0, query[t]
 
-    def query_code(n, t, row, query, *_):
-        return row[t], 0, query[t]
-
-    def key_code(n, t, row, query, key, *_):
-        return row[t], 0, key[t]
-
     q_spec = pl.BlockSpec((None, heads, block, H), at_query)
     k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
-    code_spec = pl.BlockSpec((None, 1, block), query_code)
     turned = tile.transposed and not online
-    branched = plan.prompt is not None
+    codes = _codes_by_block(plan, block)
     columns = (heads, block, LANES)
     kernel = functools.partial(
         _forward_kernel,
         tile=tile,
         group=group,
         scale=LOG2E * static.scale,
-        branched=branched,
+        branched=plan.prompt is not None,
         online=online,
         precision=static.precision,
     )
@@ -475,23 +523,21 @@ def _forward(q, k, v, plan, *, online, static):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, pl.BlockSpec((None, 1, block), key_code), code_spec]
-            + [code_spec] * branched,
+            in_specs=[q_spec, k_spec, k_spec, *map(_whole, codes)],
             out_specs=(q_spec, pl.BlockSpec((None, heads, 1, block), query_row)),
             scratch_shapes=[
                 pltpu.VMEM((heads, block, H), q.dtype),
                 pltpu.VMEM((heads, H, block) if turned else (heads, block, H), jnp.float32),
                 pltpu.VMEM((heads, 8, block) if turned else columns, jnp.float32),
             ]
-            + [column] * (1 + branched)
+            + [column] * (len(codes) - 1)
             + [pltpu.VMEM(columns, jnp.float32)] * online,
         ),
         compiler_params=_compiler_params(plan.tiling, static.interpret),
         interpret=static.interpret,
     )(
         *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
-        *(q, k, v, plan.key, plan.own),
-        *([plan.prompt] if branched else []),
+        *(q, k, v, *codes),
     )
 
 
@@ -511,13 +557,14 @@ def _backward_kernel(
     precision,
 ):
     """One pair of the backward pass, scores as [keys, queries]; see `_backward`."""
-    del row, key, done_row, done_query
-    q, k, v, d_out, lse, delta, key_code, own_code, *refs = refs
-    prompt_code, *refs = refs if branched else (None, *refs)
+    del done_row, done_query
+    q, k, v, d_out, stats, key_codes, own_codes, *refs = refs
+    prompt_codes, *refs = refs if branched else (None, *refs)
     dq, dk, dv, dq_acc, dk_acc, dv_acc, k_turned, key_column = refs
     t = pl.program_id(1)
-    i, flag, shift = query[t], flag[t], shift[t]
+    row, i, flag, shift = row[t], query[t], flag[t], shift[t]
     heads, turned = tile.heads, tile.transposed
+    own_code, prompt_code = _code(own_codes, row, i), _code(prompt_codes, row, i)
 
     @pl.when(flag & FIRST != 0)
     def _():
@@ -525,36 +572,53 @@ def _backward_kernel(
         dv_acc[...] = jnp.zeros_like(dv_acc)
         for h in range(k.shape[0]):
             k_turned[h] = k[h].T
-        key_column[...] = _column(key_code[...])
+        key_column[...] = _column(_code(key_codes, row, key[t]))
 
     @pl.when(flag & FIRST_QUERY != 0)
     def _():
         dq_acc[i] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
 
     def pair(kind):
-        for k0, n, q0 in _chunks(kind, tile):
-            keys, queries = pl.ds(k0, n), pl.ds(q0, tile.block - q0)
-            if kind != FULL:
-                rows = (x if x is None else x[:, queries] for x in (own_code, prompt_code))
-                seen = _seen_by_columns(*rows, key_column[keys], shift, k0 - q0)
-            for h in range(heads):
-                kv = h // group
-                qs = (q[h, queries].astype(jnp.float32) * (LOG2E * scale)).astype(q.dtype)
-                ds_out = d_out[h, queries]
-                s = _dot(k[kv, keys], qs, NT, precision)  # [n, queries]
-                if kind != FULL:
-                    s = jnp.where(seen, s, MASKED)
-                p = jnp.exp2(s - lse[h, :, queries])
-                dp = _dot(v[kv, keys], ds_out, NT, precision)
-                ds = (p * (dp - delta[h, :, queries])).astype(q.dtype)
-                p = p.astype(q.dtype)
-                if turned:
-                    dv_acc[kv, :, keys] += _dot(ds_out.T, p, NT, precision)
-                    dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
-                else:
-                    dv_acc[kv, keys] += _dot(p, ds_out, NN, precision)
-                    dk_acc[kv, keys] += _dot(ds, qs, NN, precision)
-                dq_acc[i, h, :, queries] += _dot(k_turned[kv, :, keys], ds, NN, precision)
+        def at(item):
+            (k0, n, q0), h = item
+            return h, h // group, pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+
+        @functools.cache
+        def seen(k0, n, q0):
+            rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+            return _seen_by_columns(*rows, key_column[pl.ds(k0, n)], shift, k0 - q0)
+
+        @functools.cache
+        def scale_queries(h, q0):
+            x = q[h, pl.ds(q0, tile.block - q0)].astype(jnp.float32)
+            return (x * (LOG2E * scale)).astype(q.dtype)
+
+        def products(item):
+            h, kv, keys, queries = at(item)
+            s = _dot(k[kv, keys], scale_queries(h, item[0][2]), NT, precision)  # [n, queries]
+            dp = _dot(v[kv, keys], d_out[h, queries], NT, precision)
+            return s if kind == FULL else jnp.where(seen(*item[0]), s, MASKED), dp
+
+        def gradients(item, products):
+            h, _, _, queries = at(item)
+            s, dp = products
+            p = jnp.exp2(s - stats[h, :1, queries])
+            ds = p * (dp - stats[h, 1:, queries])
+            return p.astype(q.dtype), ds.astype(q.dtype)
+
+        def accumulate(item, gradients):
+            h, kv, keys, queries = at(item)
+            p, ds = gradients
+            qs = scale_queries(h, item[0][2])
+            if turned:
+                dv_acc[kv, :, keys] += _dot(d_out[h, queries].T, p, NT, precision)
+                dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
+            else:
+                dv_acc[kv, keys] += _dot(p, d_out[h, queries], NN, precision)
+                dk_acc[kv, keys] += _dot(ds, qs, NN, precision)
+            dq_acc[i, h, :, queries] += _dot(k_turned[kv, :, keys], ds, NN, precision)
+
+        _run(tile, kind, products, gradients, accumulate)
 
     _on_kinds(flag, pair)
 
@@ -571,7 +635,7 @@ def _backward_kernel(
             dv[h] = dv_h.astype(dv.dtype)
 
 
-def _backward(q, k, v, lse, delta, d_out, plan, static):
+def _backward(q, k, v, stats, d_out, plan, static):
     """dq [B, N, T', H], dk and dv [B, K, S', H]."""
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
     tile, pairs, group = plan.tiling.backward, plan.backward, N // K
@@ -594,25 +658,18 @@ def _backward(q, k, v, lse, delta, d_out, plan, static):
     def query_row(n, t, row, query, *_):
         return row[t], n, 0, query[t]
 
-    def query_code(n, t, row, query, *_):
-        return row[t], 0, query[t]
-
-    def key_code(n, t, row, query, key, *_):
-        return row[t], 0, key[t]
-
     q_spec = pl.BlockSpec((None, heads, block, H), at_query)
     k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
-    row_spec = pl.BlockSpec((None, heads, 1, block), query_row)
-    code_spec = pl.BlockSpec((None, 1, block), query_code)
+    row_spec = pl.BlockSpec((None, heads, 2, block), query_row)
     part_spec = pl.BlockSpec((None, kv_heads, block, H), at_part)
-    branched = plan.prompt is not None
+    codes = _codes_by_block(plan, block)
     part = jax.ShapeDtypeStruct((B, K * parts, S, H), jnp.float32 if parts > 1 else k.dtype)
     kernel = functools.partial(
         _backward_kernel,
         tile=tile,
         group=group,
         scale=static.scale,
-        branched=branched,
+        branched=plan.prompt is not None,
         precision=static.precision,
     )
     sums = (kv_heads, H, block) if tile.transposed else (kv_heads, block, H)
@@ -623,9 +680,7 @@ def _backward(q, k, v, lse, delta, d_out, plan, static):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=7,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, row_spec]
-            + [pl.BlockSpec((None, 1, block), key_code), code_spec]
-            + [code_spec] * branched,
+            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, *map(_whole, codes)],
             out_specs=(pl.BlockSpec((None, heads, block, H), at_done), part_spec, part_spec),
             scratch_shapes=[
                 pltpu.VMEM((T // block, heads, H, block), jnp.float32),
@@ -640,8 +695,7 @@ def _backward(q, k, v, lse, delta, d_out, plan, static):
     )(
         *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
         *(pairs.done_row, pairs.done_query),
-        *(q, k, v, d_out, lse, delta, plan.key, plan.own),
-        *([plan.prompt] if branched else []),
+        *(q, k, v, d_out, stats, *codes),
     )
     if parts > 1:
         dk, dv = (x.reshape(B, K, parts, S, H).sum(axis=2).astype(k.dtype) for x in (dk, dv))
@@ -677,7 +731,8 @@ def _attention_backward(static, residuals, cotangents):
     # sum_s p·dp of softmax's backward, from the outputs alone
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)[:, :, None]
     delta -= d_lse * LOG2E
-    grads = _backward(q, k, v, lse, delta, d_out.astype(q.dtype), plan, static)
+    stats = jnp.concatenate([lse, delta], axis=2)
+    grads = _backward(q, k, v, stats, d_out.astype(q.dtype), plan, static)
     nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), plan)
     return (*grads, nothing)
 
