@@ -10,20 +10,22 @@ costs nothing. A step works on several heads at once: their independent matrix p
 other's latencies, which one head's block of this size cannot.
 
 The forward pass keeps no running maximum: softmax needs no shift while its logits fit the float32
-exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`); if it fails in
-any row, the whole call is done again with one (`lax.cond`), so the result never depends on the
-shortcut. The backward pass (Dao et al. 2022) is one kernel: the gradients of a key block and the
+exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`). If it fails in
+any row, `lax.cond` runs a kernel with a running maximum, whose results replace those of such rows.
+The backward pass (Dao et al. 2022) is one kernel: the gradients of a key block and the
 query gradients of the whole row stay in VMEM.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
@@ -36,6 +38,8 @@ UNSEEING = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - UNSEEI
 LARGEST, SMALLEST = 2.0**100, 2.0**-70
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
+LARGEST_HEAD = 256
+SMEM = 2**20  # bytes; the lists of pairs are kept there
 
 EMPTY, FULL, DIAGONAL, EDGE = 0, 1, 2, 3  # kinds of pairs, the two low bits of a flag
 FIRST, LAST = 4, 8  # first and last pair of the block that stays
@@ -65,11 +69,12 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Tiles of both passes; `vmem_limit` is in bytes (None: the compiler's default)."""
+    """Tiles of both passes for a chip with `vmem` bytes a core and so many cores a device."""
 
     forward: Tile
     backward: Tile
-    vmem_limit: int | None
+    vmem: int
+    cores: int
 
 
 @functools.partial(
@@ -83,17 +88,17 @@ class Pairs:
 
     Row of the batch, query block, key block; `flag` as above; `shift` is the position of the first
     query less that of the first key; `done_*` name the query block whose gradient is next to be
-    complete.
+    complete. (Fields are `Any`, because transformations put their own leaves here.)
     """
 
-    row: jax.Array
-    query: jax.Array
-    key: jax.Array
-    flag: jax.Array
-    shift: jax.Array
-    done_row: jax.Array
-    done_query: jax.Array
-    count: jax.Array
+    row: Any
+    query: Any
+    key: Any
+    flag: Any
+    shift: Any
+    done_row: Any
+    done_query: Any
+    count: Any
 
 
 @functools.partial(
@@ -109,9 +114,9 @@ class Plan:
     [B, 1, T'] (`prompt` is None without branches). T' and S' are whole blocks.
     """
 
-    own: jax.Array
-    prompt: jax.Array | None
-    key: jax.Array
+    own: Any
+    prompt: Any
+    key: Any
     forward: Pairs
     backward: Pairs
     tiling: Tiling
@@ -123,27 +128,77 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _fit_tile(tile: Tile, T: int, S: int, N: int, K: int) -> Tile:
-    """`tile` no larger than the rows and with a number of heads that divides into whole groups."""
-    block = min(tile.block, _up(min(T, S), LANES))
-    group = N // K
-    heads = max(
-        n
-        for n in range(1, min(tile.heads, N) + 1)
-        if N % n == 0 and (group % n == 0 or n % group == 0)
+def _vmem(tile: Tile, *, queries: int, group: int, head_dim: int, itemsize: int, backward: bool):
+    """About how many bytes of VMEM a kernel needs: windows twice, scratch, and values in flight."""
+    heads, kv_heads = tile.heads, max(1, tile.heads // group)
+    rows = tile.block * _up(head_dim, LANES)  # elements of one head's block
+    values = 12 * tile.block * tile.chunk
+    if not backward:
+        windows = itemsize * rows * (2 * heads + 2 * kv_heads)
+        return 2 * windows + rows * heads * (itemsize + 4) + 4 * tile.block * LANES * heads + values
+    windows = itemsize * rows * (3 * heads + 4 * kv_heads) + 32 * tile.block * heads
+    sums = 4 * heads * _up(queries, tile.block) * head_dim + rows * kv_heads * (8 + itemsize)
+    return 2 * windows + sums + 4 * tile.block * LANES + values
+
+
+def _fit_tile(tile: Tile, *, backward, tiling, queries, keys, heads, kv_heads, head_dim, itemsize):
+    group = heads // kv_heads
+    block = min(tile.block, _up(min(queries, keys), LANES))
+    tile = dataclasses.replace(
+        tile, block=block, chunk=math.gcd(block, tile.chunk), sub=math.gcd(block, tile.sub)
     )
-    chunk, sub = (math.gcd(block, size) for size in (tile.chunk, tile.sub))
-    return dataclasses.replace(tile, block=block, chunk=chunk, sub=sub, heads=heads)
+    counts = [n for n in range(1, min(tile.heads, heads) + 1)
+              if heads % n == 0 and (group % n == 0 or n % group == 0)]  # fmt: skip
+    shared = [n for n in counts if heads // n % tiling.cores == 0]  # every core gets as many
+    sizes = dict(queries=queries, group=group, head_dim=head_dim, itemsize=itemsize)
+    for n in sorted(shared or counts, reverse=True):
+        tile = dataclasses.replace(tile, heads=n)
+        needed = _vmem(tile, **sizes, backward=backward)
+        if needed <= tiling.vmem:
+            return tile
+    raise ValueError(
+        f"blocks of {block} with {queries} queries a row need about {needed:,} bytes of VMEM; "
+        f"found {tiling.vmem:,}. Use smaller blocks, or shard the sequence over more devices"
+    )
 
 
-def fit(tiling: Tiling, *, queries: int, keys: int, heads: int, kv_heads: int) -> Tiling:
-    """`tiling` cut down to these sizes."""
-    sizes = (queries, keys, heads, kv_heads)
+def fit(
+    tiling: Tiling,
+    *,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> Tiling:
+    """`tiling` with no more heads than divide evenly and fit in VMEM, blocks no longer than a row.
+
+    Raises `ValueError` if one head of such a block does not fit, or heads do not divide.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"found {heads} query heads; expected a multiple of {kv_heads}")
+    sizes = dict(
+        tiling=tiling,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_head_dim(head_dim),
+        itemsize=itemsize,
+    )
     return dataclasses.replace(
         tiling,
-        forward=_fit_tile(tiling.forward, *sizes),
-        backward=_fit_tile(tiling.backward, *sizes),
+        forward=_fit_tile(tiling.forward, backward=False, **sizes),
+        backward=_fit_tile(tiling.backward, backward=True, **sizes),
     )
+
+
+def _head_dim(H: int) -> int:
+    """The head size that is computed: zeros are appended up to a multiple of 64."""
+    if not 0 < H <= LARGEST_HEAD:
+        raise ValueError(f"head size {H}: expected 1 to {LARGEST_HEAD}")
+    return _up(H, 64)
 
 
 def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
@@ -211,6 +266,12 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
         bound = B * (sum(max(1, end) for end in ends) + by_key * (j - min(j, max(ends))))
     else:
         bound = B * i * j
+    scalars = (7 if by_key else 5) * 4 * (bound + 1)
+    if scalars > 0.9 * SMEM:
+        raise ValueError(
+            f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
+            f"found {SMEM:,}. Use larger blocks, fewer rows or shorter ones"
+        )
     if by_key:
         visited, kind = visited.swapaxes(1, 2), kind.swapaxes(1, 2)
         shift = shift.swapaxes(1, 2)
@@ -420,39 +481,35 @@ def _forward_kernel(
 
     @pl.when(flag & LAST != 0)
     def _():
-        rows, others = (
-            [],
-            [],
-        )  # of each head: sums [1, queries] and the maximum, or 0 if all is finite
+        sums = []  # of each head, [1, queries]
         packed = jnp.zeros((tile.block, LANES), jnp.float32)
         lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
         for h in range(heads):
+            # Where the outputs are not finite, 0 times them makes the sum NaN.
             if turned:
-                sums = total[h].sum(axis=0, keepdims=True)
-                rows.append(sums)
-                out[h] = (acc[h] * (1.0 / jnp.where(sums > 0, sums, 1.0))).T.astype(out.dtype)
+                sum_h = total[h].sum(axis=0, keepdims=True) + (acc[h] * 0.0).sum(0, keepdims=True)
+                sums.append(sum_h)
             else:
-                sums = total[h].sum(axis=1, keepdims=True)
-                out[h] = (acc[h] * (1.0 / jnp.where(sums > 0, sums, 1.0))).astype(out.dtype)
-                packed = jnp.where(lane == h, sums, packed)
+                for c in range(0, acc.shape[2], LANES):
+                    part = acc[h, :, c : c + LANES]
+                    total[h, :, : part.shape[1]] += part * 0.0
+                sum_h = total[h].sum(axis=1, keepdims=True)
+                packed = jnp.where(lane == h, sum_h, packed)
             if online:
                 packed = jnp.where(lane == heads + h, largest[h], packed)
-            else:  # 0 times what overflowed is NaN
-                others.append((acc[h] * 0.0).sum(axis=0, keepdims=True).sum(axis=1, keepdims=True))
-        if not turned:
+            out_h = acc[h] * (1.0 / jnp.where(sum_h > 0, sum_h, 1.0))
+            out[h] = (out_h.T if turned else out_h).astype(out.dtype)
+        if not turned:  # one transposition for all heads
             packed = packed.T
-            rows = [packed[h : h + 1] for h in range(heads)]
-        if online:
-            others = [packed[heads + h : heads + h + 1] for h in range(heads)]
-        for h, (sums, other) in enumerate(zip(rows, others, strict=True)):
-            shown = jnp.where(sums > 0, jnp.log2(jnp.where(sums > 0, sums, 1.0)), UNSEEING)
+            sums = [packed[h : h + 1] for h in range(heads)]
+        for h, sum_h in enumerate(sums):
+            shown = jnp.where(sum_h > 0, jnp.log2(jnp.where(sum_h > 0, sum_h, 1.0)), UNSEEING)
             if online:
-                shown = jnp.where(sums > 0, shown + other, UNSEEING)
+                lse[h] = jnp.where(sum_h > 0, shown + packed[heads + h : heads + h + 1], UNSEEING)
             else:
-                exact = (sums < LARGEST) & (sums > SMALLEST) & (other == 0)
-                nothing = (own_code == NO_QUERY) & (sums == 0)
-                shown = jnp.where(exact | nothing, shown, jnp.inf)
-            lse[h] = shown
+                exact = (sum_h < LARGEST) & (sum_h > SMALLEST)
+                nothing = (own_code == NO_QUERY) & (sum_h == 0)
+                lse[h] = jnp.where(exact | nothing, shown, jnp.inf)
 
 
 def _codes_by_block(plan, block):
@@ -476,7 +533,7 @@ def _compiler_params(tiling, interpret):
         return None
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=tiling.vmem_limit,
+        vmem_limit_bytes=tiling.vmem,
         disable_bounds_checks=True,
     )
 
@@ -716,12 +773,16 @@ def _attention(q, k, v, plan, static):
 
 def _attention_forward(q, k, v, plan, static):
     out, lse = _forward(q, k, v, plan, online=False, static=static)
-    out, lse = lax.cond(
-        jnp.all(lse < jnp.inf),
-        lambda *_: (out, lse),
-        lambda q, k, v: tuple(_forward(q, k, v, plan, online=True, static=static)),
-        *(q, k, v),
-    )
+
+    def redo(q, k, v):  # only the rows that need it: no row depends on what another one holds
+        online_out, online_lse = _forward(q, k, v, plan, online=True, static=static)
+        exact = lse < jnp.inf
+        return jnp.where(exact.swapaxes(2, 3), out, online_out), jnp.where(exact, lse, online_lse)
+
+    out, lse = lax.cond(jnp.all(lse < jnp.inf), lambda *_: (out, lse), redo, q, k, v)
+    names = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
+    kept = (checkpoint_name(x, n) for x, n in zip((q, k, v, out, lse), names, strict=True))
+    q, k, v, out, lse = kept
     return (out, lse), (q, k, v, plan, out, lse)
 
 
@@ -769,11 +830,11 @@ def flash_attention(
             f"the plan is for {plan.own.shape[0]} rows of {plan.queries} queries and {plan.keys} "
             f"keys; found {B} rows of {T} and {S}"
         )
-    pad_T, pad_S = plan.own.shape[2] - T, plan.key.shape[2] - S
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, 0)))
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, 0))) for x in (k, v))
+    pad_T, pad_S, pad_H = plan.own.shape[2] - T, plan.key.shape[2] - S, _head_dim(H) - H
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, pad_H)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, pad_H))) for x in (k, v))
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
     static = _Static(scale=H**-0.5, precision=precision, interpret=interpret)
     out, lse = _attention(q, k, v, plan, static)
-    out, lse = out[:, :, :T], lse[:, :, 0, :T]
+    out, lse = out[:, :, :T, :H], lse[:, :, 0, :T]
     return out, jnp.where(lse < UNSEEING, lse / LOG2E, -jnp.inf)
