@@ -27,7 +27,7 @@ def _tile(block, chunk, sub, heads, pipelined, transposed):
 
 _WIDE = Tiling(
     forward=_tile(512, 512, 256, 8, True, True),
-    backward=_tile(512, 256, 256, 4, True, True),
+    backward=_tile(512, 256, 256, 8, True, True),
     vmem=100 * 2**20,
     cores=1,
 )
@@ -35,8 +35,8 @@ TUNED = {
     "v4": dict.fromkeys(
         ("causal", "packed"),
         Tiling(
-            forward=_tile(512, 512, 256, 4, True, False),
-            backward=_tile(512, 512, 256, 1, True, False),
+            forward=_tile(512, 256, 128, 4, True, False),
+            backward=_tile(512, 256, 128, 2, False, False),
             vmem=16 * 2**20,
             cores=2,
         ),
@@ -44,8 +44,8 @@ TUNED = {
     "v5e": dict.fromkeys(
         ("causal", "packed"),
         Tiling(
-            forward=_tile(512, 512, 256, 8, True, False),
-            backward=_tile(512, 512, 256, 8, True, False),
+            forward=_tile(512, 512, 128, 8, False, False),
+            backward=_tile(512, 512, 128, 8, False, False),
             vmem=100 * 2**20,
             cores=1,
         ),
@@ -53,8 +53,8 @@ TUNED = {
     "v5p": dict.fromkeys(
         ("causal", "packed"),
         Tiling(
-            forward=_tile(512, 512, 256, 8, True, False),
-            backward=_tile(512, 512, 256, 4, True, False),
+            forward=_tile(512, 512, 128, 8, False, False),
+            backward=_tile(512, 512, 128, 4, False, False),
             vmem=56 * 2**20,
             cores=2,
         ),
@@ -63,8 +63,8 @@ TUNED = {
     "tpu7x": dict.fromkeys(("causal", "packed"), _WIDE),
 }
 INTERPRETED = Tiling(
-    forward=_tile(128, 128, 128, 8, True, False),
-    backward=_tile(128, 128, 128, 8, True, False),
+    forward=_tile(128, 128, 128, 2, True, False),
+    backward=_tile(128, 128, 128, 2, True, False),
     vmem=100 * 2**20,
     cores=1,
 )

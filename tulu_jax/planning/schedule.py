@@ -104,8 +104,8 @@ class Kernel:
 
     @property
     def branches(self) -> dict[str, list[Block]]:
-        """In program order: 'compute' uses the matrix unit, 'side' stores without, 'step' holds
-        the others and is run by every step, 'control' does neither."""
+        """In program order: 'compute' uses the matrix unit, 'side' stores more than a few registers
+        without it, 'step' holds the others and is run by every step, 'control' is what is left."""
         found = {"compute": [], "side": [], "step": [], "control": []}
         size = self.grid.end - self.grid.start
         for block in self.grid.walk():
@@ -116,7 +116,7 @@ class Kernel:
             elif block.slots["MXU"]:
                 found["compute"].append(block)
             else:
-                found["side" if block.slots["VSTORE"] else "control"].append(block)
+                found["side" if block.slots["VSTORE"] > 16 else "control"].append(block)
         return found
 
     def cycles(self, *, steps: float, compute: Sequence[float], side: Sequence[float]) -> float:
@@ -166,17 +166,16 @@ class Program:
     error: str | None
 
 
-def child_environment(dumps: str | None) -> dict[str, str]:
-    """Environment in which jax compiles for TPUs that are not there."""
-    flags = []
-    if dumps:
-        flags = [
-            f"--xla_jf_dump_to={dumps}",
-            "--xla_jf_dump_llo_text=true",
-            "--xla_jf_emit_annotations=true",
-            "--xla_jf_debug_level=1",
-            f"--xla_jf_dump_llo_pass_label_regex=({'|'.join(PASSES)})",
-        ]
+def child_environment(dumps: str, flags: Sequence[str]) -> dict[str, str]:
+    """Environment in which jax compiles for TPUs that are not there and dumps what it made."""
+    flags = [
+        *flags,
+        f"--xla_jf_dump_to={dumps}",
+        "--xla_jf_dump_llo_text=true",
+        "--xla_jf_emit_annotations=true",
+        "--xla_jf_debug_level=1",
+        f"--xla_jf_dump_llo_pass_label_regex=({'|'.join(PASSES)})",
+    ]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -187,8 +186,10 @@ def child_environment(dumps: str | None) -> dict[str, str]:
     }
 
 
-def compile_for(chip: str, requests: Sequence[Request], *, timeout: float) -> list[Program]:
-    """Compiles the requests, in order, for `chip` in one fresh process.
+def compile_for(
+    chip: str, requests: Sequence[Request], *, timeout: float, flags: Sequence[str] = ()
+) -> list[Program]:
+    """Compiles the requests, in order, for `chip` in one fresh process; `flags` are libtpu's.
 
     A request that the compiler refuses comes back with its message in `error`; if the process dies,
     `RuntimeError` carries what it printed.
@@ -202,7 +203,7 @@ def compile_for(chip: str, requests: Sequence[Request], *, timeout: float) -> li
         process = subprocess.run(
             [sys.executable, "-m", "tulu_jax.planning.schedule"],
             input=json.dumps(task),
-            env=child_environment(os.path.join(folder, "dumps")),
+            env=child_environment(os.path.join(folder, "dumps"), flags),
             capture_output=True,
             text=True,
             timeout=timeout,
