@@ -34,12 +34,15 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["tulu_jax", "tulu_jax.*"]) + ["tulu_jax.configs"],
     package_dir={"tulu_jax.configs": "configs"},
-    package_data={"tulu_jax.configs": ["*.gin", "*/*.gin"]},
+    package_data={
+        "tulu_jax.configs": ["*.gin", "*/*.gin"],
+        "tulu_jax.kernels": ["flash_attention_tuning.json"],
+    },
     install_requires=BASE + SENTENCEPIECE,
     extras_require={
         "tpu": ["jax[tpu]"],
         "gcs": ["gcsfs>=2024.6"],
         "test": TORCH + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
-        "bench": TORCH,
+        "bench": TORCH + ["tokamax==0.0.12"],
     },
 )

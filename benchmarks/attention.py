@@ -98,7 +98,7 @@ def splash(N, K, segments, block, chunk, fused):
     return _public(kernel, splash_attention_kernel.SegmentIds, N, K, segments)
 
 
-def tokamax(N, K, segments, block, chunk):
+def tokamax(N, K, segments, block, chunk, scheduler):
     from tokamax._src.ops.experimental.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
@@ -110,8 +110,9 @@ def tokamax(N, K, segments, block, chunk):
         block_kv_compute=chunk,
         block_q_dkv=block,
         block_kv_dkv=block,
-        block_kv_dkv_compute=chunk,
+        block_kv_dkv_compute=min(block, 1024),
         dq_reduction_steps=3,
+        use_experimental_scheduler=scheduler,
         use_base2_exp=True,
     )
     mask = splash_attention_mask.CausalMask((LENGTH, LENGTH))
@@ -182,27 +183,48 @@ def public_milliseconds(chip, program, N, K, block):
     return times["forward"], times["backward"], glue
 
 
-def our_milliseconds(chip, program, tiling, heads, pairs):
-    """Forward, backward and glue of our kernel for these lists, a row on average."""
-    chip, times = schedule.CHIPS[chip], {}
+def kernel_milliseconds(chip, kernel, tile, stage, heads, counts):
+    """One of our kernels for these lists, a row on average."""
+    chip, count = schedule.CHIPS[chip], counts[stage]
+    scale = heads / tile.heads / chip.cores
+    side = ["first", "last"]
+    if stage == "backward":
+        side[1:1] = ["first_query", "last_query"]
+    cycles = kernel.cycles(
+        steps=count["steps"] * scale,
+        compute=[count[kind] * scale for kind in ("full", "diagonal", "edge")],
+        side=[count[name] * scale for name in side],
+    )
+    return 1e3 * cycles / chip.clock
+
+
+def transfer_milliseconds(chip, tiling, heads, kv_heads, counts):
+    """What the windows of our kernels take from and to HBM, if nothing overlapped: a check that
+    transfers hide behind the cycles counted."""
+    total = 0.0
+    for stage in ("forward", "backward"):
+        tile, count = getattr(tiling, stage), counts[stage]
+        head = tile.block * HEAD_DIM * 2  # bytes of one head's block
+        some = max(1, tile.heads * kv_heads // heads)
+        if stage == "forward":
+            moved = count["steps"] * 2 * some + count["first"] * 2 * tile.heads
+        else:
+            moved = count["steps"] * 2 * tile.heads + count["first"] * 4 * some
+            moved += count["last_query"] * tile.heads
+        total += head * moved * heads / tile.heads
+    return 1e3 * total / schedule.CHIPS[chip].bandwidth
+
+
+def our_milliseconds(chip, program, tiling, heads, counts):
+    """Forward, backward and glue; the kernel with a maximum runs only where it must."""
+    times = {}
     for name, kernel in program.kernels.items():
-        if "online" in name:  # runs only where a sum without a maximum is not exact
-            continue
-        stage = "backward" if "backward" in name else "forward"
-        scale = heads / getattr(tiling, stage).heads / chip.cores
-        count = pairs[stage]
-        side = (
-            ["first", "last"]
-            if stage == "forward"
-            else ["first", "first_query", "last_query", "last"]
-        )
-        cycles = kernel.cycles(
-            steps=count["steps"] * scale,
-            compute=[count[kind] * scale for kind in ("full", "diagonal", "edge")],
-            side=[count[name] * scale for name in side],
-        )
-        times[stage] = 1e3 * cycles / chip.clock
-    return times["forward"], times["backward"], 1e3 * program.glue_bytes / chip.bandwidth
+        if "online" not in name:
+            stage = "backward" if "backward" in name else "forward"
+            tile = getattr(tiling, stage)
+            times[stage] = kernel_milliseconds(chip, kernel, tile, stage, heads, counts)
+    glue = 1e3 * program.glue_bytes / schedule.CHIPS[chip].bandwidth
+    return times["forward"], times["backward"], glue
 
 
 def count_pairs(tiling, segments, branches):
@@ -308,27 +330,30 @@ def preference_rows(prompt, answer):
 
 
 def public_requests(chip, N, K, sweep):
-    """(request, block, forward only) of the best configurations, or of several with `sweep`."""
+    """(request, block) of the best configurations, or of several with `sweep`."""
     here = os.path.abspath(__file__)
     small = chip == "v4"  # 16 MiB of VMEM
     blocks = [512, 1024] + [2048] * (not small) if sweep else [1024 if small else 2048]
     common = dict(N=N, K=K)
+
+    def request(name, block, **arguments):
+        return schedule.Request(target=f"{here}:{name}", arguments=common | arguments), block
+
     for segments in (False, True):
         for block in blocks:
-            for fused in (False, True) if not segments or sweep else ():
-                arguments = common | dict(
-                    segments=segments, block=block, chunk=min(block, 512), fused=fused
-                )
-                yield schedule.Request(target=f"{here}:splash", arguments=arguments), block
-            arguments = common | dict(segments=segments, block=block, chunk=min(block, 512))
-            yield schedule.Request(target=f"{here}:tokamax", arguments=arguments), block
-            edge = min(block, 1024)
-            if N == K:
-                arguments = common | dict(segments=segments, block=edge)
-                yield schedule.Request(target=f"{here}:jax_flash", arguments=arguments), edge
-        if chip == "v6e" and not sweep:
-            arguments = common | dict(segments=segments, block=1024, chunk=512)
-            yield schedule.Request(target=f"{here}:tokamax", arguments=arguments), 1024
+            sizes = dict(segments=segments, block=block, chunk=min(block, 512))
+            # Of those with segments only what is fastest without, unless all are asked for.
+            for fused in (False, True) if sweep else () if segments else (True,):
+                yield request("splash", block, **sizes, fused=fused)
+            yield request("tokamax", block, **sizes, scheduler=False)
+            if N == K and (
+                sweep or not segments or schedule.CHIPS[chip].cores > 1
+            ):  # it has no groups
+                edge = min(block, 1024)
+                yield request("jax_flash", edge, segments=segments, block=edge)
+        if chip == "v6e":  # where smaller ones and the other scheduler are better
+            sizes = dict(segments=segments, block=1024, chunk=512)
+            yield request("tokamax", 1024, **sizes, scheduler=True)
 
 
 def measure(chip, shape, sweep, rows):
@@ -336,7 +361,7 @@ def measure(chip, shape, sweep, rows):
     N, K = SHAPES[shape]
     requests = list(public_requests(chip, N, K, sweep))
     tiling = flash.fit(
-        tuning.TUNED[chip]["packed"],
+        tuning.tiling(chip, jnp.bfloat16),
         queries=LENGTH,
         keys=LENGTH,
         heads=N,
@@ -392,6 +417,7 @@ def measure(chip, shape, sweep, rows):
             "public": public,
             "ratio": ratio,
             "target": target,
+            "hbm": transfer_milliseconds(chip, tiling, N, K, counts),
             "executed_over_useful": waste,
             "public_executed_over_useful": executed / useful(segments, branch),
         }
@@ -403,7 +429,7 @@ def main():
     parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--shapes", nargs="+", default=["32 heads"], choices=SHAPES)
     parser.add_argument("--sweep", action="store_true", help="more block sizes of public kernels")
-    parser.add_argument("--rows", type=int, default=32, help="packed rows to average over")
+    parser.add_argument("--rows", type=int, default=16, help="packed rows to average over")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--units", action="store_true", help="what binds each of our bodies")
     options = parser.parse_args()
@@ -432,7 +458,8 @@ def main():
                 print(
                     f"  {rows:16} {x['ours']:6.2f} / {x['public']:6.2f} = {x['ratio']:.3f}"
                     f" (target {x['target']}) executed/useful {x['executed_over_useful']:.2f}"
-                    f" (public {x['public_executed_over_useful']:.2f}) {'ok' if ok else 'MISSED'}",
+                    f" (public {x['public_executed_over_useful']:.2f}), HBM {x['hbm']:.2f} ms"
+                    f" {'ok' if ok else 'MISSED'}",
                     flush=True,
                 )
             if options.units:

@@ -59,7 +59,7 @@ class Case:
 CASES = (
     Case(),
     Case(branched=True, block=256, transposed=True, kv_heads=1, together=4),
-    Case(queries=200, offset=100, branched=True, pipelined=False),
+    Case(queries=200, offset=100, branched=True, kv_heads=1, pipelined=False),
     Case(queries=130, offset=128, heads=3, kv_heads=1, together=3, transposed=True),
     Case(queries=257, keys=257, head_dim=128, kv_heads=4, together=4, dtype="bfloat16"),
     Case(queries=120, keys=120, head_dim=80, heads=2, dtype="bfloat16", transposed=True),
@@ -253,9 +253,7 @@ def test_inputs_that_break_the_sum_without_a_maximum(name):
     segments = np.repeat([1, 2, 0], [140, 100, 60])[None].astype(np.int32)
     q, k, v, d_out = draw_arrays(case, 1)
     q, k = BREAKING[name](q, k)
-    static = flash._Static(
-        scale=case.head_dim**-0.5, precision=jax.lax.Precision.HIGHEST, interpret=INTERPRET
-    )
+    static = flash.static_of(q, case.head_dim, INTERPRET)
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 84), (0, 0))) for x in (q, k, v)]
     plan = plan_of(case, segments, None)
     _, lse = flash._forward(*padded, plan, online=False, static=static)
@@ -369,14 +367,20 @@ def test_ids_are_checked():
         jax.eval_shape(lambda: flash.prepare(**good, query_offset=0, tiling=tiling))
 
 
-SIZES = dict(keys=8192, head_dim=128, itemsize=2)
-
-
-@pytest.mark.parametrize("chip", tuning.TUNED)
+@pytest.mark.parametrize("chip", tuning.CORES)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (64, 8), (8, 1), (3, 3)])
 def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
-    for tiling in tuning.TUNED[chip].values():
-        found = flash.fit(tiling, queries=8192, heads=heads, kv_heads=kv_heads, **SIZES)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        tiling = tuning.tiling(chip, dtype)
+        found = flash.fit(
+            tiling,
+            queries=8192,
+            keys=8192,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=128,
+            itemsize=jnp.dtype(dtype).itemsize,
+        )
         for tile in (found.forward, found.backward):
             assert heads % tile.heads == 0
             group = heads // kv_heads
@@ -387,4 +391,12 @@ def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
 
 def test_a_row_too_long_for_vmem_is_refused():
     with pytest.raises(ValueError, match=r"bytes of VMEM; found 16,777,216.*shard the seq"):
-        flash.fit(tuning.TUNED["v4"]["packed"], queries=65536, heads=8, kv_heads=8, **SIZES)
+        flash.fit(
+            tuning.tiling("v4", jnp.bfloat16),
+            queries=65536,
+            keys=65536,
+            heads=8,
+            kv_heads=8,
+            head_dim=128,
+            itemsize=2,
+        )

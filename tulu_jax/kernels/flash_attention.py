@@ -407,15 +407,16 @@ def _forward_kernel(
     row, query, key, flag, shift, *refs, tile, group, scale, branched, online, precision
 ):
     """One pair of the forward pass for `tile.heads` query heads; see `_forward`."""
+    del row
     q, k, v, key_codes, own_codes, *refs = refs
     prompt_codes, *refs = refs if branched else (None, *refs)
     out, lse, scaled, acc, total, own, *refs = refs
     prompt, *refs = refs if branched else (None, *refs)
     largest = refs[0] if online else None
     t = pl.program_id(1)
-    row, flag, shift = row[t], flag[t], shift[t]
-    heads, turned = tile.heads, tile.transposed and not online
-    own_code, prompt_code = _code(own_codes, row, query[t]), _code(prompt_codes, row, query[t])
+    flag, shift = flag[t], shift[t]
+    heads, turned = tile.heads, tile.transposed
+    own_code, prompt_code = _code(own_codes, query[t]), _code(prompt_codes, query[t])
 
     @pl.when(flag & FIRST != 0)
     def _():
@@ -439,7 +440,7 @@ def _forward_kernel(
         @functools.cache
         def seen(k0, n, q0):
             queries = pl.ds(q0, tile.block - q0)
-            code = _code(key_codes, row, key[t])[:, k0 : k0 + n]
+            code = _code(key_codes, key[t])[:, k0 : k0 + n]
             if turned:
                 rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
                 return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
@@ -518,14 +519,14 @@ def _codes_by_block(plan, block):
     return [x.reshape(x.shape[0], -1, block) for x in codes]
 
 
-def _code(codes, row, block):
-    """One block of codes as [1, block]."""
-    return None if codes is None else codes[row, pl.ds(block, 1)]
+def _code(codes, block):
+    """One block of a row's codes as [1, block]."""
+    return None if codes is None else codes[pl.ds(block, 1)]
 
 
-def _whole(x):
-    """All of `x` at every step: read once."""
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+def _row_of(x):
+    """All blocks of the row at hand: read once for a row."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda n, t, row, *_: (row[t], 0, 0))
 
 
 def _compiler_params(tiling, interpret):
@@ -543,6 +544,8 @@ def _forward(q, k, v, plan, *, online, static):
     without a running maximum is not exact."""
     (B, N, T, H), K = q.shape, k.shape[1]
     tile, pairs, group = plan.tiling.forward, plan.forward, N // K
+    if online:  # rarely run: little to compile
+        tile = dataclasses.replace(tile, heads=1, pipelined=False, transposed=False)
     heads, block = tile.heads, tile.block
     kv_heads, parts = max(1, heads // group), max(1, group // heads)
 
@@ -557,7 +560,7 @@ def _forward(q, k, v, plan, *, online, static):
 
     q_spec = pl.BlockSpec((None, heads, block, H), at_query)
     k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
-    turned = tile.transposed and not online
+    turned = tile.transposed
     codes = _codes_by_block(plan, block)
     columns = (heads, block, LANES)
     kernel = functools.partial(
@@ -580,7 +583,7 @@ def _forward(q, k, v, plan, *, online, static):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, *map(_whole, codes)],
+            in_specs=[q_spec, k_spec, k_spec, *map(_row_of, codes)],
             out_specs=(q_spec, pl.BlockSpec((None, heads, 1, block), query_row)),
             scratch_shapes=[
                 pltpu.VMEM((heads, block, H), q.dtype),
@@ -614,14 +617,14 @@ def _backward_kernel(
     precision,
 ):
     """One pair of the backward pass, scores as [keys, queries]; see `_backward`."""
-    del done_row, done_query
+    del row, done_row, done_query
     q, k, v, d_out, stats, key_codes, own_codes, *refs = refs
     prompt_codes, *refs = refs if branched else (None, *refs)
     dq, dk, dv, dq_acc, dk_acc, dv_acc, k_turned, key_column = refs
     t = pl.program_id(1)
-    row, i, flag, shift = row[t], query[t], flag[t], shift[t]
+    i, flag, shift = query[t], flag[t], shift[t]
     heads, turned = tile.heads, tile.transposed
-    own_code, prompt_code = _code(own_codes, row, i), _code(prompt_codes, row, i)
+    own_code, prompt_code = _code(own_codes, i), _code(prompt_codes, i)
 
     @pl.when(flag & FIRST != 0)
     def _():
@@ -629,7 +632,7 @@ def _backward_kernel(
         dv_acc[...] = jnp.zeros_like(dv_acc)
         for h in range(k.shape[0]):
             k_turned[h] = k[h].T
-        key_column[...] = _column(_code(key_codes, row, key[t]))
+        key_column[...] = _column(_code(key_codes, key[t]))
 
     @pl.when(flag & FIRST_QUERY != 0)
     def _():
@@ -737,7 +740,7 @@ def _backward(q, k, v, stats, d_out, plan, static):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=7,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, *map(_whole, codes)],
+            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, *map(_row_of, codes)],
             out_specs=(pl.BlockSpec((None, heads, block, H), at_done), part_spec, part_spec),
             scratch_shapes=[
                 pltpu.VMEM((T // block, heads, H, block), jnp.float32),
@@ -764,6 +767,12 @@ class _Static:
     scale: float
     precision: lax.Precision
     interpret: bool
+
+
+def static_of(q, head_dim: int, interpret: bool) -> _Static:
+    """What the kernels need to know of queries [..., H'] padded from `head_dim`."""
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return _Static(scale=head_dim**-0.5, precision=precision, interpret=interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -833,8 +842,6 @@ def flash_attention(
     pad_T, pad_S, pad_H = plan.own.shape[2] - T, plan.key.shape[2] - S, _head_dim(H) - H
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, pad_H)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, pad_H))) for x in (k, v))
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
-    static = _Static(scale=H**-0.5, precision=precision, interpret=interpret)
-    out, lse = _attention(q, k, v, plan, static)
+    out, lse = _attention(q, k, v, plan, static_of(q, H, interpret))
     out, lse = out[:, :, :T, :H], lse[:, :, 0, :T]
     return out, jnp.where(lse < UNSEEING, lse / LOG2E, -jnp.inf)

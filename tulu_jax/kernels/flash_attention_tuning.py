@@ -1,4 +1,13 @@
-"""Tiles of `flash_attention` for each TPU generation."""
+"""Tiles of `flash_attention` for each TPU generation and dtype.
+
+The table beside this file was chosen by `benchmarks/attention_tune.py`, which compiles and counts;
+"made_on" in it says with which versions. tpu7x has v6e's tiles, which were not counted there.
+"""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
 
 from tulu_jax.kernels.flash_attention import Tile, Tiling
 
@@ -12,6 +21,11 @@ CHIPS = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
+TABLE = pathlib.Path(__file__).with_suffix(".json")
+# Cores a device, and bytes of a core's VMEM that a kernel may use: v4 has 16 MiB, v5p and tpu7x 64,
+# v5e and v6e 128, of which the compiler keeps some.
+CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 1}
+VMEM = {"v4": 16, "v5e": 100, "v5p": 56, "v6e": 100, "tpu7x": 56}
 
 
 def chip(device_kind: str) -> str | None:
@@ -19,52 +33,17 @@ def chip(device_kind: str) -> str | None:
     return CHIPS.get(device_kind)
 
 
-def _tile(block, chunk, sub, heads, pipelined, transposed):
-    return Tile(
-        block=block, chunk=chunk, sub=sub, heads=heads, pipelined=pipelined, transposed=transposed
+def tiling(name: str, dtype: jnp.dtype) -> Tiling:
+    """The tuned tiles of generation `name` for operands of `dtype`, before `fit`."""
+    tiles = json.loads(TABLE.read_text())["tiles"]["v6e" if name == "tpu7x" else name]
+    tiles = tiles[jnp.dtype(dtype).name]
+    return Tiling(
+        forward=Tile(**tiles["forward"]),
+        backward=Tile(**tiles["backward"]),
+        vmem=VMEM[name] * 2**20,
+        cores=CORES[name],
     )
 
 
-_WIDE = Tiling(
-    forward=_tile(512, 512, 256, 8, True, True),
-    backward=_tile(512, 256, 256, 8, True, True),
-    vmem=100 * 2**20,
-    cores=1,
-)
-TUNED = {
-    "v4": dict.fromkeys(
-        ("causal", "packed"),
-        Tiling(
-            forward=_tile(512, 256, 128, 4, True, False),
-            backward=_tile(512, 256, 128, 2, False, False),
-            vmem=16 * 2**20,
-            cores=2,
-        ),
-    ),
-    "v5e": dict.fromkeys(
-        ("causal", "packed"),
-        Tiling(
-            forward=_tile(512, 512, 128, 8, False, False),
-            backward=_tile(512, 512, 128, 8, False, False),
-            vmem=100 * 2**20,
-            cores=1,
-        ),
-    ),
-    "v5p": dict.fromkeys(
-        ("causal", "packed"),
-        Tiling(
-            forward=_tile(512, 512, 128, 8, False, False),
-            backward=_tile(512, 512, 128, 4, False, False),
-            vmem=56 * 2**20,
-            cores=2,
-        ),
-    ),
-    "v6e": dict.fromkeys(("causal", "packed"), _WIDE),
-    "tpu7x": dict.fromkeys(("causal", "packed"), _WIDE),
-}
-INTERPRETED = Tiling(
-    forward=_tile(128, 128, 128, 2, True, False),
-    backward=_tile(128, 128, 128, 2, True, False),
-    vmem=100 * 2**20,
-    cores=1,
-)
+_INTERPRETED = Tile(block=128, chunk=128, sub=128, heads=2, pipelined=True, transposed=False)
+INTERPRETED = Tiling(forward=_INTERPRETED, backward=_INTERPRETED, vmem=VMEM["v5e"] * 2**20, cores=1)

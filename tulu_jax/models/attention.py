@@ -66,7 +66,7 @@ def prepare(
     does not exist or does not run here; nothing is substituted.
     """
     if implementation in ("pallas", "pallas_interpret"):
-        tiling = _tiling(implementation)
+        tiling = _tiling(implementation, dtype)
         ids = (segment_ids, kv_segment_ids, branches, kv_branches)
         plan = _plan(ids, query_offset, tiling, heads, jnp.dtype(dtype).itemsize)
         return {"plan": plan, "interpret": implementation == "pallas_interpret"}
@@ -141,7 +141,7 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def _tiling(implementation: str) -> flash_attention.Tiling:
+def _tiling(implementation: str, dtype: jnp.dtype) -> flash_attention.Tiling:
     if implementation == "pallas_interpret":
         return flash_attention_tuning.INTERPRETED
     kind = _device_kind()
@@ -151,7 +151,7 @@ def _tiling(implementation: str) -> flash_attention.Tiling:
             f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v4 or "
             "later. Use 'auto', 'blockwise' or 'xla'"
         )
-    return flash_attention_tuning.TUNED[chip]["packed"]
+    return flash_attention_tuning.tiling(chip, dtype)
 
 
 def _sharded(function, in_specs, out_specs):
