@@ -361,7 +361,7 @@ def measure(chip, shape, sweep, rows):
     N, K = SHAPES[shape]
     requests = list(public_requests(chip, N, K, sweep))
     tiling = flash.fit(
-        tuning.tiling(chip, jnp.bfloat16),
+        tuning.tiling(chip, "bfloat16"),
         queries=LENGTH,
         keys=LENGTH,
         heads=N,

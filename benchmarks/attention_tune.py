@@ -81,7 +81,7 @@ def one_pass(stage, candidate, vmem, cores):
 
 def tune(chip, stage, wide, rows):
     """The best tile of a pass; prints what each took."""
-    base = tuning.tiling(chip, jnp.bfloat16)
+    base = tuning.tiling(chip, "bfloat16")
     tiles = list(candidates(chip, stage, wide))
     requests = [
         schedule.Request(

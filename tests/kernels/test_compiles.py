@@ -23,7 +23,7 @@ def forward_and_backward(chip, heads, kv_heads, length, head_dim, dtype, branche
     """What the child process compiles: a jitted function and its abstract arguments."""
     dtype = jnp.dtype(dtype)
     tiling = flash.fit(
-        tuning.tiling(chip, dtype),
+        tuning.tiling(chip, dtype.name),
         queries=length,
         keys=length,
         heads=heads,

@@ -361,6 +361,8 @@ def test_ids_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             inspect.unwrap(flash.prepare)(**good | changes, query_offset=0, tiling=tiling)
+    with pytest.raises(ValueError, match="operands are float16; expected one of"):
+        tuning.tiling("v4", "float16")
     with pytest.raises(ValueError, match="bytes of SMEM; found 1,048,576"):
         ids = jnp.ones((64, 4096), jnp.int32)
         good = dict(segment_ids=ids, kv_segment_ids=ids, branches=None, kv_branches=None)
@@ -370,7 +372,7 @@ def test_ids_are_checked():
 @pytest.mark.parametrize("chip", tuning.CORES)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (64, 8), (8, 1), (3, 3)])
 def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
-    for dtype in (jnp.bfloat16, jnp.float32):
+    for dtype in ("bfloat16", "float32"):
         tiling = tuning.tiling(chip, dtype)
         found = flash.fit(
             tiling,
@@ -392,7 +394,7 @@ def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
 def test_a_row_too_long_for_vmem_is_refused():
     with pytest.raises(ValueError, match=r"bytes of VMEM; found 16,777,216.*shard the seq"):
         flash.fit(
-            tuning.tiling("v4", jnp.bfloat16),
+            tuning.tiling("v4", "bfloat16"),
             queries=65536,
             keys=65536,
             heads=8,

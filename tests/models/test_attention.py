@@ -250,7 +250,7 @@ def test_what_auto_means():
     assert choose(queries=64, keys=128, platform="cpu") == "blockwise"
     assert choose(queries=2048, keys=2048, platform="gpu") == "blockwise"
     for kind, expected in (("TPU v4", "pallas"), ("TPU v3", "blockwise")):
-        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=2)
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=2, platform="tpu")
         devices = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(devices):
             assert choose(queries=64, keys=64, platform="tpu") == expected

@@ -7,8 +7,6 @@ The table beside this file was chosen by `benchmarks/attention_tune.py`, which c
 import json
 import pathlib
 
-import jax.numpy as jnp
-
 from tulu_jax.kernels.flash_attention import Tile, Tiling
 
 CHIPS = {
@@ -33,10 +31,15 @@ def chip(device_kind: str) -> str | None:
     return CHIPS.get(device_kind)
 
 
-def tiling(name: str, dtype: jnp.dtype) -> Tiling:
-    """The tuned tiles of generation `name` for operands of `dtype`, before `fit`."""
+def tiling(name: str, dtype: str) -> Tiling:
+    """The tuned tiles of generation `name` for operands of `dtype`, before `fit`.
+
+    Raises `ValueError` for a dtype that the kernel does not take.
+    """
     tiles = json.loads(TABLE.read_text())["tiles"]["v6e" if name == "tpu7x" else name]
-    tiles = tiles[jnp.dtype(dtype).name]
+    if dtype not in tiles:
+        raise ValueError(f"attention operands are {dtype}; expected one of {sorted(tiles)}")
+    tiles = tiles[dtype]
     return Tiling(
         forward=Tile(**tiles["forward"]),
         backward=Tile(**tiles["backward"]),

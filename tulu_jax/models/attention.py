@@ -151,7 +151,7 @@ def _tiling(implementation: str, dtype: jnp.dtype) -> flash_attention.Tiling:
             f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v4 or "
             "later. Use 'auto', 'blockwise' or 'xla'"
         )
-    return flash_attention_tuning.tiling(chip, dtype)
+    return flash_attention_tuning.tiling(chip, jnp.dtype(dtype).name)
 
 
 def _sharded(function, in_specs, out_specs):
