@@ -336,24 +336,25 @@ def public_requests(chip, N, K, sweep):
     blocks = [512, 1024] + [2048] * (not small) if sweep else [1024 if small else 2048]
     common = dict(N=N, K=K)
 
-    def request(name, block, **arguments):
-        return schedule.Request(target=f"{here}:{name}", arguments=common | arguments), block
+    def request(name, **arguments):
+        target = f"{here}:{name}"
+        return schedule.Request(target=target, arguments=common | arguments), arguments["block"]
 
     for segments in (False, True):
         for block in blocks:
             sizes = dict(segments=segments, block=block, chunk=min(block, 512))
             # Of those with segments only what is fastest without, unless all are asked for.
             for fused in (False, True) if sweep else () if segments else (True,):
-                yield request("splash", block, **sizes, fused=fused)
-            yield request("tokamax", block, **sizes, scheduler=False)
+                yield request("splash", **sizes, fused=fused)
+            yield request("tokamax", **sizes, scheduler=False)
             if N == K and (
                 sweep or not segments or schedule.CHIPS[chip].cores > 1
             ):  # it has no groups
                 edge = min(block, 1024)
-                yield request("jax_flash", edge, segments=segments, block=edge)
-        if chip == "v6e":  # where smaller ones and the other scheduler are better
+                yield request("jax_flash", segments=segments, block=edge)
+        if not small and not sweep:  # its backward kernel prefers them, v6e the other scheduler
             sizes = dict(segments=segments, block=1024, chunk=512)
-            yield request("tokamax", 1024, **sizes, scheduler=True)
+            yield request("tokamax", **sizes, scheduler=chip == "v6e")
 
 
 def measure(chip, shape, sweep, rows):

@@ -247,9 +247,10 @@ BREAKING = {
 }
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", BREAKING)
-def test_inputs_that_break_the_sum_without_a_maximum(name):
-    case = CASES[0]
+def test_inputs_that_break_the_sum_without_a_maximum(name, transposed):
+    case = dataclasses.replace(CASES[0], transposed=transposed)
     segments = np.repeat([1, 2, 0], [140, 100, 60])[None].astype(np.int32)
     q, k, v, d_out = draw_arrays(case, 1)
     q, k = BREAKING[name](q, k)

@@ -12,8 +12,8 @@ other's latencies, which one head's block of this size cannot.
 The forward pass keeps no running maximum: softmax needs no shift while its logits fit the float32
 exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`). If it fails in
 any row, `lax.cond` runs a kernel with a running maximum, whose results replace those of such rows.
-The backward pass (Dao et al. 2022) is one kernel: the gradients of a key block and the
-query gradients of the whole row stay in VMEM.
+The backward pass (Dao et al. 2022) is one kernel: the gradients of a key block and the query
+gradients of the whole row stay in VMEM.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ LOG2E = math.log2(math.e)
 MASKED = -1e30  # a score whose exponential is exactly 0
 UNSEEING = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - UNSEEING) is exactly 0
 # A row summed without a shift is exact if its sum is in this range and its output finite: nothing
-# overflowed, and what vanished (below 2^-126) is under 2^-56 of the sum.
-LARGEST, SMALLEST = 2.0**100, 2.0**-70
+# overflowed, and what vanished (below 2^-126) is under 2^-86 of the sum.
+LARGEST, SMALLEST = 2.0**100, 2.0**-40
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
