@@ -246,11 +246,21 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     S = key.shape[2]
     i, j = T // block, S // block
     position = query_offset + jnp.arange(T, dtype=jnp.int32)
-    visible = key == own.swapaxes(1, 2)
-    if prompt is not None:
-        visible |= key == prompt.swapaxes(1, 2)
-    visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
-    seen = visible.reshape(B, i, block, j, block).sum(axis=(2, 4), dtype=jnp.int32)
+
+    def seen_of(rows):  # [B, j]: visible (query, key) pairs of one query block
+        own, prompt, position = rows
+        visible = key == own[:, :, None]
+        if prompt is not None:
+            visible |= key == prompt[:, :, None]
+        visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
+        return visible.reshape(B, block, j, block).sum(axis=(1, 3), dtype=jnp.int32)
+
+    def blocks_first(x):
+        return None if x is None else x.reshape(B, i, block).swapaxes(0, 1)
+
+    # A block at a time: [B, T, S] would be gigabytes for long rows.
+    rows = (blocks_first(own), blocks_first(prompt), position.reshape(i, block))
+    seen = lax.map(seen_of, rows).swapaxes(0, 1)
     starts = block * jnp.arange(j, dtype=jnp.int32)
     shift = position[None, ::block, None] - starts[None, None]
     active = seen > 0
