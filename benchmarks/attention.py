@@ -239,18 +239,45 @@ def count_pairs(tiling, segments, branches):
             kinds = [(flag & 3 == n).sum() for n in (flash.FULL, flash.DIAGONAL, flash.EDGE)]
             bits = (flash.FIRST, flash.LAST, flash.FIRST_QUERY, flash.LAST_QUERY)
             found.append([len(flag), *kinds, *((flag & bit != 0).sum() for bit in bits)])
-    names = ("steps", "full", "diagonal", "edge", "first", "last", "first_query", "last_query")
     means = {
-        stage: dict(zip(names, np.mean(found, axis=0), strict=True))
+        stage: dict(zip(COUNTED, np.mean(found, axis=0).tolist(), strict=True))
         for stage, found in counts.items()
     }
+    return means, waste(tiling, means, useful(segments, branches))
+
+
+COUNTED = ("steps", "full", "diagonal", "edge", "first", "last", "first_query", "last_query")
+
+
+def count_packed(tiling, segments):
+    """`count_pairs` of many rows of consecutive segments, from where the segments begin and end."""
+    means = {}
+    for stage in ("forward", "backward"):
+        block = getattr(tiling, stage).block
+        blocks = segments.reshape(len(segments), -1, block)
+        high = blocks.max(2)
+        low = np.where(blocks > 0, blocks, high[:, :, None] + 1).min(2)
+        one = (blocks == high[:, :, None]).all(2) & (high > 0)
+        earlier = np.tri(high.shape[1], k=-1, dtype=bool)[None]
+        active = earlier & (high[:, None] >= low[:, :, None]) & (high > 0)[:, :, None]
+        full = active & one[:, :, None] & one[:, None] & (high[:, :, None] == high[:, None])
+        diagonal = (high > 0).sum() / len(segments)
+        empty = high.shape[1] - diagonal
+        kinds = [full.sum() / len(segments), diagonal, (active & ~full).sum() / len(segments)]
+        steps = sum(kinds) + empty * (2 if stage == "backward" else 1)
+        means[stage] = dict(zip(COUNTED, [steps, *kinds, *[high.shape[1]] * 4], strict=True))
+    return means, waste(tiling, means, useful(segments, None))
+
+
+def waste(tiling, means, useful):
+    """Executed multiply-adds over useful ones, both passes."""
     executed = 0
     for stage, weight in (("forward", 2 / 7), ("backward", 5 / 7)):  # products of each pass
         tile, mean = getattr(tiling, stage), means[stage]
         triangle = sum(n * (tile.block - q) for _, n, q in flash._chunks(flash.DIAGONAL, tile))
         whole = (mean["full"] + mean["edge"]) * tile.block**2
         executed += weight * (whole + mean["diagonal"] * triangle)
-    return means, executed / useful(segments, branches)
+    return executed / useful
 
 
 @functools.cache
@@ -298,8 +325,8 @@ def useful(segments, branches):
 
 
 @functools.cache
-def packed_rows(kind, rows):
-    """Documents of log-normal length, as the packer lays them out."""
+def packed_rows(kind):
+    """Rows of 4,000 documents of log-normal length, as the packer lays them out."""
     rng = np.random.default_rng(0)
     if kind == "mean 1,000":  # of which public kernels use one product in five
         lengths = np.exp(rng.normal(np.log(1000) - 0.8**2 / 2, 0.8, size=4000))
@@ -308,8 +335,8 @@ def packed_rows(kind, rows):
         lengths = np.exp(rng.normal(np.log(QUARTILES).mean(), spread, size=4000))
     lengths = np.clip(lengths, 1, LENGTH).astype(np.int64)
     plan = packing.epoch_plan(lengths, capacity=LENGTH, packing="best_fit", seed=0, epoch=0)
-    segments = np.zeros((rows, LENGTH), np.int32)
-    for row in range(rows):
+    segments = np.zeros((plan.num_rows, LENGTH), np.int32)
+    for row in range(plan.num_rows):
         sizes = lengths[plan.row(row)]
         segments[row, : sizes.sum()] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
     return segments
@@ -357,7 +384,7 @@ def public_requests(chip, N, K, sweep):
             yield request("tokamax", **sizes, scheduler=chip == "v6e")
 
 
-def measure(chip, shape, sweep, rows):
+def measure(chip, shape, sweep):
     """Lines of the table of one chip and shape, and its ratios."""
     N, K = SHAPES[shape]
     requests = list(public_requests(chip, N, K, sweep))
@@ -402,11 +429,14 @@ def measure(chip, shape, sweep, rows):
     executed = causal(1024)[0] * 1024**2  # by public kernels
     for name, program, segments, branch, target in (
         ("causal", plain, ones, None, TARGETS[chip]),
-        ("mean 1,000", plain, packed_rows("mean 1,000", rows), None, PACKED_TARGET),
-        ("V2 quartiles", plain, packed_rows("V2 quartiles", rows), None, None),
+        ("mean 1,000", plain, packed_rows("mean 1,000"), None, PACKED_TARGET),
+        ("V2 quartiles", plain, packed_rows("V2 quartiles"), None, None),
         ("preference pairs", branched, pairs, branches, PREFERENCE_TARGET),
     ):
-        counts, waste = count_pairs(tiling, segments, branch)
+        many = len(segments) > 1
+        counts, wasted = (
+            count_packed(tiling, segments) if many else count_pairs(tiling, segments, branch)
+        )
         times = our_milliseconds(chip, program, tiling, N, counts)
         lines.append((f"ours {tiling.forward.block}/{tiling.backward.block}", name, *times))
         public = sum(best[name != "causal"])
@@ -419,7 +449,7 @@ def measure(chip, shape, sweep, rows):
             "ratio": ratio,
             "target": target,
             "hbm": transfer_milliseconds(chip, tiling, N, K, counts),
-            "executed_over_useful": waste,
+            "executed_over_useful": wasted,
             "public_executed_over_useful": executed / useful(segments, branch),
         }
     return lines, ratios, {n: k for n, k in plain.kernels.items() if "online" not in n}
@@ -430,7 +460,6 @@ def main():
     parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--shapes", nargs="+", default=["32 heads"], choices=SHAPES)
     parser.add_argument("--sweep", action="store_true", help="more block sizes of public kernels")
-    parser.add_argument("--rows", type=int, default=16, help="packed rows to average over")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--units", action="store_true", help="what binds each of our bodies")
     options = parser.parse_args()
@@ -438,7 +467,7 @@ def main():
     tasks = list(itertools.product(options.chips, options.shapes))
     results, good, worst = {}, True, 0.0
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda task: measure(*task, options.sweep, options.rows), tasks)
+        found = pool.map(lambda task: measure(*task, options.sweep), tasks)
         print("scheduled cycles / clock, ms; best public: fastest forward + fastest backward")
         for (chip, shape), (lines, ratios, kernels) in zip(tasks, found, strict=True):
             print(f"\n{chip}, {shape}: {'rows':27} forward backward   glue   total")

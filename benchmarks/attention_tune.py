@@ -106,7 +106,7 @@ def tune(chip, stage, wide, rows):
         (kernel,) = program.kernels.values()
         times = []
         for segments in (np.ones((1, attention.LENGTH), np.int32), rows):
-            counts, _ = attention.count_pairs(tiling, segments, None)
+            counts, _ = attention.count_packed(tiling, segments)
             times.append(
                 attention.kernel_milliseconds(chip, kernel, candidate, stage, HEADS, counts)
             )
@@ -123,7 +123,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     options = parser.parse_args()
     table = json.loads(tuning.TABLE.read_text())
-    rows = attention.packed_rows("mean 1,000", 8)
+    rows = attention.packed_rows("mean 1,000")
     for chip in options.chips:
         for stage in ("forward", "backward"):
             best = tune(chip, stage, options.wide, rows)
