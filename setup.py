@@ -28,6 +28,8 @@ SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]
 TORCH = ["torch==2.13.0"]
 GCS = ["gcsfs>=2024.6"]
 SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio_bridge.py uses it
+TRL = ["trl==1.16.0"]  # what the losses and the benchmarks are held against
+TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
@@ -38,13 +40,16 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["tulu_jax", "tulu_jax.*"]) + ["tulu_jax.configs"],
     package_dir={"tulu_jax.configs": "configs"},
-    package_data={"tulu_jax.configs": ["*.gin", "*/*.gin"]},
+    package_data={
+        "tulu_jax.configs": ["*.gin", "*/*.gin"],
+        "tulu_jax.kernels": ["flash_attention_tuning.json"],
+    },
     install_requires=BASE + SENTENCEPIECE,
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": TPU,
         "gcs": GCS,
         "seqio": SEQIO,
-        "test": TORCH + GCS + SEQIO + TOOLS + EMULATOR,
-        "bench": TORCH,
+        "test": TORCH + TRL + GCS + SEQIO + TPU + TOOLS + EMULATOR,
+        "bench": TORCH + TRL + TPU + ["tokamax==0.0.12"],
     },
 )

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 from jax.test_util import check_grads
 
 from tulu_jax.models import attention as attention_lib
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.parallel import sharding
 
 IMPLEMENTATIONS = ("xla", "triangular", "blockwise")
 GENERAL = ("xla", "blockwise")  # also for queries at an offset
 
 
-def reference(q, k, v, segment_ids, kv_segment_ids, query_offset):
-    """float64 softmax attention, one query at a time."""
+def reference(q, k, v, segment_ids, kv_segment_ids, query_offset, branches=None):
+    """float64 softmax attention, one query at a time; `branches` of rows of S."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
     group = N // k.shape[2]
@@ -28,6 +31,7 @@ def reference(q, k, v, segment_ids, kv_segment_ids, query_offset):
             s
             for s in range(k.shape[1])
             if s <= t + query_offset and kv_segment_ids[b, s] == segment_ids[b, t] != 0
+            if branches is None or branches[b, s] in (0, branches[b, t + query_offset])
         ]
         if keys:
             scores = k[b, keys, n // group] @ q[b, t, n] / np.sqrt(H)
@@ -176,10 +180,92 @@ def test_huge_logits_stay_finite(implementation, scale):
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_pallas_is_refused_not_replaced():
+PAIRS = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 24])
+BRANCHES = np.array([[0] * 4 + [1] * 6 + [2] * 4 + [0] * 3 + [1] * 2 + [2] * 3 + [0] * 2,
+                     [0] * 8 + [1] * 8 + [2] * 8])  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas_interpret"])
+def test_answers_of_a_pair_do_not_see_each_other(implementation):
+    """Every implementation against float64, with branches; an offset where it takes one."""
+    offset = 8 if implementation in GENERAL or implementation == "pallas_interpret" else 0
+    q, k, v = draw_inputs(5, batch=2, length=24, kv_heads=2, group=2)
+
+    @jax.jit
+    def run(q, k, v):
+        return attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=jnp.asarray(PAIRS[:, offset:]),
+            kv_segment_ids=jnp.asarray(PAIRS),
+            branches=jnp.asarray(BRANCHES[:, offset:]),
+            kv_branches=jnp.asarray(BRANCHES),
+            query_offset=offset,
+            implementation=implementation,
+        )
+
+    with unittest.mock.patch.multiple(attention_lib, BLOCK=8, TRIANGLE_BLOCK=8):
+        found = run(q[:, offset:], k, v)
+    expected = reference(q[:, offset:], k, v, PAIRS[:, offset:], PAIRS, offset, BRANCHES)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_the_kernel_on_a_mesh_equals_dense_attention_on_one_device():
+    """Rows over `data`, the sequence over `context`, heads over `tensor`; gradients too."""
+    q, k, v = draw_inputs(6, batch=2, length=96, kv_heads=2, group=2, head_dim=16)
+    segments = jnp.asarray(np.repeat([[1] * 40 + [2] * 50 + [0] * 6], 2, axis=0))
+    weights = jax.random.normal(jax.random.key(1), q.shape)
+
+    def loss(q, k, v, implementation):
+        out = attention_lib.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=segments,
+            query_offset=0,
+            implementation=implementation,
+        )
+        return (out * weights).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    expected = run(q, k, v, "xla")
+    devices = mesh_lib.make(mesh_lib.MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+    with jax.set_mesh(devices):
+        queries, keys = (
+            NamedSharding(devices, sharding.spec("batch", axis, "heads", None))
+            for axis in ("length", None)
+        )
+        placed = (jax.device_put(x, s) for x, s in ((q, queries), (k, keys), (v, keys)))
+        found = run(*placed, "pallas_interpret")
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-5)
+
+
+def test_what_auto_means():
+    choose = functools.partial(attention_lib.choose, "auto")
+    assert choose(queries=1, keys=64, platform="tpu") == "xla"
+    assert choose(queries=64, keys=64, platform="cpu") == "triangular"
+    assert choose(queries=64, keys=128, platform="cpu") == "blockwise"
+    assert choose(queries=2048, keys=2048, platform="gpu") == "blockwise"
+    for kind, expected in (("TPU v4", "pallas"), ("TPU v3", "blockwise")):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=2, platform="tpu")
+        devices = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(devices):
+            assert choose(queries=64, keys=64, platform="tpu") == expected
+    kept = attention_lib.choose("triangular", queries=64, keys=64, platform="tpu")
+    assert kept == "triangular"
+
+
+@pytest.mark.parametrize("name, message", [
+    ("pallas", "'pallas' does not run on 'cpu'; expected a TPU v4 or later"),
+    ("palas", "'palas' does not exist; expected 'auto'"),
+])  # fmt: skip
+def test_what_does_not_run_here_is_refused_not_replaced(name, message):
     q, k, v = draw_inputs(0, batch=1, length=4, kv_heads=1, group=1)
     ones = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="'pallas' does not exist yet; expected"):
+    with pytest.raises(ValueError, match=message):
         attention_lib.attention(
             q,
             k,
@@ -187,5 +273,5 @@ def test_pallas_is_refused_not_replaced():
             segment_ids=ones,
             kv_segment_ids=ones,
             query_offset=0,
-            implementation="pallas",
+            implementation=name,
         )

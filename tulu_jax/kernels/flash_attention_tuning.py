@@ -1,0 +1,52 @@
+"""Tiles of `flash_attention` for each TPU generation and dtype.
+
+The table beside this file was chosen by `benchmarks/attention_tune.py`, which compiles and counts;
+"made_on" in it says with which versions. tpu7x has v6e's tiles, which were not counted there.
+"""
+
+import json
+import pathlib
+
+from tulu_jax.kernels.flash_attention import Tile, Tiling
+
+CHIPS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+TABLE = pathlib.Path(__file__).with_suffix(".json")
+# Cores a device, and bytes of a core's VMEM that a kernel may use: v4 has 16 MiB, v5p and tpu7x 64,
+# v5e and v6e 128, of which the compiler keeps some.
+CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 1}
+VMEM = {"v4": 16, "v5e": 100, "v5p": 56, "v6e": 100, "tpu7x": 56}
+
+
+def chip(device_kind: str) -> str | None:
+    """The name of a generation that the kernel runs on; None for every other device."""
+    return CHIPS.get(device_kind)
+
+
+def tiling(name: str, dtype: str) -> Tiling:
+    """The tuned tiles of generation `name` for operands of `dtype`, before `fit`.
+
+    Raises `ValueError` for a dtype that the kernel does not take.
+    """
+    tiles = json.loads(TABLE.read_text())["tiles"]["v6e" if name == "tpu7x" else name]
+    if dtype not in tiles:
+        raise ValueError(f"attention operands are {dtype}; expected one of {sorted(tiles)}")
+    tiles = tiles[dtype]
+    return Tiling(
+        forward=Tile(**tiles["forward"]),
+        backward=Tile(**tiles["backward"]),
+        vmem=VMEM[name] * 2**20,
+        cores=CORES[name],
+    )
+
+
+_INTERPRETED = Tile(block=128, chunk=128, sub=128, heads=2, pipelined=True, transposed=False)
+INTERPRETED = Tiling(forward=_INTERPRETED, backward=_INTERPRETED, vmem=VMEM["v5e"] * 2**20, cores=1)
