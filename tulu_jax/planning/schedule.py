@@ -187,7 +187,7 @@ def child_environment(dumps: str, flags: Sequence[str]) -> dict[str, str]:
 
 
 def compile_for(
-    chip: str, requests: Sequence[Request], *, timeout: float, flags: Sequence[str] = ()
+    chip: str, requests: Sequence[Request], *, timeout: int, flags: Sequence[str] = ()
 ) -> list[Program]:
     """Compiles the requests, in order, for `chip` in one fresh process; `flags` are libtpu's.
 
