@@ -220,7 +220,7 @@ def _read(request: Request, folder: pathlib.Path) -> Program:
     result = json.loads((folder / "result.json").read_text())
     if result["error"]:
         return Program(
-            request=request, kernels={}, glue_bytes=0, temporary_bytes=0, error=result["error"]
+            request=request, kernels={}, glue_bytes=0.0, temporary_bytes=0, error=result["error"]
         )
     hlo = (folder / "module.hlo").read_text()
     ours = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
