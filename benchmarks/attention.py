@@ -405,11 +405,15 @@ def measure(chip, shape, sweep):
         )
         for branched in (False, True)
     ]
-    programs = schedule.compile_for(
-        chip, [r for r, _ in requests], timeout=3000, flags=[SCOPED_VMEM]
-    )
+    programs = {}  # large blocks need the flag, which makes small ones slower
+    for large, flags in ((True, [SCOPED_VMEM]), (False, [])):
+        these = [request for request, block in requests if (block > 1024) == large]
+        if these:
+            found = schedule.compile_for(chip, these, timeout=3000, flags=flags)
+            programs |= {id(program.request): program for program in found}
     lines, best = [], {False: [np.inf, np.inf], True: [np.inf, np.inf]}
-    for program, (request, block) in zip(programs, requests, strict=True):
+    for request, block in requests:
+        program = programs[id(request)]
         kind = request.target.rsplit(":", 1)[1]
         segments = request.arguments["segments"]
         name = f"{kind} {'fused ' * request.arguments.get('fused', False)}{block}"

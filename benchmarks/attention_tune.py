@@ -36,19 +36,25 @@ def tile(block, chunk, sub, heads, pipelined, transposed):
 
 def candidates(chip, stage, wide):
     """Tiles worth a look: a wide matrix unit wants probabilities stationary, VMEM limits heads."""
-    turned = chip in ("v6e", "tpu7x")
-    heads = {"v4": (4, 2, 1), "v5p": (8, 4)}.get(chip, (8, 4))
-    heads = heads[:2] if stage == "forward" else heads[-2:]
-    for n in heads if wide else heads[:1]:
-        for chunk in (512, 256):
-            for sub in (256, 128):
-                yield tile(512, chunk, sub, n, turned, turned)
-                if wide:
-                    yield tile(512, chunk, sub, n, not turned, turned)
-        if wide:
-            yield tile(1024, 512, 256, max(1, n // 2), turned, turned)
-            yield tile(256, 256, 128, n, turned, turned)
-            yield tile(512, 512, 256, n, not turned, not turned)
+    turned = chip == "v6e"
+    most = {"v4": (4, 2), "v5e": (8, 8), "v5p": (8, 4), "v6e": (16, 8)}[chip][stage == "backward"]
+    # (chunk, sub, pipelined): v4 has no room for the pipeline's values in its backward pass.
+    few = [(512, 128, True), (256, 128, True)]
+    if turned:
+        few = [(512, 256, True), (256, 256, True)]
+    if chip == "v4":
+        few = [(512, 128, False), (256, 128, False)]
+    for chunk, sub, pipelined in few:
+        yield tile(512, chunk, sub, most, pipelined, turned)
+    if wide:
+        for heads in (most, most // 2):
+            for chunk in (512, 256, 128):
+                for sub in (512, 256, 128):
+                    for pipelined in (True, False):
+                        yield tile(512, chunk, sub, heads, pipelined, turned)
+            yield tile(1024, 512, 256, heads // 2, turned, turned)
+            yield tile(256, 256, 128, heads, True, turned)
+            yield tile(512, 512, 256, heads, True, not turned)
 
 
 def one_pass(stage, candidate, vmem, cores):

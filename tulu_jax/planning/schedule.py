@@ -327,10 +327,11 @@ def glue_bytes(hlo: str) -> float:
 
 
 def _load(target: str):
-    """The function of 'path/to/file.py:function'."""
+    """The function of 'path/to/file.py:function'; the file may import its neighbours."""
     path, name = target.rsplit(":", 1)
     module = sys.modules.get(path)
     if module is None:
+        sys.path.insert(0, os.path.dirname(path))
         spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
         module = sys.modules[path] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
