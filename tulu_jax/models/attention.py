@@ -2,19 +2,23 @@
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head
 size. Query head n reads key/value head n // G. A key is visible to a query if it is in the same
-segment (segment 0 is padding, visible to nobody) and not later in the row. Queries may start at
-an offset into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give
-zeros.
+segment (segment 0 is padding, visible to nobody), not later in the row and, where a segment
+branches, in its prompt (branch 0) or in the branch of the query. Queries may start at an offset
+into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give zeros.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.kernels import flash_attention, flash_attention_tuning
+from tulu_jax.parallel import sharding
 from tulu_jax.parallel.sharding import num_devices
 
 MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp(MASKED - max) is exactly 0
@@ -22,32 +26,61 @@ BLOCK = 512  # query and key rows of one tile of the blockwise form
 TRIANGLE_BLOCK = 128  # query rows of one step of the triangular form
 LONGEST_TRIANGLE = 1024  # queries; beyond it the steps, unrolled, are too many to compile
 
-Visibility = dict[str, jax.Array]
+# Axes over which `pallas` lists the pairs of blocks: a list for each shard of rows and queries.
+LISTS = (*sharding.AXIS_RULES["batch"], sharding.AXIS_RULES["length"])
+
+Visibility = dict[str, Any]
 
 
-def choose(implementation: str, *, queries: int, platform: str) -> str:
-    """What 'auto' means: 'triangular' for short rows on a CPU, 'xla' for a single query (decoding),
-    else 'blockwise'. Any other name is kept."""
+def choose(implementation: str, *, queries: int, keys: int, platform: str) -> str:
+    """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU that has bfloat16
+    products (v4 and later), 'triangular' for short rows on a CPU, else 'blockwise'. Any other name
+    is kept, but 'triangular' takes no offset and yields to 'auto' over a longer cache."""
+    if implementation == "triangular" and queries != keys:
+        implementation = "auto"
     if implementation != "auto":
         return implementation
     if queries == 1:
         return "xla"
-    return "triangular" if platform == "cpu" and queries <= LONGEST_TRIANGLE else "blockwise"
+    if platform == "tpu":
+        return "pallas" if flash_attention_tuning.chip(_device_kind()) else "blockwise"
+    short = platform == "cpu" and queries == keys and queries <= LONGEST_TRIANGLE
+    return "triangular" if short else "blockwise"
 
 
 def prepare(
     *,
     segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
+    branches: Int[Array, "B T"] | None = None,
+    kv_branches: Int[Array, "B S"] | None = None,
     query_offset: Int[Array, ""] | int,
     implementation: str,
+    heads: tuple[int, int, int],
+    dtype: jnp.dtype,
 ) -> Visibility:
-    """What `attend` needs to know of a batch, made once and shared by all layers."""
+    """What `attend` needs to know of a batch, made once and shared by all layers.
+
+    `heads` is (N, K, H) and `dtype` that of the queries, for 'pallas' to size its blocks.
+    `branches` None means that no segment branches. Raises `ValueError` for an implementation that
+    does not exist or does not run here; nothing is substituted.
+    """
+    if implementation in ("pallas", "pallas_interpret"):
+        tiling = _tiling(implementation)
+        ids = (segment_ids, kv_segment_ids, branches, kv_branches)
+        plan = _plan(ids, query_offset, tiling, heads, jnp.dtype(dtype).itemsize)
+        return {"plan": plan, "interpret": implementation == "pallas_interpret"}
     offset = jnp.asarray(query_offset, jnp.int32)
+    ids = {
+        "segments": segment_ids,
+        "kv_segments": kv_segment_ids,
+        "branches": branches,
+        "kv_branches": kv_branches,
+    }
     if implementation == "blockwise":
-        return {"segments": segment_ids, "kv_segments": kv_segment_ids, "offset": offset}
+        return {"ids": ids, "offset": offset}
     T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
-    visible = _visible(offset + jnp.arange(T), jnp.arange(S), segment_ids, kv_segment_ids)
+    visible = _visible(offset + jnp.arange(T), jnp.arange(S), **ids)
     if implementation == "xla":
         return {"visible": visible}
     if implementation == "triangular":
@@ -55,8 +88,8 @@ def prepare(
         bias = jnp.where(visible, 0.0, MASKED)
         return {"bias": bias, "seeing": (segment_ids != 0)[:, :, None, None]}
     raise ValueError(
-        f"attention implementation {implementation!r} does not exist yet; expected 'auto', "
-        "'blockwise', 'triangular' or 'xla'"
+        f"attention implementation {implementation!r} does not exist; expected 'auto', "
+        "'blockwise', 'pallas', 'triangular' or 'xla'"
     )
 
 
@@ -67,13 +100,13 @@ def attend(
     visibility: Visibility,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32 statistics; the result has the dtype of `q`."""
+    if "plan" in visibility:
+        return _pallas(q, k, v, visibility["plan"], visibility["interpret"])
     if "visible" in visibility:
         return _dense(q, k, v, visibility["visible"])
     if "bias" in visibility:
         return jnp.where(visibility["seeing"], _triangular(q, k, v, visibility["bias"]), 0)
-    return _blockwise(
-        q, k, v, visibility["segments"], visibility["kv_segments"], visibility["offset"]
-    )
+    return _blockwise(q, k, v, visibility["ids"], visibility["offset"])
 
 
 def attention(
@@ -83,31 +116,111 @@ def attention(
     *,
     segment_ids: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"],
+    branches: Int[Array, "B T"] | None = None,
+    kv_branches: Int[Array, "B S"] | None = None,
     query_offset: Int[Array, ""] | int,
     implementation: str,
 ) -> Float[Array, "B T N H"]:
-    """`prepare` and `attend` in one.
+    """`prepare` and `attend` in one."""
+    visibility = prepare(
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        branches=branches,
+        kv_branches=kv_branches,
+        query_offset=query_offset,
+        implementation=implementation,
+        heads=(q.shape[2], k.shape[2], q.shape[3]),
+        dtype=q.dtype,
+    )
+    return attend(q, k, v, visibility)
 
-    Raises `ValueError` for an implementation that does not exist; nothing is substituted.
-    """
-    return attend(
-        q,
-        k,
-        v,
-        prepare(
+
+def _device_kind() -> str:
+    """Kind of the devices that the computation is for: of the ambient mesh, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _tiling(implementation: str) -> flash_attention.Tiling:
+    if implementation == "pallas_interpret":
+        return flash_attention_tuning.INTERPRETED
+    kind = _device_kind()
+    chip = flash_attention_tuning.chip(kind)
+    if chip is None:
+        raise ValueError(
+            f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v4 or "
+            "later. Use 'auto', 'blockwise' or 'xla'"
+        )
+    return flash_attention_tuning.TUNED[chip]["packed"]
+
+
+def _sharded(function, in_specs, out_specs):
+    """`function` on each device's shard of the ambient mesh, or as it is without one."""
+    if num_devices() == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _plan(ids, query_offset, tiling, heads, itemsize):
+    """The pairs of blocks of each device, one behind the other on a leading axis over LISTS."""
+    mesh = jax.sharding.get_abstract_mesh()
+    N, K, H = heads
+    tensor = 1 if num_devices() == 1 else mesh.shape[sharding.AXIS_RULES["heads"]]
+
+    def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
+        T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
+        if num_devices() > 1 and mesh.shape[LISTS[-1]] > 1:
+            query_offset = query_offset + jax.lax.axis_index(LISTS[-1]) * T
+        plan = flash_attention.prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
+            branches=branches,
+            kv_branches=kv_branches,
             query_offset=query_offset,
-            implementation=implementation,
-        ),
-    )
+            tiling=flash_attention.fit(
+                tiling,
+                queries=T,
+                keys=S,
+                heads=N // tensor,
+                kv_heads=K // tensor,
+                head_dim=H,
+                itemsize=itemsize,
+            ),
+        )
+        return jax.tree.map(lambda x: x[None], plan)
+
+    if num_devices() == 1:
+        return local(*ids, query_offset)
+    queries, keys = sharding.spec("batch", "length"), sharding.spec("batch", None)
+    specs = (queries, keys, queries, keys, PartitionSpec())
+    return _sharded(local, specs, PartitionSpec(LISTS))(*ids, jnp.asarray(query_offset, jnp.int32))
 
 
-def _visible(query_index, key_index, segment_ids, kv_segment_ids):
-    """bool [B, T, S]: the key is not later than the query, in its segment, and not padding."""
-    same = segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    earlier = (key_index[None, :] <= query_index[:, None])[None]
-    return same & earlier & (segment_ids != 0)[:, :, None]
+def _pallas(q, k, v, plan, interpret):
+    """The TPU kernel on each device's rows, heads and queries, against all keys of the row."""
+
+    def local(q, k, v, plan):
+        heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+        plan = jax.tree.map(lambda x: x[0], plan)
+        out, _ = flash_attention.flash_attention(*heads_first, plan, interpret=interpret)
+        return out.swapaxes(1, 2)
+
+    queries = sharding.spec("batch", "length", "heads", None)
+    keys = sharding.spec("batch", None, "kv_heads", None)
+    specs = (queries, keys, keys, PartitionSpec(LISTS))
+    return _sharded(local, specs, queries)(q, k, v, plan)
+
+
+def _visible(query_index, key_index, segments, kv_segments, branches, kv_branches):
+    """bool [B, T, S]: the key is not later than the query, in its segment and branch or in the
+    prompt, and not padding."""
+    visible = segments[:, :, None] == kv_segments[:, None, :]
+    visible &= (key_index[None, :] <= query_index[:, None])[None]
+    visible &= (segments != 0)[:, :, None]
+    if branches is not None:
+        kv_branches = kv_branches[:, None, :]
+        visible &= (kv_branches == 0) | (kv_branches == branches[:, :, None])
+    return visible
 
 
 def _dense(q, k, v, visible):
@@ -222,7 +335,7 @@ def _pad(x, length):
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def _blockwise(q, k, v, segment_ids, kv_segment_ids, query_offset):
+def _blockwise(q, k, v, ids, query_offset):
     """Tiles of BLOCK x BLOCK with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
 
     Memory is one tile of scores a head. Tiles that are later than the query block, or earlier than
@@ -236,26 +349,36 @@ def _blockwise(q, k, v, segment_ids, kv_segment_ids, query_offset):
     k, v = (
         _pad(x, padded_S).reshape(B, -1, block_k, K, H).transpose(1, 0, 3, 2, 4) for x in (k, v)
     )
-    segment_ids = _pad(segment_ids, padded_T).reshape(B, -1, block_q).swapaxes(0, 1)
-    kv_segment_ids = _pad(kv_segment_ids, padded_S).reshape(B, -1, block_k).swapaxes(0, 1)
-    out = _tiles(q, k, v, segment_ids, kv_segment_ids, query_offset)
+    sizes = {
+        "segments": (padded_T, block_q),
+        "kv_segments": (padded_S, block_k),
+        "branches": (padded_T, block_q),
+        "kv_branches": (padded_S, block_k),
+    }
+    ids = {
+        name: None if x is None else _pad(x, length).reshape(B, -1, block).swapaxes(0, 1)
+        for (name, x), (length, block) in zip(ids.items(), sizes.values(), strict=True)
+    }
+    out = _tiles(q, k, v, ids, query_offset)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, padded_T, N, H)[:, :T]
 
 
 @jax.custom_vjp
-def _tiles(q, k, v, segment_ids, kv_segment_ids, query_offset):
-    return _tiles_forward(q, k, v, segment_ids, kv_segment_ids, query_offset)[0]
+def _tiles(q, k, v, ids, query_offset):
+    return _tiles_forward(q, k, v, ids, query_offset)[0]
 
 
-def _tile_scores(i, j, q_i, k_j, segment_ids, kv_segment_ids, query_offset):
+def _tile_scores(i, j, q_i, k_j, ids, query_offset):
     """Masked float32 scores [B, K, G, block_q, block_k] of one tile, and the mask."""
     block_q, block_k = q_i.shape[3], k_j.shape[2]
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_i, k_j, preferred_element_type=jnp.float32)
     visible = _visible(
         query_offset + i * block_q + jnp.arange(block_q),
         j * block_k + jnp.arange(block_k),
-        segment_ids[i],
-        kv_segment_ids[j],
+        segments=ids["segments"][i],
+        kv_segments=ids["kv_segments"][j],
+        branches=None if ids["branches"] is None else ids["branches"][i],
+        kv_branches=None if ids["kv_branches"] is None else ids["kv_branches"][j],
     )[:, None, None]
     return jnp.where(visible, scores * q_i.shape[-1] ** -0.5, MASKED), visible
 
@@ -274,13 +397,11 @@ def _key_range(i, block_q, segment_ids, kv_segment_ids, query_offset):
     return first, jnp.where(inside.any(), jnp.minimum(last + 1, blocks_k), first)
 
 
-def _tiles_forward(q, k, v, segment_ids, kv_segment_ids, query_offset):
+def _tiles_forward(q, k, v, ids, query_offset):
     def query_block(i):
         def key_block(j, carry):
             acc, largest, total = carry
-            scores, visible = _tile_scores(
-                i, j, q[i], k[j], segment_ids, kv_segment_ids, query_offset
-            )
+            scores, visible = _tile_scores(i, j, q[i], k[j], ids, query_offset)
             new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
             exp = jnp.where(visible, jnp.exp(scores - new_largest), 0.0)
             decay = jnp.exp(largest - new_largest)
@@ -295,17 +416,17 @@ def _tiles_forward(q, k, v, segment_ids, kv_segment_ids, query_offset):
             jnp.full((*shape[:-1], 1), MASKED, jnp.float32),
             jnp.zeros((*shape[:-1], 1), jnp.float32),
         )
-        first, last = _key_range(i, shape[3], segment_ids, kv_segment_ids, query_offset)
+        first, last = _key_range(i, shape[3], ids["segments"], ids["kv_segments"], query_offset)
         acc, largest, total = jax.lax.fori_loop(first, last, key_block, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (acc / total).astype(q.dtype), largest + jnp.log(total)
 
     out, log_sum_exp = jax.lax.map(query_block, jnp.arange(q.shape[0]))
-    return out, (q, k, v, segment_ids, kv_segment_ids, query_offset, out, log_sum_exp)
+    return out, (q, k, v, ids, query_offset, out, log_sum_exp)
 
 
 def _tiles_backward(residuals, d_out):
-    q, k, v, segment_ids, kv_segment_ids, query_offset, out, log_sum_exp = residuals
+    q, k, v, ids, query_offset, out, log_sum_exp = residuals
     f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
 
@@ -316,9 +437,7 @@ def _tiles_backward(residuals, d_out):
 
         def key_block(j, carry):
             dq, dk, dv = carry
-            scores, visible = _tile_scores(
-                i, j, q[i], k[j], segment_ids, kv_segment_ids, query_offset
-            )
+            scores, visible = _tile_scores(i, j, q[i], k[j], ids, query_offset)
             p = jnp.where(visible, jnp.exp(scores - log_sum_exp[i]), 0.0)
             dp = f32("BKGTH,BKSH->BKGTS", d_out_i, v[j])
             ds = (p * (dp - delta) * scale).astype(q.dtype)
@@ -327,7 +446,7 @@ def _tiles_backward(residuals, d_out):
             dv = dv.at[j].add(f32("BKGTS,BKGTH->BKSH", p.astype(v.dtype), d_out_i))
             return dq, dk, dv
 
-        first, last = _key_range(i, q.shape[4], segment_ids, kv_segment_ids, query_offset)
+        first, last = _key_range(i, q.shape[4], ids["segments"], ids["kv_segments"], query_offset)
         dq, dk, dv = jax.lax.fori_loop(
             first, last, key_block, (jnp.zeros(q.shape[1:], jnp.float32), *dk_dv)
         )
@@ -335,9 +454,7 @@ def _tiles_backward(residuals, d_out):
 
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     (dk, dv), dq = jax.lax.scan(query_block, zeros, jnp.arange(q.shape[0]))
-    integers = tuple(
-        np.zeros(x.shape, jax.dtypes.float0) for x in (segment_ids, kv_segment_ids, query_offset)
-    )
+    integers = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (ids, query_offset))
     return (dq, dk.astype(k.dtype), dv.astype(v.dtype), *integers)
 
 

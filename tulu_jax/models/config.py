@@ -4,7 +4,7 @@ import dataclasses
 
 from tulu_jax import validation
 
-ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas")
+ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpret")
 REMAT_POLICIES = (
     "nothing_saveable",
     "save_projections",
@@ -75,9 +75,10 @@ class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
-    (memory-bounded), 'pallas' (TPU; does not exist yet), or 'auto', which `attention.choose`
-    explains. `remat` recomputes each layer in the backward pass, keeping what `remat_policy` says:
-    a name in `jax.checkpoint_policies`, or 'save_projections'.
+    (memory-bounded), 'pallas' (TPU v4 and later), 'pallas_interpret' (the same run slowly anywhere,
+    for tests), or 'auto', which `attention.choose` explains. `remat` recomputes each layer in the
+    backward pass, keeping what `remat_policy` says: a name in `jax.checkpoint_policies`, or
+    'save_projections'.
     """
 
     compute_dtype: str = "bfloat16"

@@ -158,7 +158,14 @@ class Trunk(nnx.Module):
                 segment_ids=segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 query_offset=query_offset,
-                implementation=self._attention(tokens.shape[1], kv_segment_ids.shape[1]),
+                implementation=attention_lib.choose(
+                    self.execution.attention,
+                    queries=tokens.shape[1],
+                    keys=kv_segment_ids.shape[1],
+                    platform=jax.default_backend(),
+                ),
+                heads=(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim),
+                dtype=x.dtype,
             ),
             query_offset=query_offset,
         )
@@ -172,14 +179,6 @@ class Trunk(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x, cache = jax.lax.scan(body, x, (self.layers, cache))
         return self.norm(x), cache
-
-    def _attention(self, queries: int, keys: int) -> str:
-        """The implementation for this shape; over a longer cache, one that takes an offset."""
-        name = self.execution.attention
-        if queries != keys and name == "triangular":
-            name = "auto"
-        platform = jax.default_backend() if queries == keys else "any"
-        return attention_lib.choose(name, queries=queries, platform=platform)
 
 
 def _remat_policy(name: str):

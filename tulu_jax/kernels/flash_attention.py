@@ -1,0 +1,840 @@
+"""Causal attention over packed rows on TPU: forward and backward, skipping what no query sees.
+
+B batch, T queries, S keys, N query heads, K key/value heads, G = N/K, H head size. Query head n
+reads key/value head n // G. A key is visible to a query if it is not later in the row, in the same
+segment (0 is padding: sees nothing, gives zeros) and in the prompt (branch 0) or the same branch.
+
+`prepare` lists, once for a batch, the (query block, key block) pairs in which anything is visible.
+The grid is (groups of heads, pairs), the second dimension dynamic, so a pair that is not listed
+costs nothing. A step works on several heads at once: their independent matrix products fill each
+other's latencies, which one head's block of this size cannot.
+
+The forward pass keeps no running maximum: softmax needs no shift while its logits fit the float32
+exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`). If it fails in
+any row, `lax.cond` runs a kernel with a running maximum, whose results replace those of such rows.
+The backward pass (Dao et al. 2022) is one kernel: the gradients of a key block and the
+query gradients of the whole row stay in VMEM.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # a score whose exponential is exactly 0
+UNSEEING = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - UNSEEING) is exactly 0
+# A row summed without a shift is exact if its sum is in this range and its output finite: nothing
+# overflowed, and what vanished (below 2^-126) is under 2^-56 of the sum.
+LARGEST, SMALLEST = 2.0**100, 2.0**-70
+NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
+LANES = 128
+LARGEST_HEAD = 256
+SMEM = 2**20  # bytes; the lists of pairs are kept there
+
+EMPTY, FULL, DIAGONAL, EDGE = 0, 1, 2, 3  # kinds of pairs, the two low bits of a flag
+FIRST, LAST = 4, 8  # first and last pair of the block that stays
+FIRST_QUERY, LAST_QUERY = 16, 32  # backward: first and last pair of the query block
+
+NT = (((1,), (1,)), ((), ()))
+NN = (((1,), (0,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """The work of one grid step: `heads` query heads of `block` queries and as many keys.
+
+    Whole pairs are computed `chunk` keys at a time, pairs on the diagonal `sub` keys at a time
+    against the queries from there on. `pipelined` interleaves the stages of successive products in
+    the program text, which needs more VMEM. `transposed` keeps probabilities as the stationary
+    operand of the matrix unit, which fills a 256-wide one at H = 128.
+    """
+
+    block: int
+    chunk: int
+    sub: int
+    heads: int
+    pipelined: bool
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Tiles of both passes for a chip with `vmem` bytes a core and so many cores a device."""
+
+    forward: Tile
+    backward: Tile
+    vmem: int
+    cores: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["row", "query", "key", "flag", "shift", "done_row", "done_query", "count"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Listed pairs, int32 [M + 1] each, of which `count` [1] are real.
+
+    Row of the batch, query block, key block; `flag` as above; `shift` is the position of the first
+    query less that of the first key; `done_*` name the query block whose gradient is next to be
+    complete. (Fields are `Any`, because transformations put their own leaves here.)
+    """
+
+    row: Any
+    query: Any
+    key: Any
+    flag: Any
+    shift: Any
+    done_row: Any
+    done_query: Any
+    count: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["own", "prompt", "key", "forward", "backward"],
+    meta_fields=["tiling", "queries", "keys"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every layer needs to know of a batch.
+
+    Codes int32: a key is seen if its code [B, 1, S'] equals the query's `own` or `prompt` code
+    [B, 1, T'] (`prompt` is None without branches). T' and S' are whole blocks.
+    """
+
+    own: Any
+    prompt: Any
+    key: Any
+    forward: Pairs
+    backward: Pairs
+    tiling: Tiling
+    queries: int
+    keys: int
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _vmem(tile: Tile, *, queries: int, group: int, head_dim: int, itemsize: int, backward: bool):
+    """About how many bytes of VMEM a kernel needs: windows twice, scratch, and values in flight."""
+    heads, kv_heads = tile.heads, max(1, tile.heads // group)
+    rows = tile.block * _up(head_dim, LANES)  # elements of one head's block
+    values = 12 * tile.block * tile.chunk
+    if not backward:
+        windows = itemsize * rows * (2 * heads + 2 * kv_heads)
+        return 2 * windows + rows * heads * (itemsize + 4) + 4 * tile.block * LANES * heads + values
+    windows = itemsize * rows * (3 * heads + 4 * kv_heads) + 32 * tile.block * heads
+    sums = 4 * heads * _up(queries, tile.block) * head_dim + rows * kv_heads * (8 + itemsize)
+    return 2 * windows + sums + 4 * tile.block * LANES + values
+
+
+def _fit_tile(tile: Tile, *, backward, tiling, queries, keys, heads, kv_heads, head_dim, itemsize):
+    group = heads // kv_heads
+    block = min(tile.block, _up(min(queries, keys), LANES))
+    tile = dataclasses.replace(
+        tile, block=block, chunk=math.gcd(block, tile.chunk), sub=math.gcd(block, tile.sub)
+    )
+    counts = [n for n in range(1, min(tile.heads, heads) + 1)
+              if heads % n == 0 and (group % n == 0 or n % group == 0)]  # fmt: skip
+    shared = [n for n in counts if heads // n % tiling.cores == 0]  # every core gets as many
+    sizes = dict(queries=queries, group=group, head_dim=head_dim, itemsize=itemsize)
+    for n in sorted(shared or counts, reverse=True):
+        tile = dataclasses.replace(tile, heads=n)
+        needed = _vmem(tile, **sizes, backward=backward)
+        if needed <= tiling.vmem:
+            return tile
+    raise ValueError(
+        f"blocks of {block} with {queries} queries a row need about {needed:,} bytes of VMEM; "
+        f"found {tiling.vmem:,}. Use smaller blocks, or shard the sequence over more devices"
+    )
+
+
+def fit(
+    tiling: Tiling,
+    *,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> Tiling:
+    """`tiling` with no more heads than divide evenly and fit in VMEM, blocks no longer than a row.
+
+    Raises `ValueError` if one head of such a block does not fit, or heads do not divide.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"found {heads} query heads; expected a multiple of {kv_heads}")
+    sizes = dict(
+        tiling=tiling,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_head_dim(head_dim),
+        itemsize=itemsize,
+    )
+    return dataclasses.replace(
+        tiling,
+        forward=_fit_tile(tiling.forward, backward=False, **sizes),
+        backward=_fit_tile(tiling.backward, backward=True, **sizes),
+    )
+
+
+def _head_dim(H: int) -> int:
+    """The head size that is computed: zeros are appended up to a multiple of 64."""
+    if not 0 < H <= LARGEST_HEAD:
+        raise ValueError(f"head size {H}: expected 1 to {LARGEST_HEAD}")
+    return _up(H, 64)
+
+
+def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
+    """The pairs of `visited` [B, i, j] in order, the block of axis 1 staying while axis 2 moves."""
+    _, outer, inner = visited.shape
+    index = jnp.nonzero(visited.reshape(-1), size=bound + 1, fill_value=visited.size - 1)[0]
+    index = index.astype(jnp.int32)
+    count = visited.sum(dtype=jnp.int32)
+    order = jnp.arange(bound + 1)
+    staying = index // inner
+    first = (staying != jnp.roll(staying, 1)) | (order == 0)
+    last = (staying != jnp.roll(staying, -1)) | (order == count - 1)
+    # Of the moving blocks: the first and the last time that each is met in its row.
+    met = jnp.cumsum(visited, axis=1, dtype=jnp.int32)
+    moving_first = (met == 1) & visited
+    moving_last = (met == met[:, -1:]) & visited
+
+    def pick(x):
+        return x.reshape(-1)[index]
+
+    flag = pick(kind) + FIRST * first + LAST * last
+    flag += FIRST_QUERY * pick(moving_first) + LAST_QUERY * pick(moving_last)
+    row, i, j = index // (outer * inner), staying % outer, index % inner
+    query, key = (j, i) if by_key else (i, j)
+    done = jnp.where(pick(moving_last) & (order < count), order, bound + 1)
+    done = lax.cummin(done, reverse=True)
+    # After the last of them nothing is written: the block stays.
+    done = jnp.where(done > bound, jnp.max(jnp.where(done > bound, 0, done)), done)
+    return Pairs(
+        row=row,
+        query=query,
+        key=key,
+        flag=flag.astype(jnp.int32),
+        shift=pick(jnp.broadcast_to(shift, visited.shape)),
+        done_row=row[done],
+        done_query=query[done],
+        count=count[None],
+    )
+
+
+def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
+    """Every pair of `block` queries and keys in which anything is visible, and one for each block
+    that would otherwise not be met, so that its results are written."""
+    B, _, T = own.shape
+    S = key.shape[2]
+    i, j = T // block, S // block
+    position = query_offset + jnp.arange(T, dtype=jnp.int32)
+    visible = key == own.swapaxes(1, 2)
+    if prompt is not None:
+        visible |= key == prompt.swapaxes(1, 2)
+    visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
+    seen = visible.reshape(B, i, block, j, block).sum(axis=(2, 4), dtype=jnp.int32)
+    starts = block * jnp.arange(j, dtype=jnp.int32)
+    shift = position[None, ::block, None] - starts[None, None]
+    active = seen > 0
+    whole = seen == block * block
+    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, EDGE)), EMPTY)
+    first_key = (jnp.arange(j) == 0)[None, None]
+    visited = active | (first_key & ~active.any(axis=2, keepdims=True))
+    if by_key:
+        first_query = (jnp.arange(i) == 0)[None, :, None]
+        visited |= first_query & ~active.any(axis=1, keepdims=True)
+    if isinstance(query_offset, int):  # what causality leaves is known now
+        ends = [min(j, (query_offset + (n + 1) * block - 1) // block + 1) for n in range(i)]
+        bound = B * (sum(max(1, end) for end in ends) + by_key * (j - min(j, max(ends))))
+    else:
+        bound = B * i * j
+    scalars = (7 if by_key else 5) * 4 * (bound + 1)
+    if scalars > 0.9 * SMEM:
+        raise ValueError(
+            f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
+            f"found {SMEM:,}. Use larger blocks, fewer rows or shorter ones"
+        )
+    if by_key:
+        visited, kind = visited.swapaxes(1, 2), kind.swapaxes(1, 2)
+        shift = shift.swapaxes(1, 2)
+    return _list(visited, kind, shift, by_key=by_key, bound=bound)
+
+
+def _codes(segments, branches, padding):
+    """One number for (segment, branch)."""
+    return jnp.where(segments == 0, padding, 3 * segments + branches).astype(jnp.int32)
+
+
+def prepare(
+    *,
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    branches: Int[Array, "B T"] | None,
+    kv_branches: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    tiling: Tiling,
+) -> Plan:
+    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+
+    Raises `ValueError` for segments or branches that are not integers or do not match in shape.
+    """
+    (B, T), S = segment_ids.shape, kv_segment_ids.shape[1]
+    for name, ids, shape in (
+        ("segment_ids", segment_ids, (B, T)),
+        ("kv_segment_ids", kv_segment_ids, (B, S)),
+        ("branches", branches, (B, T)),
+        ("kv_branches", kv_branches, (B, S)),
+    ):
+        if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{name} is {ids.dtype}; expected integers")
+        if ids is not None and ids.shape != shape:
+            raise ValueError(f"{name} has shape {ids.shape}; expected {shape}")
+    if (branches is None) != (kv_branches is None):
+        raise ValueError("branches and kv_branches come together: found only one of them")
+    largest = math.lcm(tiling.forward.block, tiling.backward.block)
+    pad_T, pad_S = _up(T, largest) - T, _up(S, largest) - S
+    own = _codes(segment_ids, 0 if branches is None else branches, NO_QUERY)
+    key = _codes(kv_segment_ids, 0 if branches is None else kv_branches, NO_KEY)
+    prompt = None if branches is None else _codes(segment_ids, 0, NO_QUERY)
+    own, prompt = (
+        None if x is None else jnp.pad(x, ((0, 0), (0, pad_T)), constant_values=NO_QUERY)[:, None]
+        for x in (own, prompt)
+    )
+    key = jnp.pad(key, ((0, 0), (0, pad_S)), constant_values=NO_KEY)[:, None]
+    codes = (own, prompt, key, query_offset)
+    return Plan(
+        own=own,
+        prompt=prompt,
+        key=key,
+        forward=_pairs(tiling.forward.block, *codes, by_key=False),
+        backward=_pairs(tiling.backward.block, *codes, by_key=True),
+        tiling=tiling,
+        queries=T,
+        keys=S,
+    )
+
+
+def _column(row):
+    """int32 [1, n] as [n, LANES], every lane the same."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def _across(column, n):
+    """[m, LANES] of equal lanes as [m, n]."""
+    return jnp.tile(column, (1, n // LANES))
+
+
+def _chunks(kind, tile):
+    """(first key, keys, first query) of the products of a pair."""
+    if kind == DIAGONAL:
+        return [(k, tile.sub, k) for k in range(0, tile.block, tile.sub)]
+    return [(k, tile.chunk, 0) for k in range(0, tile.block, tile.chunk)]
+
+
+def _run(tile, kind, first, second, third):
+    """`third(item, second(item, first(item)))` for each product of a pair.
+
+    In a pipeline the first stage of an item is written before the second of the item before it and
+    the third of the one before that: what the matrix unit and the vector unit do at a time belongs
+    to different items.
+    """
+    items = [(chunk, head) for chunk in _chunks(kind, tile) for head in range(tile.heads)]
+    if not tile.pipelined:
+        for item in items:
+            third(item, second(item, first(item)))
+        return
+    following, late = first(items[0]), None
+    for n, item in enumerate(items):
+        current = following
+        if n + 1 < len(items):
+            following = first(items[n + 1])
+        if late is not None:
+            third(*late)
+        late = item, second(item, current)
+    third(*late)
+
+
+def _dot(a, b, dims, precision):
+    return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+
+
+def _on_kinds(flag, body):
+    """Runs `body` as the kind of the pair says."""
+    for kind in (FULL, DIAGONAL, EDGE):
+        pl.when(flag & 3 == kind)(functools.partial(body, kind))
+
+
+def _seen_by_rows(own, prompt, key, shift, q0):
+    """bool [queries, keys] from [queries, LANES], [queries, LANES] or None, [1, keys]."""
+    n = key.shape[1]
+    seen = _across(own, n) == key
+    if prompt is not None:
+        seen |= _across(prompt, n) == key
+    query, keys = (lax.broadcasted_iota(jnp.int32, seen.shape, axis) for axis in (0, 1))
+    return seen & (keys - query <= shift + q0)
+
+
+def _seen_by_columns(own, prompt, key, shift, k0):
+    """bool [keys, queries] from [1, queries], [1, queries] or None, [keys, LANES]."""
+    n = own.shape[1]
+    key = _across(key, n)
+    seen = key == own
+    if prompt is not None:
+        seen |= key == prompt
+    keys, query = (lax.broadcasted_iota(jnp.int32, seen.shape, axis) for axis in (0, 1))
+    return seen & (keys - query <= shift - k0)
+
+
+def _forward_kernel(
+    row, query, key, flag, shift, *refs, tile, group, scale, branched, online, precision
+):
+    """One pair of the forward pass for `tile.heads` query heads; see `_forward`."""
+    q, k, v, key_codes, own_codes, *refs = refs
+    prompt_codes, *refs = refs if branched else (None, *refs)
+    out, lse, scaled, acc, total, own, *refs = refs
+    prompt, *refs = refs if branched else (None, *refs)
+    largest = refs[0] if online else None
+    t = pl.program_id(1)
+    row, flag, shift = row[t], flag[t], shift[t]
+    heads, turned = tile.heads, tile.transposed and not online
+    own_code, prompt_code = _code(own_codes, row, query[t]), _code(prompt_codes, row, query[t])
+
+    @pl.when(flag & FIRST != 0)
+    def _():
+        scaled[...] = (q[...].astype(jnp.float32) * scale).astype(scaled.dtype)
+        acc[...] = jnp.zeros_like(acc)
+        total[...] = jnp.zeros_like(total)
+        if online:
+            largest[...] = jnp.full_like(largest, MASKED)
+        own[...] = _column(own_code)
+        if branched:
+            prompt[...] = _column(prompt_code)
+
+    def pair(kind):
+        def scores(item):
+            (k0, n, q0), h = item
+            keys, queries = pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+            operands = scaled[h, queries], k[h // group, keys]
+            s = _dot(*(operands[::-1] if turned else operands), NT, precision)
+            return s if kind == FULL else jnp.where(seen(k0, n, q0), s, MASKED)
+
+        @functools.cache
+        def seen(k0, n, q0):
+            queries = pl.ds(q0, tile.block - q0)
+            code = _code(key_codes, row, key[t])[:, k0 : k0 + n]
+            if turned:
+                rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+                return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
+            columns = (x if x is None else x[queries] for x in (own, prompt))
+            return _seen_by_rows(*columns, code, shift, q0 - k0)
+
+        def softmax(item, s):
+            (_, n, q0), h = item
+            queries = pl.ds(q0, tile.block - q0)
+            if turned:
+                p = jnp.exp2(s)
+                total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
+                return p.astype(v.dtype)
+            if online:
+                old = largest[h, queries]
+                new = jnp.maximum(old, s.max(axis=1, keepdims=True))
+                largest[h, queries] = new
+                # A row that has seen nothing yet has MASKED for its largest.
+                p = jnp.where(s == MASKED, 0.0, jnp.exp2(s - _across(new, n)))
+                decay = jnp.exp2(old - new)
+                total[h, queries] *= decay
+                acc[h, queries] *= decay[:, :1]
+            else:
+                p = jnp.exp2(s)
+            total[h, queries] += sum(p[:, c : c + LANES] for c in range(0, n, LANES))
+            return p.astype(v.dtype)
+
+        def accumulate(item, p):
+            (k0, n, q0), h = item
+            queries, values = pl.ds(q0, tile.block - q0), v[h // group, pl.ds(k0, n)]
+            if turned:
+                acc[h, :, queries] += _dot(values.T, p, NN, precision)
+            else:
+                acc[h, queries] += _dot(p, values, NN, precision)
+
+        _run(tile, kind, scores, softmax, accumulate)
+
+    _on_kinds(flag, pair)
+
+    @pl.when(flag & LAST != 0)
+    def _():
+        sums = []  # of each head, [1, queries]
+        packed = jnp.zeros((tile.block, LANES), jnp.float32)
+        lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+        for h in range(heads):
+            # Where the outputs are not finite, 0 times them makes the sum NaN.
+            if turned:
+                sum_h = total[h].sum(axis=0, keepdims=True) + (acc[h] * 0.0).sum(0, keepdims=True)
+                sums.append(sum_h)
+            else:
+                for c in range(0, acc.shape[2], LANES):
+                    part = acc[h, :, c : c + LANES]
+                    total[h, :, : part.shape[1]] += part * 0.0
+                sum_h = total[h].sum(axis=1, keepdims=True)
+                packed = jnp.where(lane == h, sum_h, packed)
+            if online:
+                packed = jnp.where(lane == heads + h, largest[h], packed)
+            out_h = acc[h] * (1.0 / jnp.where(sum_h > 0, sum_h, 1.0))
+            out[h] = (out_h.T if turned else out_h).astype(out.dtype)
+        if not turned:  # one transposition for all heads
+            packed = packed.T
+            sums = [packed[h : h + 1] for h in range(heads)]
+        for h, sum_h in enumerate(sums):
+            shown = jnp.where(sum_h > 0, jnp.log2(jnp.where(sum_h > 0, sum_h, 1.0)), UNSEEING)
+            if online:
+                lse[h] = jnp.where(sum_h > 0, shown + packed[heads + h : heads + h + 1], UNSEEING)
+            else:
+                exact = (sum_h < LARGEST) & (sum_h > SMALLEST)
+                nothing = (own_code == NO_QUERY) & (sum_h == 0)
+                lse[h] = jnp.where(exact | nothing, shown, jnp.inf)
+
+
+def _codes_by_block(plan, block):
+    """The codes of keys, queries and (with branches) prompts as [B, blocks, block]."""
+    codes = (plan.key, plan.own) + (() if plan.prompt is None else (plan.prompt,))
+    return [x.reshape(x.shape[0], -1, block) for x in codes]
+
+
+def _code(codes, row, block):
+    """One block of codes as [1, block]."""
+    return None if codes is None else codes[row, pl.ds(block, 1)]
+
+
+def _whole(x):
+    """All of `x` at every step: read once."""
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+
+def _compiler_params(tiling, interpret):
+    if interpret:
+        return None
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"),
+        vmem_limit_bytes=tiling.vmem,
+        disable_bounds_checks=True,
+    )
+
+
+def _forward(q, k, v, plan, *, online, static):
+    """out [B, N, T', H] and log2-sum-exp2 float32 [B, N, 1, T'], the latter infinite where the sum
+    without a running maximum is not exact."""
+    (B, N, T, H), K = q.shape, k.shape[1]
+    tile, pairs, group = plan.tiling.forward, plan.forward, N // K
+    heads, block = tile.heads, tile.block
+    kv_heads, parts = max(1, heads // group), max(1, group // heads)
+
+    def at_query(n, t, row, query, *_):
+        return row[t], n, query[t], 0
+
+    def at_key(n, t, row, query, key, *_):
+        return row[t], lax.div(n, parts), key[t], 0
+
+    def query_row(n, t, row, query, *_):
+        return row[t], n, 0, query[t]
+
+    q_spec = pl.BlockSpec((None, heads, block, H), at_query)
+    k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
+    turned = tile.transposed and not online
+    codes = _codes_by_block(plan, block)
+    columns = (heads, block, LANES)
+    kernel = functools.partial(
+        _forward_kernel,
+        tile=tile,
+        group=group,
+        scale=LOG2E * static.scale,
+        branched=plan.prompt is not None,
+        online=online,
+        precision=static.precision,
+    )
+    column = pltpu.VMEM((block, LANES), jnp.int32)
+    return pl.pallas_call(
+        kernel,
+        name="flash_forward_online" if online else "flash_forward",
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(N // heads, pairs.count[0]),
+            in_specs=[q_spec, k_spec, k_spec, *map(_whole, codes)],
+            out_specs=(q_spec, pl.BlockSpec((None, heads, 1, block), query_row)),
+            scratch_shapes=[
+                pltpu.VMEM((heads, block, H), q.dtype),
+                pltpu.VMEM((heads, H, block) if turned else (heads, block, H), jnp.float32),
+                pltpu.VMEM((heads, 8, block) if turned else columns, jnp.float32),
+            ]
+            + [column] * (len(codes) - 1)
+            + [pltpu.VMEM(columns, jnp.float32)] * online,
+        ),
+        compiler_params=_compiler_params(plan.tiling, static.interpret),
+        interpret=static.interpret,
+    )(
+        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
+        *(q, k, v, *codes),
+    )
+
+
+def _backward_kernel(
+    row,
+    query,
+    key,
+    flag,
+    shift,
+    done_row,
+    done_query,
+    *refs,
+    tile,
+    group,
+    scale,
+    branched,
+    precision,
+):
+    """One pair of the backward pass, scores as [keys, queries]; see `_backward`."""
+    del done_row, done_query
+    q, k, v, d_out, stats, key_codes, own_codes, *refs = refs
+    prompt_codes, *refs = refs if branched else (None, *refs)
+    dq, dk, dv, dq_acc, dk_acc, dv_acc, k_turned, key_column = refs
+    t = pl.program_id(1)
+    row, i, flag, shift = row[t], query[t], flag[t], shift[t]
+    heads, turned = tile.heads, tile.transposed
+    own_code, prompt_code = _code(own_codes, row, i), _code(prompt_codes, row, i)
+
+    @pl.when(flag & FIRST != 0)
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+        for h in range(k.shape[0]):
+            k_turned[h] = k[h].T
+        key_column[...] = _column(_code(key_codes, row, key[t]))
+
+    @pl.when(flag & FIRST_QUERY != 0)
+    def _():
+        dq_acc[i] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
+
+    def pair(kind):
+        def at(item):
+            (k0, n, q0), h = item
+            return h, h // group, pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+
+        @functools.cache
+        def seen(k0, n, q0):
+            rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+            return _seen_by_columns(*rows, key_column[pl.ds(k0, n)], shift, k0 - q0)
+
+        @functools.cache
+        def scale_queries(h, q0):
+            x = q[h, pl.ds(q0, tile.block - q0)].astype(jnp.float32)
+            return (x * (LOG2E * scale)).astype(q.dtype)
+
+        def products(item):
+            h, kv, keys, queries = at(item)
+            s = _dot(k[kv, keys], scale_queries(h, item[0][2]), NT, precision)  # [n, queries]
+            dp = _dot(v[kv, keys], d_out[h, queries], NT, precision)
+            return s if kind == FULL else jnp.where(seen(*item[0]), s, MASKED), dp
+
+        def gradients(item, products):
+            h, _, _, queries = at(item)
+            s, dp = products
+            p = jnp.exp2(s - stats[h, :1, queries])
+            ds = p * (dp - stats[h, 1:, queries])
+            return p.astype(q.dtype), ds.astype(q.dtype)
+
+        def accumulate(item, gradients):
+            h, kv, keys, queries = at(item)
+            p, ds = gradients
+            qs = scale_queries(h, item[0][2])
+            if turned:
+                dv_acc[kv, :, keys] += _dot(d_out[h, queries].T, p, NT, precision)
+                dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
+            else:
+                dv_acc[kv, keys] += _dot(p, d_out[h, queries], NN, precision)
+                dk_acc[kv, keys] += _dot(ds, qs, NN, precision)
+            dq_acc[i, h, :, queries] += _dot(k_turned[kv, :, keys], ds, NN, precision)
+
+        _run(tile, kind, products, gradients, accumulate)
+
+    _on_kinds(flag, pair)
+
+    @pl.when(flag & LAST_QUERY != 0)
+    def _():
+        for h in range(heads):
+            dq[h] = (dq_acc[i, h] * scale).T.astype(dq.dtype)
+
+    @pl.when(flag & LAST != 0)
+    def _():
+        for h in range(k.shape[0]):
+            dk_h, dv_h = ((x[h].T if turned else x[h]) for x in (dk_acc, dv_acc))
+            dk[h] = (dk_h / LOG2E).astype(dk.dtype)  # the queries were scaled by it
+            dv[h] = dv_h.astype(dv.dtype)
+
+
+def _backward(q, k, v, stats, d_out, plan, static):
+    """dq [B, N, T', H], dk and dv [B, K, S', H]."""
+    (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
+    tile, pairs, group = plan.tiling.backward, plan.backward, N // K
+    heads, block = tile.heads, tile.block
+    kv_heads = max(1, heads // group)
+    parts = max(1, group // heads)  # partial sums of dk and dv
+
+    def at_query(n, t, row, query, *_):
+        return row[t], n, query[t], 0
+
+    def at_key(n, t, row, query, key, *_):
+        return row[t], lax.div(n, parts), key[t], 0
+
+    def at_done(n, t, row, query, key, flag, shift, done_row, done_query):
+        return done_row[t], n, done_query[t], 0
+
+    def at_part(n, t, row, query, key, *_):
+        return row[t], n, key[t], 0
+
+    def query_row(n, t, row, query, *_):
+        return row[t], n, 0, query[t]
+
+    q_spec = pl.BlockSpec((None, heads, block, H), at_query)
+    k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
+    row_spec = pl.BlockSpec((None, heads, 2, block), query_row)
+    part_spec = pl.BlockSpec((None, kv_heads, block, H), at_part)
+    codes = _codes_by_block(plan, block)
+    part = jax.ShapeDtypeStruct((B, K * parts, S, H), jnp.float32 if parts > 1 else k.dtype)
+    kernel = functools.partial(
+        _backward_kernel,
+        tile=tile,
+        group=group,
+        scale=static.scale,
+        branched=plan.prompt is not None,
+        precision=static.precision,
+    )
+    sums = (kv_heads, H, block) if tile.transposed else (kv_heads, block, H)
+    dq, dk, dv = pl.pallas_call(
+        kernel,
+        name="flash_backward",
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), part, part),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=7,
+            grid=(N // heads, pairs.count[0]),
+            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, *map(_whole, codes)],
+            out_specs=(pl.BlockSpec((None, heads, block, H), at_done), part_spec, part_spec),
+            scratch_shapes=[
+                pltpu.VMEM((T // block, heads, H, block), jnp.float32),
+                pltpu.VMEM(sums, jnp.float32),
+                pltpu.VMEM(sums, jnp.float32),
+                pltpu.VMEM((kv_heads, H, block), k.dtype),
+                pltpu.VMEM((block, LANES), jnp.int32),
+            ],
+        ),
+        compiler_params=_compiler_params(plan.tiling, static.interpret),
+        interpret=static.interpret,
+    )(
+        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
+        *(pairs.done_row, pairs.done_query),
+        *(q, k, v, d_out, stats, *codes),
+    )
+    if parts > 1:
+        dk, dv = (x.reshape(B, K, parts, S, H).sum(axis=2).astype(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Static:
+    scale: float
+    precision: lax.Precision
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, k, v, plan, static):
+    return _attention_forward(q, k, v, plan, static)[0]
+
+
+def _attention_forward(q, k, v, plan, static):
+    out, lse = _forward(q, k, v, plan, online=False, static=static)
+
+    def redo(q, k, v):  # only the rows that need it: no row depends on what another one holds
+        online_out, online_lse = _forward(q, k, v, plan, online=True, static=static)
+        exact = lse < jnp.inf
+        return jnp.where(exact.swapaxes(2, 3), out, online_out), jnp.where(exact, lse, online_lse)
+
+    out, lse = lax.cond(jnp.all(lse < jnp.inf), lambda *_: (out, lse), redo, q, k, v)
+    names = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
+    kept = (checkpoint_name(x, n) for x, n in zip((q, k, v, out, lse), names, strict=True))
+    q, k, v, out, lse = kept
+    return (out, lse), (q, k, v, plan, out, lse)
+
+
+def _attention_backward(static, residuals, cotangents):
+    q, k, v, plan, out, lse = residuals
+    d_out, d_lse = cotangents
+    # sum_s p·dp of softmax's backward, from the outputs alone
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)[:, :, None]
+    delta -= d_lse * LOG2E
+    stats = jnp.concatenate([lse, delta], axis=2)
+    grads = _backward(q, k, v, stats, d_out.astype(q.dtype), plan, static)
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), plan)
+    return (*grads, nothing)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def flash_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    plan: Plan,
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Attention in the dtype of `q`, and the float32 log-sum-exp of each query's logits.
+
+    Logits are q·k / sqrt(H). A query that sees nothing gives zeros and a log-sum-exp of -inf.
+    float32 inputs are multiplied in float32, bfloat16 ones with float32 sums. Both results are
+    differentiable. `interpret` runs the kernel as plain JAX, for tests. Raises `ValueError` for
+    shapes that do not belong together.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has {x.ndim} axes, shape {x.shape}; expected 4")
+    (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (B, K, S, H) or N % K:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not belong together: expected "
+            "[B, N, T, H] and twice [B, K, S, H] with N a multiple of K"
+        )
+    if (plan.own.shape[0], plan.queries, plan.keys) != (B, T, S):
+        raise ValueError(
+            f"the plan is for {plan.own.shape[0]} rows of {plan.queries} queries and {plan.keys} "
+            f"keys; found {B} rows of {T} and {S}"
+        )
+    pad_T, pad_S, pad_H = plan.own.shape[2] - T, plan.key.shape[2] - S, _head_dim(H) - H
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, pad_H)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, pad_H))) for x in (k, v))
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+    static = _Static(scale=H**-0.5, precision=precision, interpret=interpret)
+    out, lse = _attention(q, k, v, plan, static)
+    out, lse = out[:, :, :T, :H], lse[:, :, 0, :T]
+    return out, jnp.where(lse < UNSEEING, lse / LOG2E, -jnp.inf)

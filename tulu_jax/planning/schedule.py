@@ -1,0 +1,372 @@
+"""Scheduled cycles of compiled TPU programs, counted without a TPU.
+
+libtpu compiles for a named chip on any Linux machine and dumps what it made. A TensorCore runs its
+instruction bundles in order, and in the dump taken before waits are folded away every cycle is one
+bundle, empty ones included. So the time of a kernel is the sum over its blocks (a loop's body, what
+a branch skips) of the block's own cycles times how often it runs, and the time of the XLA code
+around it is the bytes it moves over the bandwidth. Both are lower bounds: waits for transfers from
+HBM inside kernels, bank conflicts, and throttling are not in them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device. `clock` in Hz and `peak` in FLOP/s are the published ones (v6e's clock is what
+    its peak implies), `bandwidth` in bytes/s of HBM is of one device with all its `cores`."""
+
+    topology: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clock: float
+    cores: int
+    peak: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v4": Chip(
+        topology="v4:2x2x1",
+        options=dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1),
+        clock=1.05e9,
+        cores=2,
+        peak=275e12,
+        bandwidth=1.23e12,
+    ),
+    "v5e": Chip(topology="v5e:2x2", clock=1.5e9, cores=1, peak=197e12, bandwidth=0.82e12),
+    "v5p": Chip(topology="v5p:2x2x1", clock=1.75e9, cores=2, peak=459e12, bandwidth=2.46e12),
+    "v6e": Chip(topology="v6e:2x2", clock=1.75e9, cores=1, peak=918e12, bandwidth=1.64e12),
+}
+
+PASSES = {
+    "post-bundle-packing-post-ra": "flow",
+    "pre-delay_hlo-static-per-bundle-utilization": "slots",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """`target` is 'path/to/file.py:function'; the function is called with `arguments` and gives a
+    jitted function and its abstract arguments."""
+
+    target: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Block:
+    """Cycles [start, end) that run under one condition: 'whole', 'loop' or 'if'.
+
+    `own` is the cycles in no child and `slots` what each unit did in them; `trips` is a loop's
+    number of runs where the compiler knows it.
+    """
+
+    kind: str
+    start: int
+    end: int
+    trips: int | None = None
+    children: list["Block"] = dataclasses.field(default_factory=list)
+    own: int = 0
+    slots: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def walk(self):
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One Pallas kernel: its blocks, the units' widths, and whether a second core stays idle."""
+
+    name: str
+    whole: Block
+    capacity: dict[str, int]
+    primary_core_only: bool
+
+    @property
+    def grid(self) -> Block:
+        """The loop over grid steps."""
+        loops = [block for block in self.whole.walk() if block.kind == "loop"]
+        return max(loops, key=lambda block: block.end - block.start)
+
+    @property
+    def branches(self) -> dict[str, list[Block]]:
+        """In program order: 'compute' uses the matrix unit, 'side' stores without, 'step' holds
+        the others and is run by every step, 'control' does neither."""
+        found = {"compute": [], "side": [], "step": [], "control": []}
+        size = self.grid.end - self.grid.start
+        for block in self.grid.walk():
+            if block.kind != "if":
+                continue
+            if block.end - block.start > size / 2 and block.children:
+                found["step"].append(block)
+            elif block.slots["MXU"]:
+                found["compute"].append(block)
+            else:
+                found["side" if block.slots["VSTORE"] else "control"].append(block)
+        return found
+
+    def cycles(self, *, steps: float, compute: Sequence[float], side: Sequence[float]) -> float:
+        """Cycles of `steps` grid steps on one core.
+
+        `compute` and `side` say how often each of those blocks runs; everything else in the loop is
+        counted for each step, and for two more that fill and drain the pipeline. Raises
+        `ValueError` if the kernel has another number of such blocks.
+        """
+        branches = self.branches
+        for name, runs in (("compute", compute), ("side", side)):
+            if len(runs) != len(branches[name]):
+                raise ValueError(
+                    f"{self.name} has {len(branches[name])} {name} blocks; found {len(runs)} runs"
+                )
+        runs = {id(b): n for name, ns in (("compute", compute), ("side", side))
+                for b, n in zip(branches[name], ns, strict=True)}  # fmt: skip
+        steady = {id(block) for block in branches["step"]}
+
+        def visit(block, times):
+            if block is self.grid:
+                times *= steps + 2
+            elif block.kind == "loop":
+                times *= block.trips or 1
+            elif id(block) in steady:
+                times = steps
+            times = runs.get(id(block), times)
+            return block.own * times + sum(visit(child, times) for child in block.children)
+
+        return visit(self.whole, 1)
+
+    def bounds(self, block: Block) -> dict[str, int]:
+        """Cycles that each unit alone would need for `block`, the busiest first."""
+        needed = {k: math.ceil(n / self.capacity[k]) for k, n in block.slots.items() if n}
+        return dict(sorted(needed.items(), key=lambda item: -item[1]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled request: kernels by name and bytes moved by the XLA code around them, or why it
+    did not compile."""
+
+    request: Request
+    kernels: dict[str, Kernel]
+    glue_bytes: float
+    temporary_bytes: int
+    error: str | None
+
+
+def child_environment(dumps: str | None) -> dict[str, str]:
+    """Environment in which jax compiles for TPUs that are not there."""
+    flags = []
+    if dumps:
+        flags = [
+            f"--xla_jf_dump_to={dumps}",
+            "--xla_jf_dump_llo_text=true",
+            "--xla_jf_emit_annotations=true",
+            "--xla_jf_debug_level=1",
+            f"--xla_jf_dump_llo_pass_label_regex=({'|'.join(PASSES)})",
+        ]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file is taken
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+    }
+
+
+def compile_for(chip: str, requests: Sequence[Request], *, timeout: float) -> list[Program]:
+    """Compiles the requests, in order, for `chip` in one fresh process.
+
+    A request that the compiler refuses comes back with its message in `error`; if the process dies,
+    `RuntimeError` carries what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task = {
+            "chip": chip,
+            "folder": folder,
+            "requests": [dataclasses.asdict(request) for request in requests],
+        }
+        process = subprocess.run(
+            [sys.executable, "-m", "tulu_jax.planning.schedule"],
+            input=json.dumps(task),
+            env=child_environment(os.path.join(folder, "dumps")),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if process.returncode:
+            raise RuntimeError(f"compiling for {chip} failed:\n{process.stderr[-4000:]}")
+        return [
+            _read(request, pathlib.Path(folder, str(number)))
+            for number, request in enumerate(requests)
+        ]
+
+
+def _read(request: Request, folder: pathlib.Path) -> Program:
+    result = json.loads((folder / "result.json").read_text())
+    if result["error"]:
+        return Program(
+            request=request, kernels={}, glue_bytes=0, temporary_bytes=0, error=result["error"]
+        )
+    hlo = (folder / "module.hlo").read_text()
+    ours = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
+    files: dict[str, dict[str, str]] = {}
+    for path in folder.iterdir():
+        match = re.fullmatch(r"\d+-(.+)-\d+-(.+)\.txt", path.name)
+        if match and match[1] in ours and match[2] in PASSES:
+            files.setdefault(match[1], {})[PASSES[match[2]]] = path.read_text()
+    return Program(
+        request=request,
+        kernels={name: parse(name, **texts) for name, texts in sorted(files.items())},
+        glue_bytes=glue_bytes(hlo),
+        temporary_bytes=result["temporary_bytes"],
+        error=None,
+    )
+
+
+def parse(name: str, flow: str, slots: str) -> Kernel:
+    """A kernel from the text of its control flow and of its use of the units."""
+    lines = slots.splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("MXU"))
+    units = [unit.split(":")[-1].strip() for unit in lines[head].split(",")]
+    capacity = dict(zip(units, map(int, lines[head + 1].split()), strict=True))
+    rows = [list(map(int, line.split())) for line in lines[head + 3 :] if line.strip()]
+    whole = _nest(_blocks(flow, len(rows)))
+    for block in whole.walk():
+        inside = [range(child.start, child.end) for child in block.children]
+        own = set(range(block.start, block.end)).difference(*inside)
+        block.own = len(own)
+        totals = [sum(column) for column in zip(*(rows[n] for n in own), strict=True)]
+        block.slots = dict(zip(units, totals or [0] * len(units), strict=True))
+    return Kernel(
+        name=name,
+        whole=whole,
+        capacity=capacity,
+        primary_core_only="(PrimaryCoreRegion)" in flow,
+    )
+
+
+def _blocks(flow: str, length: int) -> list[Block]:
+    """A forward branch skips an 'if', a backward one closes a 'loop'."""
+    blocks = [Block(kind="whole", start=0, end=length)]
+    trips = dict(re.findall(r"(%p\S*) = scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit", flow))
+    start, end = 0, length
+    for line in flow.splitlines():
+        if match := re.match(r"\s*// region range: \[(\d+), (\d+)\)", line):
+            start, end = int(match[1]), int(match[2])
+        branch = re.search(r"= sbr\.(?:rel|abs)(?: \((!?%[^)]*)\))? target bundleno = (\d+)", line)
+        if branch:
+            target = int(branch[2])
+            if target <= start:
+                count = trips.get((branch[1] or "").lstrip("!"))
+                count = int(count) if count else None
+                blocks.append(Block(kind="loop", start=target, end=end, trips=count))
+            elif target > end:
+                blocks.append(Block(kind="if", start=end, end=target))
+    return blocks
+
+
+def _nest(blocks: list[Block]) -> Block:
+    order = {"whole": 0, "loop": 1, "if": 2}
+    blocks.sort(key=lambda block: (block.start, -block.end, order[block.kind]))
+    inside: list[Block] = []
+    for block in blocks:
+        while inside and block.start >= inside[-1].end:
+            inside.pop()
+        if inside:
+            block.end = min(block.end, inside[-1].end)
+            inside[-1].children.append(block)
+        inside.append(block)
+    return blocks[0]
+
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+FREE = {
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "custom-call"),
+    *("conditional", "copy-start", "copy-done", "partition-id", "after-all"),
+}
+
+
+def _bytes(shape: str) -> float:
+    """Bytes of a shape that lie in HBM (memory space S(1) is VMEM)."""
+    total = 0.0
+    for kind, sizes, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if "S(" not in layout:
+            total += BYTES.get(kind, 0) * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
+def glue_bytes(hlo: str) -> float:
+    """HBM bytes that the entry computation reads and writes outside kernels and conditionals."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    shapes, total = {}, 0.0
+    for line in entry.splitlines():
+        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)", line)
+        if not match:
+            continue
+        name, shape, operation, rest = match.groups()
+        shapes[name] = shape
+        if operation not in FREE:
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+            total += _bytes(shape) + sum(_bytes(shapes.get(x, "")) for x in operands)
+    return total
+
+
+def _load(target: str):
+    """The function of 'path/to/file.py:function'."""
+    path, name = target.rsplit(":", 1)
+    module = sys.modules.get(path)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+        module = sys.modules[path] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _child() -> None:
+    """Compiles the task on standard input and leaves one folder for each request."""
+    import jax
+    from jax.experimental import topologies
+
+    task = json.load(sys.stdin)
+    chip, dumps = CHIPS[task["chip"]], pathlib.Path(task["folder"], "dumps")
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=chip.topology, **chip.options
+    )
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    dumps.mkdir()
+    for number, request in enumerate(task["requests"]):
+        folder = pathlib.Path(task["folder"], str(number))
+        folder.mkdir()
+        result = {"error": None, "temporary_bytes": 0}
+        try:
+            function, arguments = _load(request["target"])(**request["arguments"])
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+            )
+            compiled = function.lower(*arguments).compile()
+            (folder / "module.hlo").write_text(compiled.as_text())
+            result["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        except Exception as error:  # every refusal goes back to the caller
+            result["error"] = f"{type(error).__name__}: {error}"[:3000]
+            result["traceback"] = traceback.format_exc()[-3000:]
+        for path in dumps.iterdir():
+            path.rename(folder / path.name)
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _child()
