@@ -28,6 +28,7 @@ SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]
 TORCH = ["torch==2.13.0"]
 GCS = ["gcsfs>=2024.6"]
 SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio_bridge.py uses it
+TRL = ["trl==1.16.0"]  # what the losses and the benchmarks are held against
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
@@ -44,7 +45,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "gcs": GCS,
         "seqio": SEQIO,
-        "test": TORCH + GCS + SEQIO + TOOLS + EMULATOR,
-        "bench": TORCH,
+        "test": TORCH + TRL + GCS + SEQIO + TOOLS + EMULATOR,
+        "bench": TORCH + TRL,
     },
 )
