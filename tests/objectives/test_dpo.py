@@ -21,9 +21,10 @@ LENGTH = 144
 
 @functools.cache
 def params():
-    made = jax.jit(lambda: llama.init_params(builders.MODEL, jax.random.key(1)))()
-    # larger than the usual initialisation, so that log-probabilities differ from −log V
-    return jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, made)
+    with jax.ensure_compile_time_eval():  # some tests ask for them first inside a jit
+        made = jax.jit(lambda: llama.init_params(builders.MODEL, jax.random.key(1)))()
+        # larger than the usual initialisation, so that log-probabilities differ from −log V
+        return jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, made)
 
 
 @pytest.fixture(scope="module")

@@ -56,21 +56,6 @@ class DPOConfig:
 
     def __post_init__(self):
         validation.check(self, self._rules)
-        per_token = self.loss in preference.PER_TOKEN
-        if per_token and self.beta < 1:
-            warnings.warn(
-                f"DPOConfig: loss = {self.loss!r} with beta = {self.beta}: it compares means over "
-                "tokens, which are smaller than sums by the length of an answer, a few hundred, so "
-                "this hardly moves the model; means go with a beta of 2 to 10 (Tülu 3: 5)",
-                stacklevel=3,
-            )
-        if self.loss in ("sigmoid", "robust", "hinge") and self.beta >= 1:
-            warnings.warn(
-                f"DPOConfig: loss = {self.loss!r} with beta = {self.beta}: it compares sums over "
-                "tokens, where 0.01 to 0.5 is usual (TÜLU 2: 0.1); a beta this large is meant for "
-                "'sigmoid_norm'",
-                stacklevel=3,
-            )
 
     def _rules(self):
         yield validation.one_of("loss", self.loss, preference.LOSSES)
@@ -85,6 +70,23 @@ class DPOConfig:
         )
         yield self.target_margin >= 0, f"target_margin = {self.target_margin}: expected 0 or more"
         yield self.vocab_chunk > 0, f"vocab_chunk = {self.vocab_chunk}: not positive"
+        self._warn_of_scale()  # here, where every field is known to have its type
+
+    def _warn_of_scale(self):
+        said = f"DPOConfig: loss = {self.loss!r} with beta = {self.beta}: it compares "
+        if self.loss in preference.PER_TOKEN and self.beta < 1:
+            warnings.warn(
+                f"{said}means over tokens, which are smaller than sums by the length of an answer, "
+                "a few hundred, so this hardly moves the model; means go with a beta of 2 to 10 "
+                "(Tülu 3: 5)",
+                stacklevel=2,
+            )
+        if self.loss in ("sigmoid", "robust", "hinge") and self.beta >= 1:
+            warnings.warn(
+                f"{said}sums over tokens, where 0.01 to 0.5 is usual (TÜLU 2: 0.1); a beta this "
+                "large is meant for 'sigmoid_norm'",
+                stacklevel=2,
+            )
 
     @property
     def needs_reference(self) -> bool:
