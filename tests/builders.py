@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from tulu_jax.data import packing
 from tulu_jax.data.loader import DataConfig
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.objectives import dpo, sft
@@ -85,4 +86,48 @@ def dpo_batch(pairs: int, length: int, seed: int = 0) -> dict[str, jnp.ndarray]:
         **batch,
         "example": jnp.arange(pairs, dtype=jnp.int32),
         "ref_logps": jnp.asarray(rng.uniform(-60, -20, (pairs, 2)), jnp.float32),
+        "truncated": jnp.asarray(rng.random(pairs) < 0.3),
     }
+
+
+def random_pairs(count: int, length: int, seed: int = 0) -> list:
+    """Pairs of (ids, trained ranges); prompts and answers have 1 to `length` / 3 tokens each."""
+    rng, pairs = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt, *answers = (
+            rng.integers(3, MODEL.vocab_size, rng.integers(1, length // 3)) for _ in range(3)
+        )
+        sides = [np.concatenate([prompt, answer]) for answer in answers]
+        pairs.append([(ids, np.array([[len(prompt) - 1, len(ids) - 1]])) for ids in sides])
+    return pairs
+
+
+def plain_rows(pairs: list, length: int) -> dict[str, jnp.ndarray]:
+    """`pairs` as plain rows [B, 2, T], without reference."""
+    sides = [[packing.fill_row([pair[side]], capacity=length) for side in (0, 1)] for pair in pairs]
+    batch = {name: np.stack([[s[name] for s in two] for two in sides]) for name in sides[0][0]}
+    return _with_examples(batch, np.arange(len(pairs)))
+
+
+def packed_rows(pairs: list, rows: int, length: int) -> dict[str, jnp.ndarray]:
+    """`pairs` in `rows` packed rows [B, T], pair i in row i mod B; the last place holds none."""
+    most = -(-len(pairs) // rows) + 1
+    filled = [packing.fill_pair_row(pairs[r::rows], capacity=length) for r in range(rows)]
+    example = np.full((rows, most), -1)
+    for r in range(rows):
+        here = range(r, len(pairs), rows)
+        example[r, : len(here)] = here
+    return _with_examples({n: np.stack([row[n] for row in filled]) for n in filled[0]}, example)
+
+
+def packed_dpo_batch(pairs: int, rows: int, length: int) -> dict[str, jnp.ndarray]:
+    """Packed rows [B, T] of random pairs with made-up reference log-probabilities."""
+    batch = packed_rows(random_pairs(pairs, length // 2), rows, length)
+    made_up = np.random.default_rng(0).uniform(-60, -20, (*batch["example"].shape, 2))
+    return {**batch, "ref_logps": jnp.asarray(made_up, jnp.float32)}
+
+
+def _with_examples(batch: dict, example: np.ndarray) -> dict[str, jnp.ndarray]:
+    truncated = (example >= 0) & (example % 3 == 0)
+    batch |= {"example": example.astype(np.int32), "truncated": truncated}
+    return {name: jnp.asarray(value) for name, value in batch.items()}

@@ -21,7 +21,7 @@ ALLOWED = {
     "interop": {"models", "parallel"},
     "decode": {"models", "parallel"},
 }
-TOP = {"recipe", "step", "trainer", "trained", "preflight", "cli"}
+TOP = {"recipe", "step", "pairs", "trainer", "trained", "preflight", "cli"}
 ENTRY_POINTS = {"train", "prepare", "convert", "generate", "evaluate", "report"}
 HOMES = {
     "gin": {"cli.py"},

@@ -11,7 +11,7 @@ import pytest
 
 from tulu_jax import step as step_lib
 from tulu_jax.models import llama
-from tulu_jax.objectives import sft
+from tulu_jax.objectives import dpo, sft
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
@@ -20,6 +20,11 @@ from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import TrainState
 
 STEPS = 10
+BATCHES = {
+    "sft": lambda: builders.sft_batch(8, 32),
+    "dpo": lambda: builders.dpo_batch(8, 32),
+    "packed": lambda: builders.packed_dpo_batch(12, 8, 48),
+}
 
 
 @functools.cache
@@ -72,13 +77,14 @@ def assert_same_params(a, b, atol):
 
 
 def make(tmp_path, stage, **changes):
-    config = builders.train_config(tmp_path, dpo_stage=stage == "dpo", **changes)
-    batch = (builders.dpo_batch if stage == "dpo" else builders.sft_batch)(8, 32)
-    return config, batch
+    config = builders.train_config(tmp_path, dpo_stage=stage != "sft", **changes)
+    return config, BATCHES[stage]()
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("stage", "micro"),
+    [*((stage, micro) for stage in ("sft", "dpo") for micro in (1, 2, 4)), ("packed", 2)],
+)
 def test_accumulation_equals_the_undivided_batch(tmp_path, stage, micro):
     """Unequal token counts per micro-batch: a mean of means would be off by tens of percent."""
     config, batch = make(tmp_path, stage)
@@ -135,12 +141,14 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "packed"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}-{m.fsdp}-{m.context}-{m.tensor}")
 @pytest.mark.parametrize("attention", ["triangular", "blockwise"])
 def test_eight_devices_give_the_losses_of_one(tmp_path, stage, mesh, attention):
-    if (stage, attention) == ("dpo", "blockwise"):
+    if stage != "sft" and attention == "blockwise":
         pytest.skip("one attention is enough for the second objective")
+    if stage == "packed" and mesh not in (MESHES[0], MESHES[3]):
+        pytest.skip("rows, and sequence with heads, are enough for the second layout")
     config, batch = make(tmp_path, stage)
     config = builders.replace(config, execution__attention=attention)
     one, one_state = one_device(stage, attention)
@@ -203,8 +211,34 @@ def overfit(tmp_path, stage, rate):
     history = []
     for _ in range(60):
         state, metrics = step(state, batch)
+        metrics.pop(step_lib.PAIR_MARGINS, None)
         history.append({name: float(value) for name, value in metrics.items()})
     return history
+
+
+def test_a_resident_reference_gives_the_losses_of_the_cached_one(tmp_path):
+    """Three updates, in one piece and in four: the copy stays, the policy moves."""
+    config, batch = make(tmp_path, "packed")
+    copy = initial_state(config).params
+    score = functools.partial(
+        dpo.response_logps,
+        config=config.objective,
+        model=config.model,
+        execution=config.execution,
+    )
+    batch["ref_logps"] = jax.jit(score)(copy, batch)
+    cached, _ = losses_and_state(config, batch)
+    del batch["ref_logps"]
+    for micro in (8, 2):
+        pieces = builders.replace(config, micro_batch_size=micro)
+        step = jax.jit(step_lib.make_train_step(pieces, STEPS))
+        state = initial_state(config)
+        history = []
+        for _ in range(3):
+            state, metrics = step(state, batch, copy)
+            history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        assert history[0][0] == pytest.approx(np.log(2), abs=1e-6)
+        np.testing.assert_allclose(history, cached, rtol=2e-5)
 
 
 def test_sft_overfits_eight_rows(tmp_path):

@@ -13,6 +13,7 @@ import builders
 import numpy as np
 import pytest
 
+from tulu_jax import step as step_lib
 from tulu_jax import trainer
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
@@ -272,7 +273,7 @@ def test_reference_of_a_resumed_run_is_never_another_base(home, tmp_path):
     whole = without_times(config.workdir)
     folder = tmp_path / "run"
     for split in ("train", "eval"):
-        (folder / f"reference_{split}.npz").unlink()
+        shutil.rmtree(folder / f"reference_{split}")
     shutil.rmtree(folder / checkpoint_lib.FOLDER / "8")
     shutil.copytree(folder, tmp_path / "copy")
     other = builders.replace(config, workdir=str(tmp_path / "copy"), seed=7)  # other random weights
@@ -280,6 +281,77 @@ def test_reference_of_a_resumed_run_is_never_another_base(home, tmp_path):
         trainer.Run(other).train()
     trainer.Run(config).train()
     assert without_times(config.workdir) == whole
+
+
+def packed_dpo(home, tmp_path, **changes):
+    """A DPO run on packed rows, four pairs in most."""
+    config = run_config(home, tmp_path, dpo_stage=True, **changes)
+    return builders.replace(config, data__packing="best_fit", data__max_length=128)
+
+
+def test_packed_pairs_start_at_log_two_and_a_resident_reference_gives_the_same(home, tmp_path):
+    cached = packed_dpo(home, tmp_path / "cached", micro_batch_size=8)
+    trainer.Run(cached).train()
+    resident = packed_dpo(home, tmp_path / "resident", micro_batch_size=8)
+    resident = builders.replace(resident, objective__reference="resident")
+    trainer.Run(resident).train()
+    assert not (tmp_path / "resident/run/reference_train").exists()
+    lines = [without_times(config.workdir) for config in (cached, resident)]
+    first = next(line for line in lines[0] if "train/loss" in line)
+    # summed log-probs near −100 in float32, beta 0.1: 1e-6 is one rounding of a sum
+    assert first["train/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["train/rewards/margins"] == pytest.approx(0, abs=2e-6)
+    assert 24 <= first["batch/pairs"] <= 48 and first["train/lengths/chosen"] > 5
+    assert any(name.startswith("eval/by_length/Q4/rewards") for name in lines[0][0])
+    for a, b in zip(*lines, strict=True):
+        for name in {"train/loss", "eval/loss", "train/kl", "train/grad_norm"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), (name, a["step"])
+
+
+def test_a_killed_reference_goes_on_behind_its_last_shard(home, tmp_path):
+    """Without its second shard a run computes that alone; with other data it is refused."""
+    config = packed_dpo(home, tmp_path, num_steps=1)
+    trainer.Run(config).train()
+    folder = tmp_path / "run/reference_train"
+    shards = sorted(folder.glob("*.npz"))
+    kept = shards[0].stat().st_mtime_ns
+    whole = [np.load(shard)["logps"] for shard in shards]
+    assert len(shards) > 1 and whole[0].dtype == np.float32
+    for shard in shards[1:]:
+        shard.unlink()
+    shutil.rmtree(tmp_path / "run" / checkpoint_lib.FOLDER)
+    trainer.Run(config).train()
+    assert shards[0].stat().st_mtime_ns == kept
+    for shard, logps in zip(shards, whole, strict=True):
+        np.testing.assert_allclose(np.load(shard)["logps"], logps, rtol=1e-6)
+    shutil.rmtree(tmp_path / "run" / checkpoint_lib.FOLDER)
+    other = builders.replace(config, seed=9, data__max_length=96)
+    with pytest.raises(ValueError, match=r"weights was .* max_length was '128' and is '96'"):
+        trainer.Run(other).train()
+
+
+def test_a_loss_without_reference_computes_none(home, tmp_path):
+    config = packed_dpo(home, tmp_path, num_steps=2)
+    config = builders.replace(config, objective__loss="orpo")
+    result = trainer.Run(config).train()
+    assert np.isfinite(result["eval/loss"])
+    assert not (tmp_path / "run/reference_train").exists()
+
+
+def test_a_margin_that_is_not_finite_names_its_pair(home, tmp_path):
+    config = packed_dpo(home, tmp_path)
+    run = trainer.Run(config)
+    recorder = metrics_lib.Recorder(config.logging, config.workdir, 0, {})
+    margins = np.zeros((8, run.rows.pairs_per_row), np.float32)
+    margins[3, 1] = np.nan
+    values = {"loss": np.float32(np.nan), step_lib.PAIR_MARGINS: margins}
+    meter = trainer.Meter(run, recorder)
+    meter.push(2, values, None)
+    named = run.rows.example_ids(8 + 3)[1]
+    with pytest.raises(
+        FloatingPointError, match=f"Pairs whose margin is not finite: {named}. Rows"
+    ):
+        meter.flush(None)
 
 
 def test_rates_say_how_much_was_useful():

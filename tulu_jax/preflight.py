@@ -48,11 +48,6 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
 def _data(config: TrainConfig) -> Iterator[str]:
     objective = step_lib.OBJECTIVES[type(config.objective)]
     yield from loader.problems(config.data, kind=objective.KIND)
-    if config.data.one_row:
-        yield (
-            "packing = 'best_fit' with pairs puts both answers of a pair in one row, which the DPO "
-            "objective does not take yet; set packing = 'none'"
-        )
     best = config.checkpoint.best
     if best and not loader.split_components(config.data, "validation"):
         yield (

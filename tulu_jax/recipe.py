@@ -16,10 +16,11 @@ from tulu_jax.training.optim import OptimizerConfig
 class TrainConfig:
     """A whole run. Batch k depends on this and k alone.
 
-    An update is `batch_size` rows (pairs for DPO), in forwards of `micro_batch_size` (None: all at
-    once). Its length is `num_steps` updates or `num_epochs` passes over the data; exactly one is
-    given. `base` is where the parameters come from: a Hugging Face folder, the workdir of another
-    run, or None for random ones. `eval_every` None evaluates only at the end.
+    An update is `batch_size` rows, packed or of one conversation or pair each, in forwards of
+    `micro_batch_size` (None: all at once). Its length is `num_steps` updates or `num_epochs` passes
+    over the data; exactly one is given. `base` is where the parameters come from: a Hugging Face
+    folder, the workdir of another run, or None for random ones. `eval_every` None evaluates only at
+    the end.
     """
 
     model: LlamaConfig

@@ -6,6 +6,7 @@ Examples:
 """
 
 import base64
+import fnmatch
 import html
 import io
 import json
@@ -18,14 +19,20 @@ from tulu_jax.training import metrics
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Workdirs of runs, in order.", required=True)
 _OUT = flags.DEFINE_string("out", "report.html", "Self-contained HTML page to write.")
 
-# (title, metrics drawn together), one panel for each that a run has
+# (title, patterns of metrics drawn together), one panel for each that a run has
 PANELS = (
     ("loss", ("train/loss", "eval/loss")),
     ("rewards", ("train/rewards/chosen", "train/rewards/rejected", "eval/rewards/margins")),
     ("reward accuracy", ("train/rewards/accuracies", "eval/rewards/accuracies")),
     ("gradient norm", ("train/grad_norm",)),
+    ("log-probability of an answer", ("train/logps/*",)),
+    ("log π − log π_ref (KL estimate)", ("train/kl", "eval/kl")),
+    ("tokens of an answer", ("train/lengths/*",)),
+    ("accuracy by source", ("eval/by_source/*/rewards/accuracies",)),
+    ("accuracy by length", ("eval/by_length/*/rewards/accuracies",)),
     ("useful tokens/s", ("perf/nonpadding_tokens_per_second",)),
 )
+COLUMNS = 5
 PROMPTS_SHOWN = 12
 
 
@@ -35,6 +42,12 @@ def series(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def matching(lines: list[dict], patterns: tuple[str, ...]) -> list[str]:
+    """The metrics that were written and match one of the patterns, in the order of these."""
+    names = sorted({name for line in lines for name in line})
+    return [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+
+
 def draw(lines: list[dict], title: str) -> bytes:
     """A PNG of the panels this run has metrics for."""
     import matplotlib
@@ -42,14 +55,17 @@ def draw(lines: list[dict], title: str) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(t, names) for t, names in PANELS if any(series(lines, n)[0] for n in names)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
-    for axis, (name, metric_names) in zip(axes[0], panels, strict=True):
+    panels = [(t, found) for t, patterns in PANELS if (found := matching(lines, patterns))]
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (name, metric_names) in zip(axes.flat, panels, strict=False):
         for metric in metric_names:
             steps, values = series(lines, metric)
-            if steps:
-                marker = "o" if metric.startswith("eval") else None
-                axis.plot(steps, values, label=metric, marker=marker, linewidth=1.2)
+            marker = "o" if metric.startswith("eval") else None
+            axis.plot(steps, values, label=metric, marker=marker, linewidth=1.2)
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.legend(fontsize=7)

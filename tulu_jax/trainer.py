@@ -1,7 +1,6 @@
 """The one training loop, for SFT and DPO: a config in, checkpoints and curves out."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from tulu_jax import pairs, validation
 from tulu_jax import step as step_lib
-from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
@@ -25,7 +24,7 @@ from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
-from tulu_jax.training import optim, reference
+from tulu_jax.training import optim
 from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import TrainState
 
@@ -65,22 +64,6 @@ def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Rows of one split and, for DPO, the reference log-probs [examples, 2] of its pairs."""
-
-    rows: loader.Rows
-    ref_logps: np.ndarray | None = None
-
-    def attach(self, batch: dict) -> dict:
-        """`batch` with `ref_logps` [B, 2] of its pairs (zeros for padding rows)."""
-        if self.ref_logps is None:
-            return batch
-        known = batch["example"] >= 0
-        logps = np.where(known[:, None], self.ref_logps[batch["example"]], 0.0)
-        return {**batch, "ref_logps": logps.astype(np.float32)}
-
-
 class Run:
     """One run on one mesh: its data, its compiled steps, its state. `Run(config).train()`.
 
@@ -91,9 +74,9 @@ class Run:
         self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh)
         self.objective = step_lib.OBJECTIVES[type(config.objective)]
-        self.train_split = Split(loader.prepare(config.data, split="train"))
+        self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
         held_out = loader.prepare(config.data, split="validation")
-        self.eval_split = None if held_out is None else Split(held_out)
+        self.eval_split = None if held_out is None else pairs.Split(held_out)
         self.num_steps = config.num_steps or max(
             1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
         )
@@ -101,6 +84,7 @@ class Run:
         self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
         self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
         self.eval_step = jax.jit(step_lib.make_eval_step(config))
+        self.reference: dict | None = None  # parameters of a resident reference
 
     @property
     def rows(self) -> loader.Rows:
@@ -176,35 +160,32 @@ class Run:
         ]
 
     def _attach_reference(self, state: TrainState) -> None:
-        """Reference log-probabilities of both splits, from the parameters the run began with."""
-        score = functools.partial(
-            dpo.response_logps,
-            config=self.config.objective,
-            model=self.config.model,
-            execution=self.config.execution,
-        )
-        score = jax.jit(score, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
-
-        def parts(rows):
+        """The reference of DPO, the parameters the run began with: a frozen copy of them, or the
+        log-probabilities of both splits; nothing for a loss that needs none."""
+        if not self.config.objective.needs_reference:
+            return
+        if self.config.objective.reference == "resident":
             params = self._reference_params(state)
-            size = self.config.micro_batch_size or self.config.batch_size
-            total = loader.num_eval_batches(rows, batch_size=size)
-            for batch in self._progress(self._eval_batches(rows), "reference", total=total):
-                put = put_batch(batch, self.mesh)
-                example = jax.device_put(put["example"], jax.NamedSharding(self.mesh, jax.P()))
-                yield np.asarray(example), np.asarray(score(params, put))
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
+            self.reference = copy(params)  # the updates donate the state
+            return
 
-        def logps(split, rows):
-            return reference.cached(
-                epath.Path(self.config.workdir) / f"reference_{split}.npz",
-                key={"weights": self.weights, "data": rows.fingerprint},
-                compute=lambda: reference.gather(rows.num_examples, parts(rows)),
+        def with_logps(name, split):
+            if split is None:
+                return None
+            logps = pairs.reference_logps(
+                self.config,
+                split.rows,
+                pairs.reference_cache(self.config, name, split.rows, self.weights),
+                params=lambda: self._reference_params(state),
+                put=lambda batch: put_batch(batch, self.mesh),
+                progress=self._progress,
             )
+            return pairs.Split(split.rows, logps)
 
-        self.train_split = Split(self.rows, logps("train", self.rows))
-        if self.eval_split is not None:
-            rows = self.eval_split.rows
-            self.eval_split = Split(rows, logps("eval", rows))
+        self.train_split = with_logps("train", self.train_split)
+        self.eval_split = with_logps("eval", self.eval_split)
 
     def _reference_params(self, state: TrainState) -> dict:
         """The parameters the run began with; a resumed run without its cache loads its base again.
@@ -237,16 +218,20 @@ class Run:
         return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
 
     def evaluate(self, params: dict) -> dict[str, float]:
-        """`eval/*` means over the whole validation split; nothing if there is none."""
+        """`eval/*` means over the whole validation split, of DPO by source and by length as well;
+        nothing if there is no such split."""
         if self.eval_split is None:
             return {}
         totals, count = dict.fromkeys(self.objective.METRICS, 0.0), 0.0
+        groups = pairs.Groups(self.eval_split.rows)
         for batch in self._eval_batches(self.eval_split.rows):
             batch = put_batch(self.eval_split.attach(batch), self.mesh)
-            sums, n = jax.device_get(self.eval_step(params, batch))
+            sums, n, values = jax.device_get(self.eval_step(params, batch, self.reference))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
             count += float(n)
-        return {f"eval/{name}": total / count for name, total in totals.items()}
+            groups.add(values)
+        means = {name: total / count for name, total in totals.items()} | groups.means()
+        return {f"eval/{name}": mean for name, mean in means.items()}
 
     def _loop(self, state: TrainState) -> dict[str, float]:
         config = self.config
@@ -276,7 +261,7 @@ class Run:
         for step, batch in enumerate(bar, start + 1):
             batch = put_batch(self.train_split.attach(batch), self.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, self.reference)
             meter.push(step, metrics, bar)
             final = step == self.num_steps
             save = final or step % config.checkpoint.every == 0
@@ -319,11 +304,13 @@ class Meter:
             return
         step, metrics = self.pending
         self.pending = None
+        margins = metrics.pop(step_lib.PAIR_MARGINS, None)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
-        self._require_finite(step, values)
-        counts = {name: values.pop(name) for name in metrics_lib.COUNTS}
+        self._require_finite(step, values, margins)
+        counted = [n for n in (*metrics_lib.COUNTS, *metrics_lib.EXAMPLES) if n in values]
+        counts = {name: values.pop(name) for name in counted}
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"batch/{name}": value for name, value in counts.items()}
         scalars |= metrics_lib.rates(
@@ -334,19 +321,26 @@ class Meter:
         rate = scalars["perf/nonpadding_tokens_per_second"]
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} useful tokens/s")
 
-    def _require_finite(self, step: int, values: dict[str, float]) -> None:
+    def _require_finite(self, step: int, values: dict[str, float], margins) -> None:
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not bad:
             return
         run, size = self.run, self.run.config.batch_size
-        ids = [
-            example
-            for row in range((step - 1) * size, step * size)
-            for example in run.rows.example_ids(row)
-        ]
+        rows = [run.rows.example_ids(row) for row in range((step - 1) * size, step * size)]
+        said = ""
+        if margins is not None:
+            by_row = np.isfinite(np.asarray(margins)).reshape(size, -1)
+            named = [
+                example
+                for ids, finite in zip(rows, by_row, strict=True)
+                for example, fine in zip(ids, finite, strict=False)
+                if not fine
+            ]
+            said = f"Pairs whose margin is not finite: {', '.join(named) or 'none'}. "
         run.checkpoints.wait()
         raise FloatingPointError(
-            f"step {step}: {_line(bad)} is not finite. Rows of the batch: {', '.join(ids)}. Last "
+            f"step {step}: {_line(bad)} is not finite. {said}Rows of the batch: "
+            f"{', '.join(example for ids in rows for example in ids)}. Last "
             f"good checkpoint: {run.checkpoints.describe_latest()}. Look at these rows, lower the "
             "learning rate, or start again to resume from that checkpoint."
         )

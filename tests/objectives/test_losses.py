@@ -1,4 +1,4 @@
-"""Chunked losses against full logits, loss weights as tables, and the facts of DPO."""
+"""Chunked losses against full logits, and loss weights as tables."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tulu_jax.objectives import dpo, losses, sft
+from tulu_jax.objectives import losses, sft
 
 
 def full_logps(hidden, kernel, targets):
@@ -102,41 +102,3 @@ def test_paper_norm_is_the_mean_of_group_means():
     weights = sft.token_weights(mask, norm="paper", rows=2)
     expected = np.asarray(mask) * np.array([1 / 8, 1 / 8, 1 / 2, 1 / 2])[:, None]
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
-
-
-def test_dpo_is_log_two_at_the_reference():
-    logps = jnp.asarray([-3.0, -50.0])
-    loss, metrics = losses.dpo_loss(logps, logps - 7, logps, logps - 7, beta=0.1)
-    np.testing.assert_allclose(loss, np.log(2) * np.ones(2), rtol=1e-6)
-    assert not metrics["rewards/accuracies"].any()  # a tie is not a win
-
-
-def test_dpo_swapping_sides_negates_the_margin():
-    rng = np.random.default_rng(0)
-    a, b, ref_a, ref_b = (jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(4))
-    _, one = losses.dpo_loss(a, b, ref_a, ref_b, beta=0.3)
-    _, two = losses.dpo_loss(b, a, ref_b, ref_a, beta=0.3)
-    np.testing.assert_allclose(one["rewards/margins"], -two["rewards/margins"], rtol=1e-6)
-
-
-def test_dpo_agrees_with_a_numpy_twin():
-    rng = np.random.default_rng(1)
-    policy_c, policy_r, ref_c, ref_r = rng.normal(size=(4, 6)) * 20
-    margin = 0.1 * ((policy_c - ref_c) - (policy_r - ref_r))
-    arrays = (jnp.asarray(x, jnp.float32) for x in (policy_c, policy_r, ref_c, ref_r))
-    loss, metrics = losses.dpo_loss(*arrays, beta=0.1)
-    np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)), rtol=2e-5)
-    np.testing.assert_allclose(metrics["rewards/margins"], margin, rtol=1e-5, atol=1e-6)
-    assert np.array_equal(metrics["rewards/accuracies"], margin > 0)
-
-
-def test_masked_tokens_get_no_gradient_even_if_not_finite():
-    logps = jnp.asarray([[-1.0, -jnp.inf, -2.0]])
-    mask = jnp.asarray([[True, False, True]])
-    value, grad = jax.value_and_grad(lambda x: losses.sum_logps(x, mask).sum())(logps)
-    assert value == -3 and np.array_equal(grad, [[1, 0, 1]])
-
-
-def test_padding_pairs_weigh_nothing():
-    batch = dpo.add_weights({"example": jnp.asarray([4, -1, 0, -1])}, dpo.DPOConfig())
-    np.testing.assert_allclose(batch["weights"], [0.5, 0, 0.5, 0])

@@ -328,19 +328,20 @@ def batches(
 
 
 def eval_batches(
-    rows: Rows, *, batch_size: int, process_index: int, process_count: int
+    rows: Rows, *, batch_size: int, process_index: int, process_count: int, first_row: int = 0
 ) -> Iterator[Batch]:
-    """This process's slice of one pass in the fixed order; the last batch ends in empty rows."""
+    """This process's slice of one pass in the fixed order, from `first_row` on; the last batch ends
+    in empty rows."""
     first, local = _slice(batch_size, process_index, process_count)
-    for start in range(first, rows.rows_per_epoch + first, batch_size):
+    for start in range(first + first_row, rows.rows_per_epoch + first, batch_size):
         indices = range(start, start + local)
         yield _stack(
             [rows.in_order(i) if i < rows.rows_per_epoch else rows.empty() for i in indices]
         )
 
 
-def num_eval_batches(rows: Rows, *, batch_size: int) -> int:
-    return -(-rows.rows_per_epoch // batch_size)
+def num_eval_batches(rows: Rows, *, batch_size: int, first_row: int = 0) -> int:
+    return -(-(rows.rows_per_epoch - first_row) // batch_size)
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ class ExampleStore:
 
     `lengths` int64 [examples] counts tokens after the shift; of a pair, those of the longer side,
     or with `one_row` those of both sides with their prompt once. `task_of[i]` is the number of the
-    folder that example i is from.
+    folder that example i is from, `cut[i]` tells whether it was cut to fit.
     """
 
     def __init__(self, folders: Sequence, *, kind: str, one_row: bool):
@@ -27,6 +27,10 @@ class ExampleStore:
         kept = [np.flatnonzero(batch["outcome"].to_numpy() <= truncation.CUT) for batch in batches]
         self._batches, self._rows = batches, kept
         self.task_of = np.repeat([n for n, _ in numbered], [len(rows) for rows in kept]).astype(int)
+        cut = [
+            b["outcome"].to_numpy()[r] == truncation.CUT for b, r in zip(batches, kept, strict=True)
+        ]
+        self.cut = np.concatenate([np.zeros(0, bool), *cut])
         self._starts = np.cumsum([0] + [len(rows) for rows in kept])
         self._sides = [
             (_Lists(batches, kept, side), _Lists(batches, kept, f"{side}_spans"))

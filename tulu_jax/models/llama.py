@@ -147,7 +147,9 @@ class Trunk(nnx.Module):
         self.layers = stacked(rngs)
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
 
-    def __call__(self, tokens, segment_ids, positions, kv_segment_ids, cache, query_offset):
+    def __call__(
+        self, tokens, segment_ids, positions, branches, kv_segment_ids, cache, query_offset
+    ):
         x = self.embed_tokens(tokens, jnp.dtype(self.execution.compute_dtype))
         x = constrain(x, "batch", "length", None)
         inputs = dict(
@@ -157,6 +159,8 @@ class Trunk(nnx.Module):
             visibility=attention_lib.prepare(
                 segment_ids=segment_ids,
                 kv_segment_ids=kv_segment_ids,
+                branches=branches,
+                kv_branches=branches,
                 query_offset=query_offset,
                 implementation=attention_lib.choose(
                     self.execution.attention,
@@ -237,10 +241,15 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    branches: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Normalised hidden states of packed rows, in the compute dtype; segments do not mix."""
+    """Normalised hidden states of packed rows, in the compute dtype; segments do not mix.
+
+    Nor do the branches of a segment: branch b > 0 sees itself and branch 0, its prompt. None means
+    that no segment branches.
+    """
     hidden, _ = _trunk(
-        config, execution, params, tokens, segment_ids, positions, segment_ids, None, 0
+        config, execution, params, tokens, segment_ids, positions, branches, segment_ids, None, 0
     )
     return hidden
 
@@ -303,5 +312,5 @@ def decode(
     Prefill is the call with T = prompt length at slot 0; a step is the call with T = 1.
     """
     return _trunk(
-        config, execution, params, tokens, segment_ids, positions, kv_segment_ids, cache, slot
+        config, execution, params, tokens, segment_ids, positions, None, kv_segment_ids, cache, slot
     )

@@ -1,17 +1,26 @@
-"""Direct preference optimisation against cached reference log-probabilities."""
+"""Direct preference optimisation, and its relatives, on pairs packed into rows or in two rows each.
+
+Packed rows are [B, T] with `branches`: a segment is a prompt (0), its chosen (1) and its rejected
+answer (2); the pair of segment s is `example[:, s - 1]`, of [B, P]. Plain rows are [B, 2, T], the
+prompt before each answer, and `example` is [B]. Below, `*pairs` is the shape of `example`, which is
+−1 where there is no pair.
+"""
 
 import dataclasses
+import warnings
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tulu_jax import validation
 from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import losses
+from tulu_jax.objectives import losses, preference
+from tulu_jax.objectives.preference import CHOSEN, REJECTED
 
 KIND = "preference"
-CHOSEN, REJECTED = 0, 1
+REFERENCES = ("cached", "resident")
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -20,28 +29,72 @@ METRICS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "kl",
+    "lengths/chosen",
+    "lengths/rejected",
+    "truncated",
 )
+SAFE = -1.0  # the log-probability of places without a pair: finite in every loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """`beta` scales summed log-probability ratios. `vocab_chunk` as in `SFTConfig`."""
+    """`loss` is one of `preference.LOSSES`; `beta` scales what it compares.
 
+    `label_smoothing` ε is the share of flipped labels that 'sigmoid' (conservative DPO), 'robust'
+    and 'simpo' reckon with, `target_margin` the γ of 'simpo'. `reference`: 'cached' computes the
+    reference's log-probabilities once, before training; 'resident' keeps a frozen copy of the first
+    parameters instead. `vocab_chunk` as in `SFTConfig`.
+    """
+
+    loss: str = "sigmoid"
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    target_margin: float = 0.5
+    reference: str = "cached"
     vocab_chunk: int = 512
 
     def __post_init__(self):
-        validation.check(
-            self,
-            lambda: [
-                (self.beta > 0, f"beta = {self.beta}: expected a positive number"),
-                (self.vocab_chunk > 0, f"vocab_chunk = {self.vocab_chunk}: not positive"),
-            ],
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        yield validation.one_of("loss", self.loss, preference.LOSSES)
+        yield validation.one_of("reference", self.reference, REFERENCES)
+        yield self.beta > 0, f"beta = {self.beta}: expected a positive number"
+        smoothing = self.label_smoothing
+        yield 0 <= smoothing < 0.5, f"label_smoothing = {smoothing}: expected 0 or more, below 0.5"
+        yield (
+            smoothing == 0 or self.loss in preference.SMOOTHED,
+            f"label_smoothing = {smoothing} with loss = {self.loss!r}, which does not take it; "
+            f"expected one of {preference.SMOOTHED}",
         )
+        yield self.target_margin >= 0, f"target_margin = {self.target_margin}: expected 0 or more"
+        yield self.vocab_chunk > 0, f"vocab_chunk = {self.vocab_chunk}: not positive"
+        self._warn_of_scale()  # here, where every field is known to have its type
+
+    def _warn_of_scale(self):
+        said = f"DPOConfig: loss = {self.loss!r} with beta = {self.beta}: it compares "
+        if self.loss in preference.PER_TOKEN and self.beta < 1:
+            warnings.warn(
+                f"{said}means over tokens, which are smaller than sums by the length of an answer, "
+                "a few hundred, so this hardly moves the model; means go with a beta of 2 to 10 "
+                "(Tülu 3: 5)",
+                stacklevel=2,
+            )
+        if self.loss in ("sigmoid", "robust", "hinge") and self.beta >= 1:
+            warnings.warn(
+                f"{said}sums over tokens, where 0.01 to 0.5 is usual (TÜLU 2: 0.1); a beta this "
+                "large is meant for 'sigmoid_norm'",
+                stacklevel=2,
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in preference.REFERENCE_FREE
 
 
 def add_weights(batch: dict, config: DPOConfig) -> dict:
-    """`batch` with float32 `weights` [B]: 1 / pairs of the update, 0 for padding rows."""
+    """`batch` with float32 `weights` [*pairs]: 1 / pairs of the update, 0 where there is none."""
     real = (batch["example"] >= 0).astype(jnp.float32)
     return {**batch, "weights": real / jnp.maximum(real.sum(), 1.0)}
 
@@ -53,15 +106,16 @@ def response_logps(
     config: DPOConfig,
     model: LlamaConfig,
     execution: ExecutionConfig,
-) -> Float[Array, "B 2"]:
-    """Summed float32 log-probability of both responses of each pair, [CHOSEN, REJECTED].
+) -> Float[Array, "*pairs 2"]:
+    """Summed float32 log-probability of both responses of each pair, [CHOSEN, REJECTED]; 0 where
+    there is no pair.
 
-    The two sides of a pair are neighbours along the batch, so a pair stays on one device.
+    A pair lies in one row, or in neighbours along the batch, so it stays on one device.
     """
-    pairs, _, length = batch["tokens"].shape
+    length = batch["tokens"].shape[-1]
     flat = {
-        name: batch[name].reshape(2 * pairs, length)
-        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+        name: batch[name].reshape(-1, length)
+        for name in ("tokens", "targets", "segment_ids", "positions")
     }
     hidden = llama.hidden_states(
         model,
@@ -70,11 +124,27 @@ def response_logps(
         tokens=flat["tokens"],
         segment_ids=flat["segment_ids"],
         positions=flat["positions"],
+        branches=batch.get("branches"),
     )
     logps = losses.token_logps(
         hidden, llama.unembedding(params), flat["targets"], config.vocab_chunk
     )
-    return losses.sum_logps(logps, flat["loss_mask"]).reshape(pairs, 2)
+    return response_sums(logps.reshape(batch["tokens"].shape), batch)
+
+
+def response_sums(values: Float[Array, "B *two T"], batch: dict) -> Float[Array, "*pairs 2"]:
+    """Sums of `values` over the trained tokens of each response; others get no gradient."""
+    values = jnp.where(batch["loss_mask"], values, 0.0)
+    if "branches" not in batch:
+        return values.sum(axis=-1)
+    pairs = batch["example"].shape[1]
+    response = 2 * (batch["segment_ids"] - 1) + batch["branches"] - 1
+    response = jnp.where(batch["loss_mask"], response, 2 * pairs)
+
+    def row(values, response):
+        return jax.ops.segment_sum(values, response, num_segments=2 * pairs + 1)[:-1]
+
+    return jax.vmap(row)(values, response).reshape(-1, pairs, 2)
 
 
 def loss(
@@ -84,23 +154,55 @@ def loss(
     config: DPOConfig,
     model: LlamaConfig,
     execution: ExecutionConfig,
-) -> tuple[Float[Array, ""], losses.Metrics]:
-    """The share of the update's DPO loss that these pairs carry, and the same share of each metric.
+) -> tuple[Float[Array, ""], tuple[losses.Metrics, losses.Metrics]]:
+    """The share of the update's loss that these pairs carry, the same share of each metric, and
+    each metric pair by pair, [*pairs].
 
-    `batch["ref_logps"]` is float32 [B, 2], the reference's `response_logps`.
+    `batch["ref_logps"]` is float32 [*pairs, 2], the reference's `response_logps`, unless the loss
+    needs none; `batch["truncated"]` tells which pairs were cut to fit.
     """
     logps = response_logps(params, batch, config=config, model=model, execution=execution)
-    pair_losses, metrics = losses.dpo_loss(
-        logps[:, CHOSEN],
-        logps[:, REJECTED],
-        batch["ref_logps"][:, CHOSEN],
-        batch["ref_logps"][:, REJECTED],
-        beta=config.beta,
-    )
-    metrics |= {
-        "loss": pair_losses,
-        "logps/chosen": logps[:, CHOSEN],
-        "logps/rejected": logps[:, REJECTED],
+    real = batch["example"] >= 0
+    lengths = response_sums(jnp.ones(batch["loss_mask"].shape), batch)
+    ratios = logps - batch["ref_logps"] if config.needs_reference else logps
+    ratios = jnp.where(real[..., None], ratios, SAFE)
+    values = {
+        "loss": preference.pair_losses(
+            config.loss,
+            ratios,
+            lengths,
+            real=real,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            target_margin=config.target_margin,
+        )
     }
-    shares = {name: jnp.sum(batch["weights"] * value) for name, value in metrics.items()}
-    return shares["loss"], shares
+    values |= _metrics(ratios, lengths, config) | {
+        "logps/chosen": logps[..., CHOSEN],
+        "logps/rejected": logps[..., REJECTED],
+        "lengths/chosen": lengths[..., CHOSEN],
+        "lengths/rejected": lengths[..., REJECTED],
+        "truncated": batch["truncated"].astype(jnp.float32),
+    }
+    shares = {name: jnp.sum(batch["weights"] * value) for name, value in values.items()}
+    return shares["loss"], (shares, jax.lax.stop_gradient(values))
+
+
+def _metrics(ratios, lengths, config: DPOConfig) -> losses.Metrics:
+    """Implicit rewards β(log π − log π_ref), their margin, whether it is positive (a tie is not a
+    win), and the mean of log π − log π_ref over both answers: an estimate, on the data's answers
+    instead of the policy's own, of the KL divergence from the reference in nats an answer.
+
+    Without a reference the rewards are β times the mean log π of a token, as in SimPO and ORPO.
+    """
+    if not config.needs_reference:
+        ratios = ratios / jnp.maximum(lengths, 1.0)
+    rewards = config.beta * ratios
+    margins = rewards[..., CHOSEN] - rewards[..., REJECTED]
+    return {
+        "rewards/chosen": rewards[..., CHOSEN],
+        "rewards/rejected": rewards[..., REJECTED],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).astype(jnp.float32),
+        "kl": ratios.mean(axis=-1) if config.needs_reference else jnp.zeros(margins.shape),
+    }

@@ -1,4 +1,4 @@
-"""Vocabulary losses that never build [B, T, V] in float32, and the DPO loss.
+"""Vocabulary losses that never build [B, T, V] in float32.
 
 The sequence is cut into chunks of positions and scanned; only one chunk's logits exist at a time.
 A chunk takes every n-th position, not a run of neighbours, so that a sequence sharded over the
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Metrics = dict[str, jax.Array]
 
@@ -159,32 +159,3 @@ def _token_logps_backward(chunk, residuals, d_logps):
 
 
 token_logps.defvjp(_token_logps_forward, _token_logps_backward)
-
-
-def sum_logps(logps: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """Summed log-probability of the trained tokens of each row; masked ones get no gradient."""
-    return jnp.sum(jnp.where(loss_mask, logps, 0.0), axis=-1)
-
-
-def dpo_loss(
-    chosen_logps: Float[Array, "B"],
-    rejected_logps: Float[Array, "B"],
-    ref_chosen_logps: Float[Array, "B"],
-    ref_rejected_logps: Float[Array, "B"],
-    *,
-    beta: float,
-) -> tuple[Float[Array, "B"], Metrics]:
-    """Sigmoid DPO loss of each pair (Rafailov et al. 2023, eq. 7) over summed log-probabilities.
-
-    The metrics, [B] each, are the implicit rewards β(log π − log π_ref), their margin, and whether
-    the margin is positive (a tie is not a win).
-    """
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards
-    return -jax.nn.log_sigmoid(margins), {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).astype(jnp.float32),
-    }

@@ -64,8 +64,11 @@ def loss(
     config: SFTConfig,
     model: LlamaConfig,
     execution: ExecutionConfig,
-) -> tuple[Float[Array, ""], losses.Metrics]:
-    """The share of the update's loss that these rows carry: Σ weight × −log p. Shares add up."""
+) -> tuple[Float[Array, ""], tuple[losses.Metrics, losses.Metrics]]:
+    """The share of the update's loss that these rows carry: Σ weight × −log p. Shares add up.
+
+    With it the metrics as shares, and no metric row by row.
+    """
     hidden = llama.hidden_states(
         model,
         execution,
@@ -77,4 +80,4 @@ def loss(
     value = losses.weighted_nll(
         hidden, llama.unembedding(params), batch["targets"], batch["weights"], config.vocab_chunk
     )
-    return value, {"loss": value}
+    return value, ({"loss": value}, {})

@@ -19,6 +19,9 @@ PARAM_AXES = (
     (r"lm_head/kernel", ("embed", "vocab")),
 )
 
+# Fields of a batch whose last axis is the sequence.
+LENGTH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "branches")
+
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
     "length": "context",
@@ -49,6 +52,13 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` whole on every device of the ambient mesh, so that every process can read it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def path_name(path) -> str:
@@ -87,7 +97,7 @@ def state_shardings(mesh: Mesh, state):
 def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
     """Sharding of batch field `name`: rows over `batch`, positions over `length`."""
     axes: list[str | None] = ["batch"] + [None] * (ndim - 1)
-    if name in ("tokens", "targets", "loss_mask", "segment_ids", "positions"):
+    if name in LENGTH_FIELDS:
         axes[-1] = "length"
     return NamedSharding(mesh, spec(*axes))
 

@@ -15,7 +15,8 @@ from etils import epath
 from tulu_jax import validation
 
 FILE = "metrics.jsonl"
-COUNTS = ("positions", "nonpadding", "trained", "conversations")
+COUNTS = ("positions", "nonpadding", "trained")
+EXAMPLES = ("conversations", "pairs")  # a batch counts one of them
 
 # Peak dense bfloat16 FLOP/s of one jax device (a v3 device is one core; others are chips).
 PEAK_FLOPS = {
@@ -109,13 +110,18 @@ def read(workdir: str) -> list[dict]:
 
 
 def batch_counts(batch: dict) -> dict[str, jax.Array]:
-    """float32 counts of one update: positions, non-padding and trained tokens, conversations."""
+    """float32 counts of one update: positions, non-padding and trained tokens, and conversations
+    or pairs."""
     present = batch["segment_ids"] > 0
-    return {
+    if "example" in batch:
+        examples = {"pairs": jnp.sum(batch["example"] >= 0, dtype=jnp.float32)}
+    else:
+        first = present & (batch["positions"] == 0)
+        examples = {"conversations": jnp.sum(first, dtype=jnp.float32)}
+    return examples | {
         "positions": jnp.float32(math.prod(batch["tokens"].shape)),
         "nonpadding": jnp.sum(present, dtype=jnp.float32),
         "trained": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-        "conversations": jnp.sum(present & (batch["positions"] == 0), dtype=jnp.float32),
     }
 
 
@@ -133,9 +139,8 @@ def rates(
         "perf/tokens_per_second": counts["positions"] / seconds,
         "perf/nonpadding_tokens_per_second": counts["nonpadding"] / seconds,
         "perf/trained_tokens_per_second": counts["trained"] / seconds,
-        "perf/conversations_per_second": counts["conversations"] / seconds,
         "perf/useful_fraction": counts["nonpadding"] / counts["positions"],
-    }
+    } | {f"perf/{name}_per_second": counts[name] / seconds for name in EXAMPLES if name in counts}
 
 
 def peak_flops(devices: list[jax.Device]) -> float:
