@@ -119,7 +119,7 @@ class Kernel:
                 found["side" if block.slots["VSTORE"] > 16 else "control"].append(block)
         return found
 
-    def cycles(self, *, steps: float, compute: Sequence[float], side: Sequence[float]) -> float:
+    def cycles(self, *, steps, compute: Sequence, side: Sequence) -> float:
         """Cycles of `steps` grid steps on one core.
 
         `compute` and `side` say how often each of those blocks runs; everything else in the loop is
@@ -187,7 +187,7 @@ def child_environment(dumps: str, flags: Sequence[str]) -> dict[str, str]:
 
 
 def compile_for(
-    chip: str, requests: Sequence[Request], *, timeout: float, flags: Sequence[str] = ()
+    chip: str, requests: Sequence[Request], *, timeout: int, flags: Sequence[str] = ()
 ) -> list[Program]:
     """Compiles the requests, in order, for `chip` in one fresh process; `flags` are libtpu's.
 
@@ -220,7 +220,7 @@ def _read(request: Request, folder: pathlib.Path) -> Program:
     result = json.loads((folder / "result.json").read_text())
     if result["error"]:
         return Program(
-            request=request, kernels={}, glue_bytes=0, temporary_bytes=0, error=result["error"]
+            request=request, kernels={}, glue_bytes=0.0, temporary_bytes=0, error=result["error"]
         )
     hlo = (folder / "module.hlo").read_text()
     ours = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
