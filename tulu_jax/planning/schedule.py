@@ -146,7 +146,7 @@ class Kernel:
             times = runs.get(id(block), times)
             return block.own * times + sum(visit(child, times) for child in block.children)
 
-        return visit(self.whole, 1)
+        return float(visit(self.whole, 1))
 
     def bounds(self, block: Block) -> dict[str, int]:
         """Cycles that each unit alone would need for `block`, the busiest first."""
