@@ -69,5 +69,5 @@ def test_a_matrix_product_takes_what_the_unit_needs_and_little_more():
         assert steps * body.own < cycles < 1.3 * steps * body.own
         with pytest.raises(ValueError, match="0 compute blocks; found 2 runs"):
             kernel.cycles(steps=steps, compute=[1, 1], side=[tiles, tiles])
-    # x + 1 reads and writes x once, outside the kernel.
-    assert both.glue_bytes == 2 * 2 * (BLOCK * BLOCKS) ** 2
+    # Outside the kernel x + 1 reads x once; the compiler keeps its result on the chip, not in HBM.
+    assert both.glue_bytes == 2 * (BLOCK * BLOCKS) ** 2
