@@ -51,8 +51,8 @@ def forward_and_backward(chip, heads, kv_heads, length, head_dim, dtype, branche
 
 
 SHAPES = (
-    dict(heads=4, kv_heads=4, length=1024, head_dim=128, dtype="bfloat16", branched=False),
-    dict(heads=8, kv_heads=2, length=1000, head_dim=64, dtype="bfloat16", branched=True),
+    dict(heads=2, kv_heads=2, length=1024, head_dim=128, dtype="bfloat16", branched=False),
+    dict(heads=4, kv_heads=2, length=1000, head_dim=64, dtype="bfloat16", branched=True),
     dict(heads=2, kv_heads=1, length=512, head_dim=128, dtype="float32", branched=False),
 )
 

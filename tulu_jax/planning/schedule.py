@@ -119,7 +119,7 @@ class Kernel:
                 found["side" if block.slots["VSTORE"] > 16 else "control"].append(block)
         return found
 
-    def cycles(self, *, steps: float, compute: Sequence[float], side: Sequence[float]) -> float:
+    def cycles(self, *, steps, compute: Sequence, side: Sequence) -> float:
         """Cycles of `steps` grid steps on one core.
 
         `compute` and `side` say how often each of those blocks runs; everything else in the loop is
@@ -146,7 +146,7 @@ class Kernel:
             times = runs.get(id(block), times)
             return block.own * times + sum(visit(child, times) for child in block.children)
 
-        return visit(self.whole, 1)
+        return float(visit(self.whole, 1))
 
     def bounds(self, block: Block) -> dict[str, int]:
         """Cycles that each unit alone would need for `block`, the busiest first."""
