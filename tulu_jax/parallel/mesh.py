@@ -17,13 +17,16 @@ class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left.
 
     `data` replicates parameters (and spans slices), `fsdp` shards them over their embed axis,
-    `context` shards the sequence, `tensor` shards heads, the MLP and the vocabulary.
+    `context` shards the sequence, `tensor` shards heads, the MLP and the vocabulary. `topology` is
+    the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
+    dry run compiles for it.
     """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    topology: str | None = None
 
     def __post_init__(self):
         validation.check(self, self._rules)
