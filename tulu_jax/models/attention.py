@@ -135,8 +135,16 @@ def attention(
     return attend(q, k, v, visibility)
 
 
+def platform() -> str:
+    """Platform of the devices that the computation is for: of the ambient mesh, else the default.
+
+    A dry run compiles for devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _device_kind() -> str:
-    """Kind of the devices that the computation is for: of the ambient mesh, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 

@@ -166,7 +166,7 @@ class Trunk(nnx.Module):
                     self.execution.attention,
                     queries=tokens.shape[1],
                     keys=kv_segment_ids.shape[1],
-                    platform=jax.default_backend(),
+                    platform=attention_lib.platform(),
                 ),
                 heads=(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim),
                 dtype=x.dtype,
