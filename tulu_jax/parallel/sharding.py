@@ -1,5 +1,6 @@
 """Where every array lives: parameter path -> logical axes -> mesh axes."""
 
+import math
 import re
 
 import jax
@@ -25,7 +26,7 @@ LENGTH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
     "length": "context",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -102,19 +103,29 @@ def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
+    """'1, 2 or 4 would': the divisors of `size` that a mesh of as many devices can have."""
+    devices = math.prod(mesh_sizes.values())
+    *most, last = (str(d) for d in range(1, devices + 1) if devices % d == 0 and size % d == 0)
+    return f"{', '.join(most)} or {last} would" if most else f"only {last} would"
+
+
 def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:
-    """What the mesh cannot divide, one line for each logical axis with its size and divisor."""
+    """What the mesh cannot divide, one line for each logical axis with its size, divisor and what
+    would divide it."""
     problems = {}
 
     def check(path, leaf):
         name = path_name(path)
         for size, axis in zip(leaf.shape, param_axes(name), strict=True):
-            mesh_axis = AXIS_RULES[axis]
-            if isinstance(mesh_axis, str) and size % mesh_sizes[mesh_axis]:
+            rule = AXIS_RULES[axis] or ()
+            mesh_axes = (rule,) if isinstance(rule, str) else rule
+            over = math.prod(mesh_sizes[mesh_axis] for mesh_axis in mesh_axes)
+            if size % over:
                 problems.setdefault(
                     (axis, size),
                     f"{axis} of size {size} ({name}) cannot be divided over mesh axis "
-                    f"{mesh_axis} = {mesh_sizes[mesh_axis]}",
+                    f"{' x '.join(mesh_axes)} = {over}; {what_divides(size, mesh_sizes)}",
                 )
 
     jax.tree.map_with_path(check, abstract_params)
