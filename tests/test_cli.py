@@ -49,7 +49,8 @@ def test_every_complete_config_builds(name, shared_data):
     overrides = [f'--gin.DATA_ROOT="{shared_data}"'] if "stories260k" in name else []
     config = cli.load(name, overrides, workdir=None)
     assert isinstance(config, TrainConfig)
-    assert config.workdir == f"runs/{name.removesuffix('.gin')}"
+    run = f"runs/{name.removesuffix('.gin')}"
+    assert config.workdir in (run, f"gs://YOUR-BUCKET/tulu/{run}")
 
 
 def test_overrides_and_workdir():
