@@ -188,7 +188,7 @@ def test_preflight_lists_what_is_wrong_with_the_whole(tmp_path):
     for part in (
         "micro_batch_size = 7 rows cannot be divided over data x fsdp = 2",
         "kv_heads of size 3",
-        "mesh axis tensor = 4",
+        "mesh axes tensor = 4",
         "has 512 ids; the model's vocabulary has 300",
         "base = 'nowhere/at/all' does not exist",
     ):

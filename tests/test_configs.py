@@ -161,7 +161,11 @@ def test_another_runs_pod_is_taken_by_its_whole_name():
             "v5p_512",
             "a multiple of 4, or data x fsdp of which 1 or 2 would",
         ),
-        (["--gin.MAX_LENGTH=6000"], "v5p_512_70b_dpo", "context = 32; 1, 2, 4, 8 or 16 would"),
+        (
+            ["--gin.MAX_LENGTH=6000"],
+            "v5p_512_70b_dpo",
+            "context x tensor = 256; 1, 2, 4, 8 or 16 would",
+        ),
     ],
 )
 def test_what_does_not_divide_and_what_would(overrides, pod, message):

@@ -42,10 +42,11 @@ def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
             f"choose a multiple of {rows}, or data x fsdp of which "
             f"{sharding.what_divides(micro, sizes)}"
         )
-    if config.data.max_length % sizes["context"]:
+    shards = sizes["context"] * sizes["tensor"]  # of the positions between blocks
+    if config.data.max_length % shards:
         yield (
-            f"max_length = {config.data.max_length} cannot be divided over context = "
-            f"{sizes['context']}; {sharding.what_divides(config.data.max_length, sizes)}"
+            f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
+            f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
