@@ -15,13 +15,20 @@ from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 
+_NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
+
 
 def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
-    return [*_mesh(config, num_devices), *_data(config), *_weights(config), *_disk(config)]
+    found = [*mesh_problems(config, num_devices)]
+    unnamed = [*_bucket(config)]
+    if unnamed:
+        return found + unnamed  # what lies there cannot be looked at
+    return [*found, *_data(config), *_weights(config), *_disk(config)]
 
 
-def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
+def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
+    """What of `config` does not divide over the devices, and what would; reads nothing."""
     try:
         sizes = config.mesh.sizes(num_devices)
     except ValueError as error:
@@ -32,17 +39,29 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
     if micro % rows:
         yield (
             f"micro_batch_size = {micro} rows cannot be divided over data x fsdp = {rows}; "
-            f"choose a multiple of {rows}"
+            f"choose a multiple of {rows}, or data x fsdp of which "
+            f"{sharding.what_divides(micro, sizes)}"
         )
-    if config.data.max_length % sizes["context"]:
+    shards = sizes["context"] * sizes["tensor"]  # of the positions between blocks
+    if config.data.max_length % shards:
         yield (
-            f"max_length = {config.data.max_length} cannot be divided over context = "
-            f"{sizes['context']}"
+            f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
+            f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
     if micro % max(1, jax.process_count()):
         yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
+
+
+def _bucket(config: TrainConfig) -> Iterator[str]:
+    for path in (config.workdir, config.base or ""):
+        if _NO_BUCKET in path:
+            yield (
+                f"{path} is in no bucket yet; name yours: '--gin.BUCKET=\"gs://my-bucket/tulu\"', "
+                "or a local folder with the same contents"
+            )
+            return
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

@@ -77,8 +77,13 @@ class Run:
         self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
         held_out = loader.prepare(config.data, split="validation")
         self.eval_split = None if held_out is None else pairs.Split(held_out)
-        self.num_steps = config.num_steps or max(
-            1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
+        self.num_steps = config.num_updates(self.rows.rows_per_epoch)
+        logging.info(
+            "%d updates of %d rows, %.1f examples on average; %d updates of warm-up",
+            self.num_steps,
+            config.batch_size,
+            config.batch_size * self.rows.num_examples / self.rows.rows_per_epoch,
+            optim.num_warmup(config.optimizer, self.num_steps),
         )
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)

@@ -189,8 +189,16 @@ def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
+    """'1, 2 or 4 would': the divisors of `size` that a mesh of as many devices can have."""
+    devices = math.prod(mesh_sizes.values())
+    *most, last = (str(d) for d in range(1, devices + 1) if devices % d == 0 and size % d == 0)
+    return f"{', '.join(most)} or {last} would" if most else f"only {last} would"
+
+
 def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:
-    """What the mesh cannot divide, one line for each logical axis with its size and divisor."""
+    """What the mesh cannot divide, one line for each logical axis with its size, divisor and what
+    would divide it."""
     problems = {}
 
     def check(path, leaf):
@@ -203,7 +211,7 @@ def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> 
                 problems.setdefault(
                     (axis, size),
                     f"{axis} of size {size} ({name}) cannot be divided over mesh axes "
-                    f"{' x '.join(names)} = {divisor}; choose a divisor of {size}",
+                    f"{' x '.join(names)} = {divisor}; {what_divides(size, mesh_sizes)}",
                 )
 
     jax.tree.map_with_path(check, abstract_params)
