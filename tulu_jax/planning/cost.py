@@ -4,8 +4,8 @@ The program is walked in its schedule. Compute: a matrix product takes the compi
 of cycles or the time of its HBM traffic, whichever is longer; anything else the time of its
 traffic; an attention kernel its counted cycles for the pairs of blocks that documents need.
 Interconnect: a collective takes its bytes over the torus links that its group has. A synchronous
-collective stops compute; an asynchronous one runs beside it, one after the other, and its end waits
-for what is left. What is not in it: contention between hosts, stragglers, throttling, the input
+collective stops compute; an asynchronous one runs beside it, after those on the same torus axes, and
+its end waits for what is left. What is not in it: contention between hosts, stragglers, throttling, the input
 pipeline, and contention of the compute and transfers for HBM.
 """
 
@@ -110,14 +110,18 @@ def _ends(i: hlo.Instruction) -> bool:
 
 @dataclasses.dataclass
 class Estimator:
-    """Costs of the parts of one module. `kernel_seconds` gives the time of one call of the Mosaic
-    kernel with a name and operand shapes, or None if it is not known."""
+    """Costs of the parts of one module.
+
+    `kernel_seconds` gives the time of one call of the Mosaic kernel of a name and text, or None if
+    it is not known; `dynamic_trips` is how often a loop runs whose count depends on data.
+    """
 
     module: hlo.Module
     topology: Topology
     places: np.ndarray
     axes: Callable[[Sequence[int]], str]
     kernel_seconds: Callable[[str, str], float | None]
+    dynamic_trips: float
 
     def __post_init__(self):
         self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
@@ -131,7 +135,7 @@ class Estimator:
 
     def _run(self, name: str, times: float) -> float:
         """Adds `times` runs of a computation; the seconds of one."""
-        now = free = 0.0
+        now, free = 0.0, collections.Counter()  # of each torus axis: when it is free again
         ends: dict[str, float] = {}  # when what was started ends, by every name that carries it
         for i in self.module.computations.get(name, []):
             transfers = self._transfers(i)
@@ -144,20 +148,24 @@ class Estimator:
                 self.cost.hidden -= waited * times
                 now += waited
             elif transfers and not _beside(i):
-                seconds = sum(self._transfer(i, inner, times) for inner in transfers)
-                free = max(now, free) + seconds
+                end = now
+                for inner in transfers:
+                    seconds, links = self._transfer(i, inner, times)
+                    end = max([end, *(free[link] for link in links)]) + seconds
+                    free |= dict.fromkeys(links, end)
                 if _starts(i):
-                    ends[i.name] = free
-                    self.cost.hidden += seconds * times
+                    ends[i.name] = end
+                    self.cost.hidden += (end - now) * times
                 else:
-                    self.cost.interconnect += (free - now) * times
-                    now = free
+                    self.cost.interconnect += (end - now) * times
+                    now = end
             elif transfers:
                 ends[i.name] = carried
                 now += self._compute(i, times)
             elif i.operation == "while":
                 body = i.attribute(r"body=%([\w.\-]+)")
                 trips = self.module.trip_count(i)
+                trips = self.dynamic_trips if trips is None else trips
                 now += trips * self._run(body, times * trips)
             elif i.operation == "conditional":
                 now += self._run(self._usual(i), times)
@@ -191,7 +199,8 @@ class Estimator:
                 found.setdefault((inner.collective, inner.attribute(r"channel_id=(\d+)")), inner)
         return list(found.values())
 
-    def _transfer(self, outer: hlo.Instruction, i: hlo.Instruction, times: float) -> float:
+    def _transfer(self, outer, i: hlo.Instruction, times: float) -> tuple[float, list[int]]:
+        """Seconds of a collective, and the axes of `places` whose links it takes."""
         members = hlo.group(i, len(self.places))
         sizes = hlo.shape_bytes(i.shape)
         size = max(sizes, default=0.0) if i.operation.endswith("-start") else sum(sizes)
@@ -201,7 +210,8 @@ class Estimator:
         axes = self.axes(members)
         self.cost.wire[i.collective, axes] += sent * times
         self.cost.top.append((seconds * times, times, outer.name, f"{i.collective} over {axes}"))
-        return seconds
+        spots = self.places[list(members)]
+        return seconds, [n for n in range(spots.shape[1]) if len(np.unique(spots[:, n])) > 1]
 
     def _compute(self, i: hlo.Instruction, times: float) -> float:
         hardware: Hardware = self.topology.hardware

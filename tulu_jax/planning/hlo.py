@@ -74,8 +74,8 @@ class Module:
     computations: dict[str, list[Instruction]]
     entry: str
 
-    def trip_count(self, loop: Instruction) -> int:
-        """How often the body of `loop` runs; 1 where that depends on data."""
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often the body of `loop` runs; None where that depends on data."""
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
@@ -91,7 +91,7 @@ class Module:
                     if operand in constants:
                         inclusive = i.attribute(r"direction=(\w+)") in ("LE", "GE")
                         return constants[operand] + inclusive
-        return 1
+        return None
 
     def inside(self, instruction: Instruction) -> list[Instruction]:
         """All instructions of the computations that `instruction` calls, nested ones included."""
