@@ -4,9 +4,9 @@ The program is walked in its schedule. Compute: a matrix product takes the compi
 of cycles or the time of its HBM traffic, whichever is longer; anything else the time of its
 traffic; an attention kernel its counted cycles for the pairs of blocks that documents need.
 Interconnect: a collective takes its bytes over the torus links that its group has. A synchronous
-collective stops compute; an asynchronous one runs beside it, after those on the same torus axes, and
-its end waits for what is left. What is not in it: contention between hosts, stragglers, throttling, the input
-pipeline, and contention of the compute and transfers for HBM.
+collective stops compute; an asynchronous one runs beside it, after those on the same torus axes,
+and its end waits for what is left. Not in it: contention between hosts, stragglers, throttling, the
+input pipeline, and compute and transfers that contend for HBM.
 """
 
 import collections
@@ -148,14 +148,15 @@ class Estimator:
                 self.cost.hidden -= waited * times
                 now += waited
             elif transfers and not _beside(i):
-                end = now
+                end, spent = now, 0.0
                 for inner in transfers:
                     seconds, links = self._transfer(i, inner, times)
+                    spent += seconds
                     end = max([end, *(free[link] for link in links)]) + seconds
                     free |= dict.fromkeys(links, end)
                 if _starts(i):
                     ends[i.name] = end
-                    self.cost.hidden += (end - now) * times
+                    self.cost.hidden += spent * times
                 else:
                     self.cost.interconnect += (end - now) * times
                     now = end

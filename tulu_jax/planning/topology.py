@@ -19,9 +19,9 @@ class Hardware:
 
     `clock` Hz, `peak` bfloat16 FLOP/s, `bandwidth` bytes/s of HBM, `hbm` bytes of it, `link`
     bytes/s of one interconnect link in one direction as a device sees it. Peak, memory and
-    bandwidth are the published ones; links are those of "How to Scale Your Model" (Austin et al. 2025, part 2),
-    which a v3 chip's two cores share. `wraps`: the torus axes close into rings where their length
-    is a multiple of this. `dcn`: bytes/s between slices.
+    bandwidth are the published ones; links are those of "How to Scale Your Model" (Austin et al.
+    2025, part 2), which a v3 chip's two cores share. `wraps`: the torus axes close into rings where
+    their length is a multiple of this. `dcn`: bytes/s between slices.
     """
 
     dimensions: int
