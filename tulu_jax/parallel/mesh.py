@@ -6,7 +6,7 @@ import os
 import re
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 
 from tulu_jax import validation
 
@@ -100,12 +100,15 @@ def connect() -> None:
 
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all). Raises `ValueError` if the axes do not fill them."""
+    """A mesh over `devices` (default: all). Raises `ValueError` if the axes do not fill them.
+
+    Axes follow the torus where they can; one that is shorter than a torus axis takes a part of it,
+    which `jax.make_mesh` refuses on v6e.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-        devices=np.asarray(devices),
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=axis_types)
