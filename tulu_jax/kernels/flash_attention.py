@@ -239,28 +239,42 @@ def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
     )
 
 
+def count_visible(
+    own: Int[Array, "B T"],
+    prompt: Int[Array, "B T"] | None,
+    key: Int[Array, "B S"],
+    *,
+    position: Int[Array, "T"],
+    block_q: int,
+    block_k: int,
+) -> Int[Array, "B i j"]:
+    """How many (query, key) pairs of each pair of blocks are visible, from `codes`; the query t is
+    at `position[t]` of the keys."""
+    B, S = key.shape
+
+    def of_block(rows):  # [B, j]: of one query block
+        own, prompt, position = rows
+        visible = key[:, None] == own[:, :, None]
+        if prompt is not None:
+            visible |= key[:, None] == prompt[:, :, None]
+        visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
+        return visible.reshape(B, block_q, -1, block_k).sum(axis=(1, 3), dtype=jnp.int32)
+
+    def blocks_first(x):
+        return None if x is None else x.reshape(B, -1, block_q).swapaxes(0, 1)
+
+    # A block at a time: [B, T, S] would be gigabytes for long rows.
+    rows = (blocks_first(own), blocks_first(prompt), position.reshape(-1, block_q))
+    return lax.map(of_block, rows).swapaxes(0, 1)
+
+
 def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     """Every pair of `block` queries and keys in which anything is visible, and one for each block
     that would otherwise not be met, so that its results are written."""
-    B, _, T = own.shape
-    S = key.shape[2]
+    (B, T), S = own.shape, key.shape[1]
     i, j = T // block, S // block
     position = query_offset + jnp.arange(T, dtype=jnp.int32)
-
-    def seen_of(rows):  # [B, j]: visible (query, key) pairs of one query block
-        own, prompt, position = rows
-        visible = key == own[:, :, None]
-        if prompt is not None:
-            visible |= key == prompt[:, :, None]
-        visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
-        return visible.reshape(B, block, j, block).sum(axis=(1, 3), dtype=jnp.int32)
-
-    def blocks_first(x):
-        return None if x is None else x.reshape(B, i, block).swapaxes(0, 1)
-
-    # A block at a time: [B, T, S] would be gigabytes for long rows.
-    rows = (blocks_first(own), blocks_first(prompt), position.reshape(i, block))
-    seen = lax.map(seen_of, rows).swapaxes(0, 1)
+    seen = count_visible(own, prompt, key, position=position, block_q=block, block_k=block)
     starts = block * jnp.arange(j, dtype=jnp.int32)
     shift = position[None, ::block, None] - starts[None, None]
     active = seen > 0
@@ -288,21 +302,10 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     return _list(visited, kind, shift, by_key=by_key, bound=bound)
 
 
-def _codes(segments, branches, padding):
-    """One number for (segment, branch)."""
-    return jnp.where(segments == 0, padding, 3 * segments + branches).astype(jnp.int32)
-
-
-def prepare(
-    *,
-    segment_ids: Int[Array, "B T"],
-    kv_segment_ids: Int[Array, "B S"],
-    branches: Int[Array, "B T"] | None,
-    kv_branches: Int[Array, "B S"] | None,
-    query_offset: Int[Array, ""] | int,
-    tiling: Tiling,
-) -> Plan:
-    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+def codes(*, segment_ids, kv_segment_ids, branches, kv_branches, multiples):
+    """One number for (segment, branch): own and prompt codes of queries [B, T'] (the latter None
+    without branches) and codes of keys [B, S'], padded to `multiples` of queries and of keys. A key
+    is seen if its code equals either of the query's.
 
     Raises `ValueError` for segments or branches that are not integers or do not match in shape.
     """
@@ -319,26 +322,48 @@ def prepare(
             raise ValueError(f"{name} has shape {ids.shape}; expected {shape}")
     if (branches is None) != (kv_branches is None):
         raise ValueError("branches and kv_branches come together: found only one of them")
+
+    def code(segments, branches, padding, multiple):
+        found = jnp.where(segments == 0, padding, 3 * segments + branches).astype(jnp.int32)
+        n = found.shape[1]
+        return jnp.pad(found, ((0, 0), (0, _up(n, multiple) - n)), constant_values=padding)
+
+    own = code(segment_ids, 0 if branches is None else branches, NO_QUERY, multiples[0])
+    prompt = None if branches is None else code(segment_ids, 0, NO_QUERY, multiples[0])
+    key = code(kv_segment_ids, 0 if branches is None else kv_branches, NO_KEY, multiples[1])
+    return own, prompt, key
+
+
+def prepare(
+    *,
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    branches: Int[Array, "B T"] | None,
+    kv_branches: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    tiling: Tiling,
+) -> Plan:
+    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+
+    Raises `ValueError` for segments or branches that are not integers or do not match in shape.
+    """
     largest = math.lcm(tiling.forward.block, tiling.backward.block)
-    pad_T, pad_S = _up(T, largest) - T, _up(S, largest) - S
-    own = _codes(segment_ids, 0 if branches is None else branches, NO_QUERY)
-    key = _codes(kv_segment_ids, 0 if branches is None else kv_branches, NO_KEY)
-    prompt = None if branches is None else _codes(segment_ids, 0, NO_QUERY)
-    own, prompt = (
-        None if x is None else jnp.pad(x, ((0, 0), (0, pad_T)), constant_values=NO_QUERY)[:, None]
-        for x in (own, prompt)
+    own, prompt, key = found = codes(
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        branches=branches,
+        kv_branches=kv_branches,
+        multiples=(largest, largest),
     )
-    key = jnp.pad(key, ((0, 0), (0, pad_S)), constant_values=NO_KEY)[:, None]
-    codes = (own, prompt, key, query_offset)
     return Plan(
-        own=own,
-        prompt=prompt,
-        key=key,
-        forward=_pairs(tiling.forward.block, *codes, by_key=False),
-        backward=_pairs(tiling.backward.block, *codes, by_key=True),
+        own=own[:, None],
+        prompt=None if prompt is None else prompt[:, None],
+        key=key[:, None],
+        forward=_pairs(tiling.forward.block, *found, query_offset, by_key=False),
+        backward=_pairs(tiling.backward.block, *found, query_offset, by_key=True),
         tiling=tiling,
-        queries=T,
-        keys=S,
+        queries=segment_ids.shape[1],
+        keys=kv_segment_ids.shape[1],
     )
 
 
