@@ -27,6 +27,7 @@ class Case:
     together: int = 2
     pipelined: bool = True
     transposed: bool = False
+    widened: bool = False
 
     def tiling(self):
         tile = flash.Tile(
@@ -38,7 +39,14 @@ class Case:
             transposed=self.transposed,
         )
         return flash.fit(
-            flash.Tiling(forward=tile, backward=tile, vmem=2**27, cores=1),
+            flash.Tiling(
+                forward=tile,
+                backward=tile,
+                vmem=2**27,
+                smem=2**20,
+                cores=1,
+                widened=self.widened,
+            ),
             queries=self.queries,
             keys=self.keys,
             heads=self.heads,
@@ -55,6 +63,7 @@ CASES = (
     Case(queries=130, offset=128, heads=3, kv_heads=1, together=3, transposed=True),
     Case(queries=257, keys=257, head_dim=128, kv_heads=4, together=4, dtype="bfloat16"),
     Case(queries=120, keys=120, head_dim=80, heads=2, dtype="bfloat16", transposed=True),
+    Case(queries=120, keys=120, branched=True, dtype="bfloat16", widened=True),
 )
 
 

@@ -39,7 +39,6 @@ LARGEST, SMALLEST = 2.0**100, 2.0**-40
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
-SMEM = 2**20  # bytes; the lists of pairs are kept there
 
 EMPTY, FULL, DIAGONAL, EDGE = 0, 1, 2, 3  # kinds of pairs, the two low bits of a flag
 FIRST, LAST = 4, 8  # first and last pair of the block that stays
@@ -69,12 +68,17 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Tiles of both passes for a chip with `vmem` bytes a core and so many cores a device."""
+    """Tiles of both passes for a chip with `vmem` and `smem` bytes a core (the latter for lists of
+    pairs) and so many cores a device. `widened` makes bfloat16 operands float32 in HBM, for a
+    chip that loads no others into its matrix unit; the products round them again.
+    """
 
     forward: Tile
     backward: Tile
     vmem: int
+    smem: int
     cores: int
+    widened: bool
 
 
 @functools.partial(
@@ -185,7 +189,7 @@ def fit(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(head_dim),
-        itemsize=itemsize,
+        itemsize=4 if tiling.widened else itemsize,
     )
     return dataclasses.replace(
         tiling,
@@ -268,7 +272,7 @@ def count_visible(
     return lax.map(of_block, rows).swapaxes(0, 1)
 
 
-def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
+def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> Pairs:
     """Every pair of `block` queries and keys in which anything is visible, and one for each block
     that would otherwise not be met, so that its results are written."""
     (B, T), S = own.shape, key.shape[1]
@@ -291,10 +295,11 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     else:
         bound = B * i * j
     scalars = (7 if by_key else 5) * 4 * (bound + 1)
-    if scalars > 0.9 * SMEM:
+    if scalars > 0.9 * smem:
         raise ValueError(
             f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
-            f"found {SMEM:,}. Use larger blocks, fewer rows or shorter ones"
+            f"found {smem:,}. Use larger blocks, fewer rows or shorter ones, or attention "
+            "'blockwise'"
         )
     if by_key:
         visited, kind = visited.swapaxes(1, 2), kind.swapaxes(1, 2)
@@ -359,8 +364,8 @@ def prepare(
         own=own[:, None],
         prompt=None if prompt is None else prompt[:, None],
         key=key[:, None],
-        forward=_pairs(tiling.forward.block, *found, query_offset, by_key=False),
-        backward=_pairs(tiling.backward.block, *found, query_offset, by_key=True),
+        forward=_pairs(tiling.forward.block, *found, query_offset, by_key=False, smem=tiling.smem),
+        backward=_pairs(tiling.backward.block, *found, query_offset, by_key=True, smem=tiling.smem),
         tiling=tiling,
         queries=segment_ids.shape[1],
         keys=kv_segment_ids.shape[1],
@@ -877,6 +882,9 @@ def flash_attention(
     pad_T, pad_S, pad_H = plan.own.shape[2] - T, plan.key.shape[2] - S, _head_dim(H) - H
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, pad_H)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, pad_H))) for x in (k, v))
-    out, lse = _attention(q, k, v, plan, static_of(q, H, interpret))
-    out, lse = out[:, :, :T, :H], lse[:, :, 0, :T]
+    dtype, static = q.dtype, static_of(q, H, interpret)
+    if plan.tiling.widened:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    out, lse = _attention(q, k, v, plan, static)
+    out, lse = out[:, :, :T, :H].astype(dtype), lse[:, :, 0, :T]
     return out, jnp.where(lse < UNSEEING, lse / LOG2E, -jnp.inf)

@@ -34,11 +34,11 @@ KERNELS = ("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret")
 Visibility = dict[str, Any]
 
 
-def choose(implementation: str, *, queries: int, keys: int, platform: str) -> str:
-    """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU that has bfloat16
-    products (v4 and later), 'pallas_gpu' on a GPU, 'triangular' for short rows on a CPU, else
-    'blockwise'. Any other name is kept, but 'triangular' takes no offset and yields to 'auto' over
-    a longer cache."""
+def choose(implementation: str, *, queries: int, keys: int, platform: str, dtype: jnp.dtype) -> str:
+    """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU whose kernel takes
+    `dtype`, 'pallas_gpu' on a GPU, 'triangular' for short rows on a CPU, else 'blockwise'. Any
+    other name is kept, but 'triangular' takes no offset and yields to 'auto' over a longer cache.
+    """
     if implementation == "triangular" and queries != keys:
         implementation = "auto"
     if implementation != "auto":
@@ -46,7 +46,8 @@ def choose(implementation: str, *, queries: int, keys: int, platform: str) -> st
     if queries == 1:
         return "xla"
     if platform == "tpu":
-        return "pallas" if flash_attention_tuning.chip(_device_kind()) else "blockwise"
+        taken = flash_attention_tuning.takes(_device_kind(), jnp.dtype(dtype).name)
+        return "pallas" if taken else "blockwise"
     if platform == "gpu":
         return "pallas_gpu"
     short = platform == "cpu" and queries == keys and queries <= LONGEST_TRIANGLE
@@ -155,7 +156,7 @@ def _tpu(heads, dtype, interpret):
         chip = flash_attention_tuning.chip(kind)
         if chip is None:
             raise ValueError(
-                f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v4 or "
+                f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v3 or "
                 "later. Use 'auto', 'blockwise' or 'xla'"
             )
         tiling = flash_attention_tuning.tiling(chip, dtype.name)

@@ -78,7 +78,7 @@ class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
-    (memory-bounded), 'pallas' (TPU v4 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
+    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
     'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
     `attention.choose` explains. `remat` recomputes each layer in the backward pass, keeping what
     `remat_policy` says: a name in `jax.checkpoint_policies`, or 'save_projections'.

@@ -167,6 +167,7 @@ class Trunk(nnx.Module):
                     queries=tokens.shape[1],
                     keys=kv_segment_ids.shape[1],
                     platform=jax.default_backend(),
+                    dtype=x.dtype,
                 ),
                 heads=(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim),
                 dtype=x.dtype,
