@@ -59,9 +59,9 @@ class Case:
 CASES = (
     Case(),
     Case(branched=True, block=256, transposed=True, kv_heads=1, together=4),
-    Case(queries=200, offset=100, branched=True, kv_heads=1, pipelined=False),
+    Case(queries=200, offset=100, branched=True, block=256, kv_heads=1, pipelined=False),
     Case(queries=130, offset=128, heads=3, kv_heads=1, together=3, transposed=True),
-    Case(queries=257, keys=257, head_dim=128, kv_heads=4, together=4, dtype="bfloat16"),
+    Case(queries=520, keys=520, head_dim=128, block=256, together=4, dtype="bfloat16"),
     Case(queries=120, keys=120, head_dim=80, heads=2, dtype="bfloat16", transposed=True),
     Case(queries=120, keys=120, branched=True, dtype="bfloat16", widened=True),
 )

@@ -71,7 +71,7 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
     for pairs in (plan.forward, plan.backward):
         count = pairs.count[0]
         found = {
-            (i, j): flag & 3
+            (i, j): flag & flash.KIND
             for i, j, flag in zip(pairs.query[:count], pairs.key[:count], pairs.flag, strict=False)
         }
         assert len(found) == count  # none twice
@@ -81,6 +81,15 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
         assert whole == set(zip(*np.nonzero(tiles.all((2, 3))), strict=True))
         diagonal = {(i, j) for i, j in active - whole if i * block + case.offset == j * block}
         assert diagonal == {p for p, kind in found.items() if kind == flash.DIAGONAL}
+        for i, j in active - whole - diagonal:  # what its kind leaves out is not visible
+            left_out = tiles[i, j].copy()
+            for k, n, q, m in flash.chunks(int(found[i, j]), case.tiling().forward):
+                left_out[q : q + m, k : k + n] = False
+            assert not left_out.any()
+            halves = tiles[i, j, block // 2 :].any(), tiles[i, j, :, : block // 2].any()
+            if block == 256:  # and it leaves out what it can
+                assert (found[i, j] == flash.EDGE) == all(halves)
+                assert (found[i, j] == flash.CORNER) == (not any(halves))
         assert {i for i, _ in found} == set(range(tiles.shape[0]))
     assert {j for _, j in found} == set(range(tiles.shape[1]))
 

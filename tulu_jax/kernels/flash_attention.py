@@ -40,9 +40,12 @@ NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
 
-EMPTY, FULL, DIAGONAL, EDGE = 0, 1, 2, 3  # kinds of pairs, the two low bits of a flag
-FIRST, LAST = 4, 8  # first and last pair of the block that stays
-FIRST_QUERY, LAST_QUERY = 16, 32  # backward: first and last pair of the query block
+# Kinds of pairs, the low bits of a flag. A segment that reaches into a pair from outside it often
+# needs only the keys of the later half, the queries of the earlier half, or both.
+EMPTY, FULL, DIAGONAL, EDGE, LATER_KEYS, EARLIER_QUERIES, CORNER = range(7)
+KIND = 7
+FIRST, LAST = 8, 16  # first and last pair of the block that stays
+FIRST_QUERY, LAST_QUERY = 32, 64  # backward: first and last pair of the query block
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -276,14 +279,20 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) ->
     """Every pair of `block` queries and keys in which anything is visible, and one for each block
     that would otherwise not be met, so that its results are written."""
     (B, T), S = own.shape, key.shape[1]
-    i, j = T // block, S // block
+    i, j, half = T // block, S // block, block // 2
     position = query_offset + jnp.arange(T, dtype=jnp.int32)
-    seen = count_visible(own, prompt, key, position=position, block_q=block, block_k=block)
+    quarters = count_visible(own, prompt, key, position=position, block_q=half, block_k=half)
+    quarters = quarters.reshape(B, i, 2, j, 2)
+    seen = quarters.sum(axis=(2, 4))
     starts = block * jnp.arange(j, dtype=jnp.int32)
     shift = position[None, ::block, None] - starts[None, None]
     active = seen > 0
     whole = seen == block * block
-    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, EDGE)), EMPTY)
+    early = quarters[:, :, 1].sum(axis=3) == 0  # nothing for the queries of the later half
+    late = quarters[..., 0].sum(axis=2) == 0  # nothing from the keys of the earlier half
+    part = jnp.where(early, EARLIER_QUERIES, jnp.where(late, LATER_KEYS, EDGE))
+    part = jnp.where(early & late, CORNER, part) if _halved(block) else EDGE
+    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, part)), EMPTY)
     first_key = (jnp.arange(j) == 0)[None, None]
     visited = active | (first_key & ~active.any(axis=2, keepdims=True))
     if by_key:
@@ -382,11 +391,26 @@ def _across(column, n):
     return jnp.tile(column, (1, n // LANES))
 
 
-def _chunks(kind, tile):
-    """(first key, keys, first query) of the products of a pair."""
+def _halved(block):
+    """Whether halves of such blocks are whole tiles of registers."""
+    return block % (2 * LANES) == 0
+
+
+def kinds(block: int) -> tuple[int, ...]:
+    """The kinds of pairs that kernels have bodies for, in the order of their program text."""
+    halves = (LATER_KEYS, EARLIER_QUERIES, CORNER) if _halved(block) else ()
+    return (FULL, DIAGONAL, EDGE, *halves)
+
+
+def chunks(kind: int, tile: Tile) -> list[tuple[int, int, int, int]]:
+    """(first key, keys, first query, queries) of the products of a pair."""
+    block, half = tile.block, tile.block // 2
     if kind == DIAGONAL:
-        return [(k, tile.sub, k) for k in range(0, tile.block, tile.sub)]
-    return [(k, tile.chunk, 0) for k in range(0, tile.block, tile.chunk)]
+        return [(k, tile.sub, k, block - k) for k in range(0, block, tile.sub)]
+    first = half if kind in (LATER_KEYS, CORNER) else 0
+    queries = half if kind in (EARLIER_QUERIES, CORNER) else block
+    size = min(tile.chunk, block - first)
+    return [(k, size, 0, queries) for k in range(first, block, size)]
 
 
 def _run(tile, kind, first, second, third):
@@ -396,7 +420,7 @@ def _run(tile, kind, first, second, third):
     the third of the one before that: what the matrix unit and the vector unit do at a time belongs
     to different items.
     """
-    items = [(chunk, head) for chunk in _chunks(kind, tile) for head in range(tile.heads)]
+    items = [(chunk, head) for chunk in chunks(kind, tile) for head in range(tile.heads)]
     if not tile.pipelined:
         for item in items:
             third(item, second(item, first(item)))
@@ -416,10 +440,10 @@ def _dot(a, b, dims, precision):
     return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _on_kinds(flag, body):
+def _on_kinds(flag, block, body):
     """Runs `body` as the kind of the pair says."""
-    for kind in (FULL, DIAGONAL, EDGE):
-        pl.when(flag & 3 == kind)(functools.partial(body, kind))
+    for kind in kinds(block):
+        pl.when(flag & KIND == kind)(functools.partial(body, kind))
 
 
 def _seen_by_rows(own, prompt, key, shift, q0):
@@ -471,25 +495,25 @@ def _forward_kernel(
 
     def pair(kind):
         def scores(item):
-            (k0, n, q0), h = item
-            keys, queries = pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+            (k0, n, q0, m), h = item
+            keys, queries = pl.ds(k0, n), pl.ds(q0, m)
             operands = scaled[h, queries], k[h // group, keys]
             s = _dot(*(operands[::-1] if turned else operands), NT, precision)
-            return s if kind == FULL else jnp.where(seen(k0, n, q0), s, MASKED)
+            return s if kind == FULL else jnp.where(seen(k0, n, q0, m), s, MASKED)
 
         @functools.cache
-        def seen(k0, n, q0):
-            queries = pl.ds(q0, tile.block - q0)
+        def seen(k0, n, q0, m):
+            queries = pl.ds(q0, m)
             code = _code(key_codes, key[t])[:, k0 : k0 + n]
             if turned:
-                rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+                rows = (x if x is None else x[:, q0 : q0 + m] for x in (own_code, prompt_code))
                 return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
             columns = (x if x is None else x[queries] for x in (own, prompt))
             return _seen_by_rows(*columns, code, shift, q0 - k0)
 
         def softmax(item, s):
-            (_, n, q0), h = item
-            queries = pl.ds(q0, tile.block - q0)
+            (_, n, q0, m), h = item
+            queries = pl.ds(q0, m)
             if turned:
                 p = jnp.exp2(s)
                 total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
@@ -509,8 +533,8 @@ def _forward_kernel(
             return p.astype(v.dtype)
 
         def accumulate(item, p):
-            (k0, n, q0), h = item
-            queries, values = pl.ds(q0, tile.block - q0), v[h // group, pl.ds(k0, n)]
+            (k0, n, q0, m), h = item
+            queries, values = pl.ds(q0, m), v[h // group, pl.ds(k0, n)]
             if turned:
                 acc[h, :, queries] += _dot(values.T, p, NN, precision)
             else:
@@ -518,7 +542,7 @@ def _forward_kernel(
 
         _run(tile, kind, scores, softmax, accumulate)
 
-    _on_kinds(flag, pair)
+    _on_kinds(flag, tile.block, pair)
 
     @pl.when(flag & LAST != 0)
     def _():
@@ -680,22 +704,22 @@ def _backward_kernel(
 
     def pair(kind):
         def at(item):
-            (k0, n, q0), h = item
-            return h, h // group, pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+            (k0, n, q0, m), h = item
+            return h, h // group, pl.ds(k0, n), pl.ds(q0, m)
 
         @functools.cache
-        def seen(k0, n, q0):
-            rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+        def seen(k0, n, q0, m):
+            rows = (x if x is None else x[:, q0 : q0 + m] for x in (own_code, prompt_code))
             return _seen_by_columns(*rows, key_column[pl.ds(k0, n)], shift, k0 - q0)
 
         @functools.cache
-        def scale_queries(h, q0):
-            x = q[h, pl.ds(q0, tile.block - q0)].astype(jnp.float32)
+        def scale_queries(h, q0, m):
+            x = q[h, pl.ds(q0, m)].astype(jnp.float32)
             return (x * (LOG2E * scale)).astype(q.dtype)
 
         def products(item):
             h, kv, keys, queries = at(item)
-            s = _dot(k[kv, keys], scale_queries(h, item[0][2]), NT, precision)  # [n, queries]
+            s = _dot(k[kv, keys], scale_queries(h, *item[0][2:]), NT, precision)  # [n, queries]
             dp = _dot(v[kv, keys], d_out[h, queries], NT, precision)
             return s if kind == FULL else jnp.where(seen(*item[0]), s, MASKED), dp
 
@@ -709,7 +733,7 @@ def _backward_kernel(
         def accumulate(item, gradients):
             h, kv, keys, queries = at(item)
             p, ds = gradients
-            qs = scale_queries(h, item[0][2])
+            qs = scale_queries(h, *item[0][2:])
             if turned:
                 dv_acc[kv, :, keys] += _dot(d_out[h, queries].T, p, NT, precision)
                 dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
@@ -720,7 +744,7 @@ def _backward_kernel(
 
         _run(tile, kind, products, gradients, accumulate)
 
-    _on_kinds(flag, pair)
+    _on_kinds(flag, tile.block, pair)
 
     @pl.when(flag & LAST_QUERY != 0)
     def _():
