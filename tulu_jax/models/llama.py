@@ -186,6 +186,7 @@ class Trunk(nnx.Module):
                     queries=tokens.shape[1],
                     keys=kv_segment_ids.shape[1],
                     platform=attention_lib.platform(),
+                    dtype=x.dtype,
                 ),
                 heads=(
                     self.config.num_heads // sharding.axis_size("heads"),
