@@ -51,6 +51,7 @@ def reference_key(config: TrainConfig, rows: loader.Rows, weights: str) -> dict[
         "template": data.chat,
         "max_length": str(data.max_length),
         "compute_dtype": config.execution.compute_dtype,
+        "log_softmax_dtype": config.objective.log_softmax_dtype,
         "data": rows.fingerprint,
     }
 

@@ -69,6 +69,16 @@ class TrainConfig:
             not paper or self.data.packing == "none",
             "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
         )
+        rounded = (
+            isinstance(self.objective, dpo.DPOConfig)
+            and self.objective.log_softmax_dtype == "bfloat16"
+        )
+        yield (
+            not rounded or self.execution.compute_dtype == "bfloat16",
+            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
+            f"as the original's did; compute_dtype = {self.execution.compute_dtype!r}. Set both, "
+            "or neither",
+        )
 
     @property
     def micro_batches(self) -> int:
