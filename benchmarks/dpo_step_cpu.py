@@ -11,6 +11,7 @@ it gets the best of the numbers in `MICRO_BATCHES`. (Its padding-free form is di
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -49,15 +50,15 @@ MODEL = LlamaConfig(  # 15M
     vocab_size=32000, num_layers=6, embed_dim=288, mlp_dim=768, num_heads=6, num_kv_heads=6,
     head_dim=48, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True, max_positions=8192,
 )  # fmt: skip
-LENGTH, ROWS = 2048, 4  # of an update: about 11 pairs
-MICRO_BATCHES = (2, 4, 6)  # of TRL's update
+LENGTH, ROWS = 4096, 2  # of an update: about 11 pairs; none is longer than a row
+MICRO_BATCHES = (2, 3, 4)  # of TRL's update
 TARGET = 2.0
 TOLERANCE = 1e-4  # of the trajectory
 EXECUTION = ExecutionConfig(compute_dtype="float32", remat_policy="save_projections")
 
 
 def train_config(model, data, workdir: str, **changes) -> TrainConfig:
-    """Our run; its updates are `batch_size` packed rows."""
+    """Our run; its updates are `batch_size` packed rows, one a forward."""
     values = dict(
         model=model,
         data=data,
@@ -70,6 +71,7 @@ def train_config(model, data, workdir: str, **changes) -> TrainConfig:
         workdir=workdir,
         base=None,
         batch_size=ROWS,
+        micro_batch_size=1,
     )
     return TrainConfig(**(values | changes))
 
@@ -102,11 +104,11 @@ def in_micro_batches(rows: loader.Rows, pairs: list[int], number: int) -> list[n
     return np.array_split(np.array(pairs)[np.argsort(longest)], number)
 
 
-def trl_dataset(rows: loader.Rows, ref_logps: np.ndarray | None) -> datasets.Dataset:
-    """The pairs, in the order of our store, in the columns that TRL's collator reads."""
+def trl_dataset(rows: loader.Rows, pairs, ref_logps: np.ndarray | None) -> datasets.Dataset:
+    """`pairs`, in their order, in the columns that TRL's collator reads."""
     examples = []
-    for i in range(rows.num_examples):
-        chosen, rejected = rows.store.sides(i)
+    for i in pairs:
+        chosen, rejected = rows.store.sides(int(i))
         start = int(chosen[1][0, 0]) + 1
         example = {
             "prompt_ids": chosen[0][:start].tolist(),
@@ -243,16 +245,13 @@ def our_side(config: TrainConfig, split: pairs_lib.Split, params, bar):
 
 def reference(config: TrainConfig, rows: loader.Rows, params, pairs: list[list[int]]) -> np.ndarray:
     """float32 [examples, 2] of the reference; zeros for pairs that no update has."""
-    score = jax.jit(
-        lambda batch: dpo.response_logps(
-            params, batch, config=config.objective, model=config.model, execution=EXECUTION
-        )
-    )
+    options = dict(config=config.objective, model=config.model, execution=config.execution)
+    score = jax.jit(functools.partial(dpo.response_logps, **options))
     logps = np.zeros((rows.num_examples, 2), np.float32)
     for number in tqdm.trange(len(pairs) * config.batch_size, desc="reference"):
         batch = {name: value[None] for name, value in rows.row(number).items()}
         known = batch["example"] >= 0
-        logps[batch["example"][known]] = np.asarray(score(batch))[known]
+        logps[batch["example"][known]] = np.asarray(score(params, batch))[known]
     return logps
 
 
@@ -280,7 +279,7 @@ def speed(root: pathlib.Path, folder: str, rounds: int) -> None:
     save_tokenizer(config, f"{folder}/hf")
     pairs = updates_of(rows, ROWS, rounds + 1)
     ref_logps = reference(config, rows, params, pairs)
-    dataset = trl_dataset(rows, ref_logps)
+    dataset = trl_dataset(rows, range(rows.num_examples), ref_logps)
 
     def train(updates, ours=None):
         callback = Alternating(ours)
@@ -333,9 +332,10 @@ def both_losses(config: TrainConfig, folder: str, workdir: str) -> tuple[list, l
     lines = metrics_lib.read(config.workdir)
     ours = [line["train/loss"] for line in lines if "train/loss" in line]
     pairs = updates_of(run.rows, config.batch_size, config.num_steps)
-    theirs = trl_trainer(
-        config, folder, trl_dataset(run.rows, None), [[update] for update in pairs], workdir=workdir
-    )
+    used = np.unique(np.concatenate(pairs))
+    dataset = trl_dataset(run.rows, used, None)
+    updates = [[np.searchsorted(used, update)] for update in pairs]
+    theirs = trl_trainer(config, folder, dataset, updates, workdir=workdir)
     theirs.train()
     return ours, theirs.losses, [len(update) for update in pairs]
 
