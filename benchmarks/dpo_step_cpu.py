@@ -50,15 +50,15 @@ MODEL = LlamaConfig(  # 15M
     vocab_size=32000, num_layers=6, embed_dim=288, mlp_dim=768, num_heads=6, num_kv_heads=6,
     head_dim=48, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True, max_positions=8192,
 )  # fmt: skip
-LENGTH, ROWS = 4096, 2  # of an update: about 11 pairs; none is longer than a row
-MICRO_BATCHES = (2, 3, 4)  # of TRL's update
+LENGTH, ROWS = 4096, 1  # of an update: about 5 pairs; none is longer than a row
+MICRO_BATCHES = (1, 2)  # of TRL's update
 TARGET = 2.0
 TOLERANCE = 1e-4  # of the trajectory
 EXECUTION = ExecutionConfig(compute_dtype="float32", remat_policy="save_projections")
 
 
 def train_config(model, data, workdir: str, **changes) -> TrainConfig:
-    """Our run; its updates are `batch_size` packed rows, one a forward."""
+    """Our run; its updates are `batch_size` packed rows."""
     values = dict(
         model=model,
         data=data,
@@ -71,7 +71,6 @@ def train_config(model, data, workdir: str, **changes) -> TrainConfig:
         workdir=workdir,
         base=None,
         batch_size=ROWS,
-        micro_batch_size=1,
     )
     return TrainConfig(**(values | changes))
 
@@ -345,7 +344,7 @@ def trajectory(root: pathlib.Path, folder: str, updates: int) -> None:
     base = root / "models/stories260K-hf"
     data = data_config(root, "models/stories260K/tok512.model", 1024, f"{folder}/cache")
     config = train_config(
-        hf.read_config(base), data, f"{folder}/run", base=str(base), num_steps=updates
+        hf.read_config(base), data, f"{folder}/run", base=str(base), num_steps=updates, batch_size=2
     )
     save_tokenizer(config, f"{folder}/hf")
     for file in base.iterdir():
@@ -368,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_root", default=str(pathlib.Path("..", "shared", "data")))
     parser.add_argument("--trajectory", action="store_true", help="compare losses, not speed")
-    parser.add_argument("--rounds", type=int, default=5, help="timed updates")
+    parser.add_argument("--rounds", type=int, default=9, help="timed updates")
     parser.add_argument("--updates", type=int, default=50, help="of the trajectory")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
