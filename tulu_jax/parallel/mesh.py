@@ -1,8 +1,7 @@
-"""The device mesh: axes `data, fsdp, context, tensor`, and multi-host set-up."""
+"""The device mesh: axes `data, fsdp, context, tensor`."""
 
 import dataclasses
 import math
-import os
 
 import jax
 import numpy as np
@@ -51,24 +50,6 @@ class MeshConfig:
                 f"the product {num_devices}"
             )
         return sizes
-
-
-def connect() -> None:
-    """Joins the processes of a multi-host run; does nothing for a single process.
-
-    On TPU pods jax finds its peers by itself. Elsewhere (tests, GPU hosts) the variables
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
-    """
-    if jax.distributed.is_initialized():
-        return
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
