@@ -1,7 +1,9 @@
 """What is wrong with a run as a whole, found before device work and reported all at once."""
 
 import math
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +11,7 @@ from etils import epath
 
 from tulu_jax import step as step_lib
 from tulu_jax.data import loader
+from tulu_jax.data.sources import readers
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
@@ -18,6 +21,9 @@ from tulu_jax.training import checkpoint as checkpoint_lib
 
 def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
+    buckets = list(_buckets(config))
+    if buckets:  # whatever lies in them would be missing too
+        return [*_mesh(config, num_devices), *buckets]
     return [*_mesh(config, num_devices), *_data(config), *_weights(config), *_disk(config)]
 
 
@@ -43,6 +49,26 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
     yield from sharding.divisibility_problems(sizes, params)
     if micro % max(1, jax.process_count()):
         yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
+
+
+def _buckets(config: TrainConfig) -> Iterator[str]:
+    """Buckets that cannot be reached; workdir and cache_dir must be writable from every host."""
+    written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
+    read = {"base": config.base or "", "data.data_root": config.data.data_root or ""}
+    for name, path in (written | read).items():
+        if "://" not in path:
+            continue
+        probe = epath.Path(path) / f".probe-{jax.process_index()}-{os.getpid()}"
+        try:
+            with readers.reaching(path):
+                if name in written:
+                    probe.write_bytes(b"")
+                    probe.unlink()
+                else:
+                    epath.Path(path).exists()
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:400]
+            yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

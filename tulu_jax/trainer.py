@@ -20,7 +20,7 @@ from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.objectives import dpo
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding
+from tulu_jax.parallel import preemption, sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
@@ -93,8 +93,10 @@ class Run:
     def train(self) -> dict[str, float]:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
 
-        Raises `FloatingPointError` if the loss or a gradient is not finite.
+        Raises `FloatingPointError` if the loss or a gradient is not finite, and
+        `preemption.Preempted` after saving what a SIGTERM interrupts.
         """
+        notice = preemption.Notice()
         with jax.set_mesh(self.mesh):
             state, self.weights = self._start()
             if self.config_text and jax.process_index() == 0:
@@ -102,9 +104,10 @@ class Run:
             if self.objective is dpo:
                 self._attach_reference(state)
             try:
-                return self._loop(state)
+                return self._loop(state, notice)
             finally:
                 self.checkpoints.close()
+                notice.close()
 
     def save_initial(self) -> None:
         """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
@@ -233,7 +236,7 @@ class Run:
         means = {name: total / count for name, total in totals.items()} | groups.means()
         return {f"eval/{name}": mean for name, mean in means.items()}
 
-    def _loop(self, state: TrainState) -> dict[str, float]:
+    def _loop(self, state: TrainState, notice: preemption.Notice) -> dict[str, float]:
         config = self.config
         start = int(state.step)
         if start >= self.num_steps:
@@ -264,7 +267,8 @@ class Run:
                 state, metrics = train_step(state, batch, self.reference)
             meter.push(step, metrics, bar)
             final = step == self.num_steps
-            save = final or step % config.checkpoint.every == 0
+            stop = not final and notice.reached(step)
+            save = final or stop or step % config.checkpoint.every == 0
             evaluate = final or bool(config.eval_every and step % config.eval_every == 0)
             if save or evaluate:
                 meter.flush(bar)  # a checkpoint is of finite numbers only
@@ -275,7 +279,14 @@ class Run:
                 meter.restart()
             if save:
                 measured = last_eval if evaluate else {}
+                recorder.flush()  # a resumed run has the lines before its checkpoint
                 self.checkpoints.save(step, state, self.about(), measured)
+            if stop:
+                recorder.close()
+                self.checkpoints.wait()
+                raise preemption.Preempted(
+                    f"Stopped and saved: {self.checkpoints.describe_latest()}"
+                )
         recorder.close()
         return last_eval
 
