@@ -138,7 +138,7 @@ def join(members, *, address=None, timeout=5.0):
 
     def one(member):
         try:
-            found, _ = lifeline.join(member, address, start_timeout=timeout, peer_timeout=60)
+            found, _ = lifeline.join(member, address, start_timeout=timeout, peer_timeout=60.0)
             return [m.process_id for m in found]
         except ValueError as error:
             return str(error)
@@ -213,7 +213,7 @@ PULSE = """
 import json, sys, time
 from tulu_jax.parallel import lifeline
 me, address = lifeline.Member(**json.loads(sys.argv[1])), sys.argv[2]
-_, line = lifeline.join(me, address, start_timeout=60, peer_timeout=5)
+_, line = lifeline.join(me, address, start_timeout=60.0, peer_timeout=5.0)
 line.watch()
 print("joined", flush=True)
 if sys.argv[3] == "raise":
