@@ -124,7 +124,7 @@ start() {
     return
   fi
   require accelerator topology
-  [ -n "$FLAG_dry_run" ] && jobset
+  [ -n "$FLAG_dry_run" ] && { jobset; kube apply -f -; return; }
   jobset | kube apply -f -
 }
 
