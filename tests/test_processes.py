@@ -115,6 +115,16 @@ def test_two_processes_give_the_curve_of_one(home, tmp_path, stage):
     assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 
+def test_processes_that_share_rows_load_the_same(home, tmp_path):
+    """`context` spans two processes, so pairs of them hold the same rows."""
+    text = (home / "tulu_tiny_sft_small.gin").read_text()
+    shared = text.replace("MeshConfig.data = 2", "MeshConfig.context = 2")
+    (home / "shared_rows_small.gin").write_text(shared)
+    finish(start(home, tmp_path / "one", count=1, stage="shared_rows"))
+    finish(start(home, tmp_path / "four", count=4, stage="shared_rows"))
+    assert_same_curve(tmp_path / "four", tmp_path / "one")
+
+
 def test_four_processes_through_two_deaths_and_a_sigterm(home, tmp_path):
     """Any process may die, process 0 too: the others say which, and the next try goes on."""
     options = ["--gin.NUM_STEPS=60", "--gin.CHECKPOINT_EVERY=10", "--gin.EVAL_EVERY=20"]

@@ -47,8 +47,6 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
-    if micro % max(1, jax.process_count()):
-        yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
 
 
 def _buckets(config: TrainConfig) -> Iterator[str]:

@@ -55,10 +55,13 @@ def load_base(base: str, model: LlamaConfig, abstract_params: dict) -> dict:
 
 
 def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The global arrays of a batch from each process's local rows."""
+    """The global arrays of a batch from the rows that each process loads (`mesh.row_share`)."""
+    _, parts = mesh_lib.row_share(mesh)
     return {
         name: jax.make_array_from_process_local_data(
-            sharding.batch_sharding(mesh, name, value.ndim), value
+            sharding.batch_sharding(mesh, name, value.ndim),
+            value,
+            global_shape=(value.shape[0] * parts, *value.shape[1:]),
         )
         for name, value in batch.items()
     }
@@ -73,6 +76,7 @@ class Run:
     def __init__(self, config: TrainConfig, config_text: str | None = None):
         self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh)
+        self.row_share = mesh_lib.row_share(self.mesh)
         self.objective = step_lib.OBJECTIVES[type(config.objective)]
         self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
         held_out = loader.prepare(config.data, split="validation")
@@ -211,8 +215,8 @@ class Run:
         return loader.eval_batches(
             rows,
             batch_size=self.config.micro_batch_size or self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.row_share[0],
+            process_count=self.row_share[1],
         )
 
     def _progress(self, items, name: str, **options):
@@ -252,8 +256,8 @@ class Run:
             batch_size=config.batch_size,
             start_step=start,
             num_steps=self.num_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.row_share[0],
+            process_count=self.row_share[1],
             workers=config.data.workers,
         )
         last_eval: dict[str, float] = {}

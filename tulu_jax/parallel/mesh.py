@@ -62,3 +62,24 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
         axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
         devices=np.asarray(devices),
     )
+
+
+def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of a batch's rows this process loads.
+
+    Processes whose devices hold the same rows, with `context` or `tensor` spanning them, load the
+    same part. Raises `ValueError` where the rows of two processes overlap only in part.
+    """
+    by_rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(by_rows) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"the processes hold the row shards {parts} of {len(by_rows)}: parts that overlap, or "
+            "are unequal, cannot be loaded; let context x tensor divide the devices of a process, "
+            "or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
