@@ -167,6 +167,21 @@ def _join() -> None:
     )
 
 
+def num_processes() -> int | None:
+    """What --num_processes says."""
+    return _NUM_PROCESSES.value
+
+
+def peer_timeout() -> float:
+    """What --peer_timeout says, in seconds."""
+    return _PEER_TIMEOUT.value
+
+
+def workdir() -> str | None:
+    """What --workdir says."""
+    return _WORKDIR.value
+
+
 def stop_if(problems: Iterable[str]) -> None:
     """Ends the process with code 2 after printing all of `problems`, if there are any."""
     try:

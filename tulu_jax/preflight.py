@@ -1,5 +1,6 @@
 """What is wrong with a run as a whole, found before device work and reported all at once."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -62,8 +63,9 @@ def _buckets(config: TrainConfig) -> Iterator[str]:
                 if name in written:
                     probe.write_bytes(b"")
                     probe.unlink()
-                else:
-                    epath.Path(path).exists()
+                else:  # `exists` is False where nothing can be reached
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        next(iter(epath.Path(path).iterdir()), None)
         except (OSError, ValueError) as error:
             said = " ".join(str(error).split())[:400]
             yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
