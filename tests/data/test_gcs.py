@@ -299,6 +299,7 @@ def test_buckets_that_cannot_be_written_are_named_before_a_run(config, bucket, t
 
 
 def test_a_bucket_out_of_reach_is_named_before_a_run(config, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     fresh_client()
     monkeypatch.setattr(gcsfs.retry, "asyncio", without_waiting())
     (problem,) = bucket_problems(config, tmp_path, base="gs://away/llama")
