@@ -36,11 +36,11 @@ def home(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("dpo_stage", [False, True])
 def test_a_published_config_shrinks_to_a_mesh_that_fits(home, mesh, processes, dpo_stage):
-    config = builders.train_config(home, dpo_stage=dpo_stage, model=models.named("llama2_70b"))
-    config = builders.replace(
-        config, mesh=mesh, batch_size=512, micro_batch_size=256, execution__attention="auto",
-        data__max_length=8192, num_steps=None, num_epochs=2.0, base="gs://b/llama",
+    config = builders.train_config(
+        home, dpo_stage=dpo_stage, model=models.named("llama2_70b"), mesh=mesh, batch_size=512,
+        micro_batch_size=256, num_steps=None, num_epochs=2.0, base="gs://b/llama",
     )  # fmt: skip
+    config = builders.replace(config, execution__attention="auto", data__max_length=8192)
     small = rehearse.shrink(config, processes=processes, embedded=True)
     sizes = {axis: getattr(small.mesh, axis) for axis in AXES}
     assert math.prod(sizes.values()) % processes == 0
