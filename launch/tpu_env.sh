@@ -12,18 +12,16 @@ export PYTHONUNBUFFERED=1
 # Tokenizers' threads and the loader's compete for the same cores.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-flags=(
-  # All-gathers of weights and reduce-scatters of gradients run beside the matrix products, over
-  # several of them: what fully-sharded training lives on.
-  --xla_tpu_enable_async_collective_fusion=true
-  --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
-  --xla_tpu_enable_async_collective_fusion_multiple_steps=true
-  --xla_tpu_overlap_compute_collective_tc=true
-  --xla_enable_async_all_gather=true
-  # Gradients over `data`, slices among them, are reduced in pieces beside the backward pass.
-  --xla_tpu_enable_data_parallel_all_reduce_opt=true
-  --xla_tpu_data_parallel_opt_different_sized_ops=true
-)
-# Yours come last, and win.
-export LIBTPU_INIT_ARGS="${flags[*]} ${LIBTPU_INIT_ARGS:-}"
-unset flags
+# Compiler options that every run wants are no flags: tulu_jax/parallel/compiler.py gives them to
+# jax.jit by generation of the chip, for the run and its dry run alike. What is left depends on how
+# many slices there are (GKE says MEGASCALE_NUM_SLICES, tpu_vm.sh says SLICES).
+if [ "${MEGASCALE_NUM_SLICES:-${SLICES:-1}}" -gt 1 ]; then
+  flags=(
+    # Gradients over `data`, which spans the slices, are reduced in pieces beside the backward pass,
+    # gradients of different sizes included: the network between slices is slow.
+    --xla_tpu_enable_data_parallel_all_reduce_opt=true
+    --xla_tpu_data_parallel_opt_different_sized_ops=true
+  )
+  export LIBTPU_INIT_ARGS="${flags[*]} ${LIBTPU_INIT_ARGS:-}"  # yours come last, and win
+  unset flags
+fi

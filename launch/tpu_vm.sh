@@ -112,7 +112,7 @@ bash tulu_jax/launch/worker.sh install" || return 1
 start() {
   local quoted
   printf -v quoted ' %q' "${TRAIN_ARGS[@]}"
-  on_all "bash tulu_jax/launch/worker.sh start$quoted"
+  on_all "SLICES=$SLICES bash tulu_jax/launch/worker.sh start$quoted"
 }
 
 status() {  # of process 0: running, "ended CODE", absent, or nothing if it cannot be asked

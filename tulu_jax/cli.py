@@ -18,13 +18,21 @@ from absl import app, flags, logging
 
 from tulu_jax import validation
 from tulu_jax.parallel import distributed
-from tulu_jax.recipe import TrainConfig
+from tulu_jax.recipe import TrainConfig, under
 
 _GIN_FILE = flags.DEFINE_string(
     "gin_file", None, "Complete gin file: a path, or a name in configs/. Override macros with "
     "--gin.NAME=value; strings need inner quotes: '--gin.MIXTURE=\"tulu_tiny\"'.",
 )  # fmt: skip
-_WORKDIR = flags.DEFINE_string("workdir", None, "Output folder. Default: runs/<gin file name>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Output folder. Default: runs/<gin file name>, below BUCKET if the file has one.",
+)
+_POD = flags.DEFINE_string(
+    "pod", None, "Another TPU slice: a file of configs/pods/ instead of the one that the gin file "
+    "includes, or the slice alone (--pod=v6e_256) for the same model and stage.",
+)  # fmt: skip
 
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where the environment does not tell it."
@@ -40,6 +48,7 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _MACRO = "gin.macro"
+_PODS = "pods"
 
 
 class UsageError(ValueError):
@@ -60,7 +69,7 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         try:
             if len(argv) > 1:
                 raise UsageError(f"unexpected arguments {argv[1:]}; options start with --")
-            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value)
+            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value, pod=_POD.value)
         except UsageError as error:
             print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
@@ -77,6 +86,11 @@ def _ours_or_serious(record) -> bool:
     if "orbax" in record.pathname:
         return record.levelno >= 40
     return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))
+
+
+def gin_file() -> str:
+    """The value of --gin_file."""
+    return _GIN_FILE.value
 
 
 def config_folders() -> list[pathlib.Path]:
@@ -102,14 +116,24 @@ def find(name: str | None) -> pathlib.Path:
     )
 
 
-def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None) -> TrainConfig:
+def load(
+    name: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    workdir: str | None,
+    pod: str | None = None,
+) -> TrainConfig:
     """The config of gin file `name` with `--gin.NAME=value` overrides.
 
-    Raises `UsageError` that lists every problem of files, fields, types and rules.
+    `workdir` is the output folder instead of the file's or the default one, `pod` a fragment of
+    pods/ instead of the one that the file includes: its name, or its slice alone. Raises
+    `UsageError` that lists every problem of files, fields, types and rules.
     """
     path = find(name)
     with gin.unlock_config():
-        lines, problems = _flatten(path)
+        lines, problems = _flatten(path, pod)
+        if pod and all(line.folder != _PODS for line in lines):
+            problems.append(f"--pod={pod}: {path.name} includes no fragment of {_PODS}/ to replace")
         problems += _parse(lines)
         problems += _override(overrides)
         gin.parse_config(
@@ -119,7 +143,7 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
         )
         bound = gin.config._CONFIG.get(("", "tulu_jax.recipe.TrainConfig"), {})
         if workdir or "workdir" not in bound:  # a saved config.gin names its own
-            workdir = workdir or f"runs/{path.stem}"
+            workdir = workdir or _default_workdir(path)
             gin.bind_parameter("tulu_jax.recipe.TrainConfig.workdir", workdir)
     with validation.collect() as invalid:
         config = _build(problems)
@@ -132,6 +156,12 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
         except ValueError as error:
             raise UsageError(f"{path.name}: {error}") from None
     return config
+
+
+def _default_workdir(path: pathlib.Path) -> str:
+    bucket = gin.config._CONFIG.get(("BUCKET", _MACRO), {}).get("value")
+    run = f"runs/{path.stem}"
+    return under(bucket, run) if isinstance(bucket, str) else run
 
 
 def check(config: TrainConfig) -> None:
@@ -200,11 +230,13 @@ def operative_config() -> str:
 class _Line:
     text: str
     origin: str  # "sft.gin, line 3"
+    folder: str
 
 
-def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
+def _flatten(path: pathlib.Path, pod: str | None) -> tuple[list[_Line], list[str]]:
     """The lines of a file with its includes in their places, and the includes that do not exist.
 
+    An include of pods/ gives way to that of `pod`, if there is one.
     gin's own search would take a folder named `models` in the working directory for a package, and
     stop at the first problem of an included file.
     """
@@ -213,19 +245,39 @@ def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
         origin = f"{path.name}, line {number}"
         found = re.fullmatch(r"include\s+(['\"])(.+)\1\s*(#.*)?", text)
         if not found:
-            lines.append(_Line(text, origin))
+            lines.append(_Line(text, origin, path.parent.name))
             continue
-        places = [folder / found.group(2) for folder in [path.parent, *config_folders()]]
+        wanted = found.group(2)
+        if pod and wanted.startswith(f"{_PODS}/"):
+            wanted, unknown = _pod_fragment(wanted, pod)
+            problems += unknown
+        places = [folder / wanted for folder in [path.parent, *config_folders()]]
         included = next((place for place in places if place.is_file()), None)
         if included is None:
             known = {str(f.relative_to(d)) for d in config_folders()[1:] for f in d.rglob("*.gin")}
-            hint = validation.nearest(found.group(2), known)
-            problems.append(f"{origin}: include {found.group(2)!r} was not found{hint}")
+            hint = validation.nearest(wanted, known)
+            problems.append(f"{origin}: include {wanted!r} was not found{hint}")
             continue
-        inner, missing = _flatten(included)
-        lines += [_Line("", i.origin) if i.text.startswith("from __gin__") else i for i in inner]
+        inner, missing = _flatten(included, pod)
+        for line in inner:
+            if line.text.startswith("from __gin__"):
+                line.text = ""
+        lines += inner
         problems += missing
     return lines, problems
+
+
+def _pod_fragment(included: str, pod: str) -> tuple[str, list[str]]:
+    """The fragment that `pod` names instead of `included`, or `included` and why there is none."""
+    known = {f.stem for folder in config_folders() for f in (folder / _PODS).glob("*.gin")}
+    run = "_".join(pathlib.Path(included).stem.split("_")[-2:])  # v5p_512_70b_sft -> 70b_sft
+    for name in (pod, f"{pod}_{run}"):
+        if name in known:
+            return f"{_PODS}/{name}.gin", []
+    slices = sorted(name.removesuffix(f"_{run}") for name in known if name.endswith(f"_{run}"))
+    hint = validation.nearest(pod, [*slices, *known])
+    problem = f"--pod={pod}: {_PODS}/ has no such fragment{hint}; slices for {run} are {slices}"
+    return included, [problem]
 
 
 def _parse(lines: list[_Line]) -> list[str]:

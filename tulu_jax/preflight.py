@@ -19,16 +19,20 @@ from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 
+_NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
+
 
 def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
-    buckets = list(_buckets(config))
-    if buckets:  # whatever lies in them would be missing too
-        return [*_mesh(config, num_devices), *buckets]
-    return [*_mesh(config, num_devices), *_data(config), *_weights(config), *_disk(config)]
+    found = [*mesh_problems(config, num_devices)]
+    away = [*_unnamed(config)] or [*_out_of_reach(config)]
+    if away:
+        return found + away  # what lies there cannot be looked at
+    return [*found, *_data(config), *_weights(config), *_disk(config)]
 
 
-def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
+def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
+    """What of `config` does not divide over the devices, and what would; reads nothing."""
     try:
         sizes = config.mesh.sizes(num_devices)
     except ValueError as error:
@@ -39,18 +43,20 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
     if micro % rows:
         yield (
             f"micro_batch_size = {micro} rows cannot be divided over data x fsdp = {rows}; "
-            f"choose a multiple of {rows}"
+            f"choose a multiple of {rows}, or data x fsdp of which "
+            f"{sharding.what_divides(micro, sizes)}"
         )
-    if config.data.max_length % sizes["context"]:
+    shards = sizes["context"] * sizes["tensor"]  # of the positions between blocks
+    if config.data.max_length % shards:
         yield (
-            f"max_length = {config.data.max_length} cannot be divided over context = "
-            f"{sizes['context']}"
+            f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
+            f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
 
 
-def _buckets(config: TrainConfig) -> Iterator[str]:
+def _out_of_reach(config: TrainConfig) -> Iterator[str]:
     """Buckets that cannot be reached; workdir and cache_dir must be writable from every host."""
     written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
     read = {"base": config.base or "", "data.data_root": config.data.data_root or ""}
@@ -69,6 +75,16 @@ def _buckets(config: TrainConfig) -> Iterator[str]:
         except (OSError, ValueError) as error:
             said = " ".join(str(error).split())[:400]
             yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
+
+
+def _unnamed(config: TrainConfig) -> Iterator[str]:
+    for path in (config.workdir, config.base or ""):
+        if _NO_BUCKET in path:
+            yield (
+                f"{path} is in no bucket yet; name yours: '--gin.BUCKET=\"gs://my-bucket/tulu\"', "
+                "or a local folder with the same contents"
+            )
+            return
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

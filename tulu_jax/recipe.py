@@ -1,6 +1,7 @@
 """The configuration of a whole run: what `cli` builds from gin and everything else takes."""
 
 import dataclasses
+import math
 
 from tulu_jax import validation
 from tulu_jax.data import loader
@@ -75,7 +76,19 @@ class TrainConfig:
         """Forwards per update."""
         return self.batch_size // (self.micro_batch_size or self.batch_size)
 
+    def num_updates(self, rows_per_epoch: int) -> int:
+        """Updates of the whole run: `num_steps`, or those that fit into the epochs, at least one.
+
+        A batch may straddle two epochs, so only the last one loses rows.
+        """
+        if self.num_steps is not None:
+            return self.num_steps
+        return max(1, math.floor(self.num_epochs * rows_per_epoch / self.batch_size))
+
 
 def under(root: str, path: str) -> str:
-    """`root/path`, for gin files, which cannot join strings: real data lies below one root."""
-    return f"{root.rstrip('/')}/{path}"
+    """`root/path`, for gin files, which cannot join strings: real data lies below one root.
+
+    A `path` that is whole (`/…`, `gs://…`) is itself.
+    """
+    return path if path.startswith("/") or "://" in path else f"{root.rstrip('/')}/{path}"

@@ -19,8 +19,8 @@ from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.objectives import dpo
+from tulu_jax.parallel import compiler, preemption, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import preemption, sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
@@ -81,8 +81,13 @@ class Run:
         self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
         held_out = loader.prepare(config.data, split="validation")
         self.eval_split = None if held_out is None else pairs.Split(held_out)
-        self.num_steps = config.num_steps or max(
-            1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
+        self.num_steps = config.num_updates(self.rows.rows_per_epoch)
+        logging.info(
+            "%d updates of %d rows, %.1f examples on average; %d updates of warm-up",
+            self.num_steps,
+            config.batch_size,
+            config.batch_size * self.rows.num_examples / self.rows.rows_per_epoch,
+            optim.num_warmup(config.optimizer, self.num_steps),
         )
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
@@ -250,7 +255,11 @@ class Run:
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
         meter = Meter(self, recorder)
-        train_step = jax.jit(step_lib.make_train_step(config, self.num_steps), donate_argnums=0)
+        train_step = jax.jit(
+            step_lib.make_train_step(config, self.num_steps),
+            donate_argnums=0,
+            compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind),
+        )
         batches = loader.batches(
             self.rows,
             batch_size=config.batch_size,

@@ -118,7 +118,13 @@ def test_a_tpu_vm_is_made_and_started_as_documented(launch):
     assert start[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "t"]
     assert "--worker=all" in start
     command = start[-1].removeprefix("--command=")
-    assert shlex.split(command) == ["bash", "tulu_jax/launch/worker.sh", "start", *TRAIN]
+    assert shlex.split(command) == [
+        "SLICES=1",
+        "bash",
+        "tulu_jax/launch/worker.sh",
+        "start",
+        *TRAIN,
+    ]
     with_slices = printed(launch("tpu_vm.sh", "run", *TPU, "--slices=2", "--dry_run"))
     assert [c[5] for c in with_slices if "worker.sh start" in c[-1]] == ["t-0", "t-1"]
 
@@ -252,7 +258,7 @@ def test_a_worker_starts_tells_and_stops(tmp_path):
     def worker(*arguments):
         done = subprocess.run(
             ["bash", tmp_path / "launch/worker.sh", *arguments],
-            env=os.environ | {"PYTHON": str(stand_in)},
+            env=os.environ | {"PYTHON": str(stand_in), "SLICES": "2"},
             capture_output=True,
             text=True,
             timeout=60,

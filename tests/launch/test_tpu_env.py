@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tulu_jax.parallel import compiler
+
 TPU_ENV = pathlib.Path(__file__).resolve().parents[2] / "launch/tpu_env.sh"
 COMPILE = """
 import jax, jax.numpy as jnp
@@ -33,17 +35,25 @@ def compile_with(arguments):
     )
 
 
-def test_libtpu_knows_the_flags():
-    pytest.importorskip("libtpu", reason="the extra 'tpu' is not installed")
-    sourced = subprocess.run(
-        ["bash", "-c", f'. "{TPU_ENV}" && echo "$LIBTPU_INIT_ARGS"'],
-        env=os.environ | {"LIBTPU_INIT_ARGS": "--xla_tpu_mine=1"},
+def sourced(slices):
+    """LIBTPU_INIT_ARGS after sourcing, with a flag of the user's own before."""
+    done = subprocess.run(
+        ["bash", "-c", f'set -eu; . "{TPU_ENV}"; echo "$LIBTPU_INIT_ARGS"'],
+        env=os.environ | {"LIBTPU_INIT_ARGS": "--xla_tpu_mine=1", "SLICES": slices},
         capture_output=True,
         text=True,
         check=True,
-    ).stdout.strip()
-    *ours, mine = sourced.split()
-    assert len(ours) > 3 and mine == "--xla_tpu_mine=1"
+    )
+    return done.stdout.split()
+
+
+def test_libtpu_knows_the_flags():
+    pytest.importorskip("libtpu", reason="the extra 'tpu' is not installed")
+    assert sourced("1") == ["--xla_tpu_mine=1"]
+    *ours, mine = sourced("2")
+    assert ours and mine == "--xla_tpu_mine=1"
+    options = {f"--{name}" for named in compiler.OPTIONS.values() for name in named}
+    assert not options & {flag.split("=")[0] for flag in ours}  # each in one place
     done = compile_with(" ".join(ours))
     assert done.stdout == "compiled\n", done.stderr
     refused = compile_with("--xla_tpu_no_such_flag=true")  # so that the line above says something

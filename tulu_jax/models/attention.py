@@ -135,8 +135,16 @@ def attention(
     return attend(q, k, v, visibility)
 
 
+def platform() -> str:
+    """Platform of the devices that the computation is for: of the ambient mesh, else the default.
+
+    A dry run compiles for devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _device_kind() -> str:
-    """Kind of the devices that the computation is for: of the ambient mesh, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
@@ -163,14 +171,14 @@ def _sharded(function, in_specs, out_specs):
 
 def _plan(ids, query_offset, tiling, heads, itemsize):
     """The pairs of blocks of each device, one behind the other on a leading axis over LISTS."""
-    mesh = jax.sharding.get_abstract_mesh()
     N, K, H = heads
-    tensor = 1 if num_devices() == 1 else mesh.shape[sharding.AXIS_RULES["heads"]]
+    divided = num_devices() > 1  # else this is one device's part, or there is one device
 
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
         T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
-        if num_devices() > 1 and mesh.shape[LISTS[-1]] > 1:
-            query_offset = query_offset + jax.lax.axis_index(LISTS[-1]) * T
+        tensor = sharding.axis_size("heads") if divided else 1
+        if divided:
+            query_offset = query_offset + sharding.axis_index("length") * T
         plan = flash_attention.prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
@@ -189,7 +197,7 @@ def _plan(ids, query_offset, tiling, heads, itemsize):
         )
         return jax.tree.map(lambda x: x[None], plan)
 
-    if num_devices() == 1:
+    if not divided:
         return local(*ids, query_offset)
     queries, keys = sharding.spec("batch", "length"), sharding.spec("batch", None)
     specs = (queries, keys, queries, keys, PartitionSpec())

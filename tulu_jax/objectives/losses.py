@@ -1,8 +1,7 @@
 """Vocabulary losses that never build [B, T, V] in float32.
 
 The sequence is cut into chunks of positions and scanned; only one chunk's logits exist at a time.
-A chunk takes every n-th position, not a run of neighbours, so that a sequence sharded over the
-`context` axis stays where it is.
+On a mesh each device scores the positions it holds against the whole unembedding, gathered once.
 """
 
 import functools
@@ -12,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.parallel import sharding
+
 Metrics = dict[str, jax.Array]
 
 
 def _to_chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [n, B, chunk, ...], zero-padded; chunk j has positions j, j + n, j + 2n..."""
     batch, length = x.shape[:2]
+    chunk = min(chunk, length)
     n = -(-length // chunk)
     x = jnp.pad(x, [(0, 0), (0, n * chunk - length)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, chunk, n, *x.shape[2:]), 2, 0)
@@ -65,7 +67,6 @@ def _target_gradient(d_kernel, hidden, targets, d_logps, dtype):
     return d_kernel.T.at[targets].add(own).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
@@ -78,6 +79,27 @@ def weighted_nll(
     Under differentiation the forward pass already makes both gradients, chunk by chunk, because the
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
+
+    def local(hidden, unembedding, targets, weights):
+        return sharding.total(
+            _weighted_nll(hidden, _whole(unembedding, hidden.dtype), targets, weights, chunk)
+        )
+
+    rows = sharding.spec("batch", "positions")
+    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows, rows)
+    run = sharding.per_device(local, specs, jax.P())
+    return run(hidden, unembedding, targets, weights)
+
+
+def _whole(unembedding, dtype):
+    """The unembedding from its shards, in the dtype it multiplies in."""
+    for axis, name in enumerate(("vocab", "embed")):
+        unembedding = sharding.gather(unembedding.astype(dtype), axis, name)
+    return unembedding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_nll(hidden, unembedding, targets, weights, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(total, inputs):
@@ -116,10 +138,9 @@ def _weighted_nll_backward(chunk, residuals, d_loss):
     )
 
 
-weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
+_weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
@@ -127,6 +148,17 @@ def token_logps(
     chunk: int,
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
+
+    def local(hidden, unembedding, targets):
+        return _token_logps(hidden, _whole(unembedding, hidden.dtype), targets, chunk)
+
+    rows = sharding.spec("batch", "positions")
+    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows)
+    return sharding.per_device(local, specs, rows)(hidden, unembedding, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logps(hidden, unembedding, targets, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(_, inputs):
@@ -137,7 +169,7 @@ def token_logps(
 
 
 def _token_logps_forward(hidden, unembedding, targets, chunk):
-    return token_logps(hidden, unembedding, targets, chunk), (hidden, unembedding, targets)
+    return _token_logps(hidden, unembedding, targets, chunk), (hidden, unembedding, targets)
 
 
 def _token_logps_backward(chunk, residuals, d_logps):
@@ -158,4 +190,4 @@ def _token_logps_backward(chunk, residuals, d_logps):
     return d_hidden, d_unembedding, np.zeros(targets.shape, jax.dtypes.float0)
 
 
-token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+_token_logps.defvjp(_token_logps_forward, _token_logps_backward)
