@@ -7,6 +7,7 @@ macros, fields, types, values that nothing reads, and what `preflight` finds in 
 import ast
 import dataclasses
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -16,6 +17,7 @@ import gin
 from absl import app, flags, logging
 
 from tulu_jax import validation
+from tulu_jax.parallel import distributed
 from tulu_jax.recipe import TrainConfig, under
 
 _GIN_FILE = flags.DEFINE_string(
@@ -31,6 +33,18 @@ _POD = flags.DEFINE_string(
     "pod", None, "Another TPU slice: a file of configs/pods/ instead of the one that the gin file "
     "includes, or the slice alone (--pod=v6e_256) for the same model and stage.",
 )  # fmt: skip
+
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where the environment does not tell it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", 60, "Seconds of silence after which a process counts as dead.", lower_bound=5
+)
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _MACRO = "gin.macro"
@@ -62,7 +76,8 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
         handler.addFilter(_ours_or_serious)  # Orbax and TensorStore tell every step of a save
-        main(config)
+        with distributed.together():
+            main(config)
 
     app.run(start, flags_parser=parse_flags)
 
@@ -150,14 +165,51 @@ def _default_workdir(path: pathlib.Path) -> str:
 
 
 def check(config: TrainConfig) -> None:
-    """Connects the processes of the run and ends this one with code 2 if the run cannot work."""
+    """Joins the processes of the run and ends this one with code 2 if the run cannot work."""
     import jax
 
     from tulu_jax import preflight
-    from tulu_jax.parallel import mesh
 
-    mesh.connect()
+    try:
+        _join()
+    except ValueError as error:
+        stop_if(str(error).split("\n"))
+    stop_if(distributed.device_problems(jax.devices()))
     stop_if(preflight.problems(config, num_devices=jax.device_count()))
+
+
+def _join() -> None:
+    """Joins the processes of the run. Raises `ValueError` if they do not come or do not agree."""
+    processes = distributed.find(
+        {
+            "coordinator_address": _COORDINATOR_ADDRESS.value,
+            "num_processes": _NUM_PROCESSES.value,
+            "process_id": _PROCESS_ID.value,
+        },
+        os.environ,
+        on_tpu=distributed.has_tpu_chips(),
+    )
+    distributed.connect(
+        processes,
+        config_text=operative_config(),
+        start_timeout=_START_TIMEOUT.value,
+        peer_timeout=_PEER_TIMEOUT.value,
+    )
+
+
+def num_processes() -> int | None:
+    """What --num_processes says."""
+    return _NUM_PROCESSES.value
+
+
+def peer_timeout() -> float:
+    """What --peer_timeout says, in seconds."""
+    return _PEER_TIMEOUT.value
+
+
+def workdir() -> str | None:
+    """What --workdir says."""
+    return _WORKDIR.value
 
 
 def stop_if(problems: Iterable[str]) -> None:

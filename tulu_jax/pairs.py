@@ -14,6 +14,7 @@ from etils import epath
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader
 from tulu_jax.objectives import dpo
+from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import reference
 
@@ -87,11 +88,12 @@ def reference_logps(
     )
     score = jax.jit(lambda p, batch: (batch["example"], logps_of(p, batch)), out_shardings=whole)
     size = config.micro_batch_size or config.batch_size
+    part, parts = mesh_lib.row_share(jax.sharding.get_mesh())
     batches = loader.eval_batches(
         rows,
         batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         first_row=done,
     )
     total = loader.num_eval_batches(rows, batch_size=size, first_row=done)

@@ -1,7 +1,10 @@
 """What is wrong with a run as a whole, found before device work and reported all at once."""
 
+import contextlib
 import math
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +12,7 @@ from etils import epath
 
 from tulu_jax import step as step_lib
 from tulu_jax.data import loader
+from tulu_jax.data.sources import readers
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
@@ -21,9 +25,9 @@ _NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
 def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
     found = [*mesh_problems(config, num_devices)]
-    unnamed = [*_bucket(config)]
-    if unnamed:
-        return found + unnamed  # what lies there cannot be looked at
+    away = [*_unnamed(config)] or [*_out_of_reach(config)]
+    if away:
+        return found + away  # what lies there cannot be looked at
     return [*found, *_data(config), *_weights(config), *_disk(config)]
 
 
@@ -50,11 +54,30 @@ def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
-    if micro % max(1, jax.process_count()):
-        yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
 
 
-def _bucket(config: TrainConfig) -> Iterator[str]:
+def _out_of_reach(config: TrainConfig) -> Iterator[str]:
+    """Buckets that cannot be reached; workdir and cache_dir must be writable from every host."""
+    written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
+    read = {"base": config.base or "", "data.data_root": config.data.data_root or ""}
+    for name, path in (written | read).items():
+        if "://" not in path:
+            continue
+        probe = epath.Path(path) / f".probe-{jax.process_index()}-{os.getpid()}"
+        try:
+            with readers.reaching(path):
+                if name in written:
+                    probe.write_bytes(b"")
+                    probe.unlink()
+                else:  # `exists` is False where nothing can be reached
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        next(iter(epath.Path(path).iterdir()), None)
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:400]
+            yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
+
+
+def _unnamed(config: TrainConfig) -> Iterator[str]:
     for path in (config.workdir, config.base or ""):
         if _NO_BUCKET in path:
             yield (

@@ -1,8 +1,7 @@
-"""The device mesh: axes `data, fsdp, context, tensor`, and multi-host set-up."""
+"""The device mesh: axes `data, fsdp, context, tensor`."""
 
 import dataclasses
 import math
-import os
 import re
 
 import jax
@@ -82,24 +81,6 @@ def slice_devices(topology: str) -> int:
     return int(slices or 1) * cores * math.prod(map(int, chips.split("x")))
 
 
-def connect() -> None:
-    """Joins the processes of a multi-host run; does nothing for a single process.
-
-    On TPU pods jax finds its peers by itself. Elsewhere (tests, GPU hosts) the variables
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
-    """
-    if jax.distributed.is_initialized():
-        return
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
-
-
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh over `devices` (default: all), the axes laid along the slice's torus; over several
     slices `data` is the outer part. Raises `ValueError` if the axes do not fill the devices."""
@@ -127,3 +108,24 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
             tuple(sizes.values()), devices, allow_split_physical_axes=True
         )
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
+
+
+def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of a batch's rows this process loads.
+
+    Processes whose devices hold the same rows, with `context` or `tensor` spanning them, load the
+    same part. Raises `ValueError` where the rows of two processes overlap only in part.
+    """
+    by_rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(by_rows) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"the processes hold the row shards {parts} of {len(by_rows)}: parts that overlap, or "
+            "are unequal, cannot be loaded; let context x tensor divide the devices of a process, "
+            "or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
