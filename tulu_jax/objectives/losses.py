@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tulu_jax.parallel import sharding
+from tulu_jax.models import llama
 
 Metrics = dict[str, jax.Array]
 
@@ -80,22 +80,8 @@ def weighted_nll(
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
 
-    def local(hidden, unembedding, targets, weights):
-        return sharding.total(
-            _weighted_nll(hidden, _whole(unembedding, hidden.dtype), targets, weights, chunk)
-        )
-
-    rows = sharding.spec("batch", "positions")
-    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows, rows)
-    run = sharding.per_device(local, specs, jax.P())
-    return run(hidden, unembedding, targets, weights)
-
-
-def _whole(unembedding, dtype):
-    """The unembedding from its shards, in the dtype it multiplies in."""
-    for axis, name in enumerate(("vocab", "embed")):
-        unembedding = sharding.gather(unembedding.astype(dtype), axis, name)
-    return unembedding
+    score = functools.partial(_weighted_nll, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, weights, add=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -149,12 +135,8 @@ def token_logps(
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
 
-    def local(hidden, unembedding, targets):
-        return _token_logps(hidden, _whole(unembedding, hidden.dtype), targets, chunk)
-
-    rows = sharding.spec("batch", "positions")
-    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows)
-    return sharding.per_device(local, specs, rows)(hidden, unembedding, targets)
+    score = functools.partial(_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -206,13 +188,8 @@ def bfloat16_token_logps(
     TPUs is unknown. The result is float32, for sums in float32.
     """
 
-    def local(hidden, unembedding, targets):
-        whole = _whole(unembedding, unembedding.dtype)
-        return _bfloat16_token_logps(hidden, whole, targets, chunk)
-
-    rows = sharding.spec("batch", "positions")
-    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows)
-    return sharding.per_device(local, specs, rows)(hidden, unembedding, targets)
+    score = functools.partial(_bfloat16_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
 
 
 def _bfloat16_token_logps(hidden, unembedding, targets, chunk):
