@@ -73,6 +73,11 @@ def _ours_or_serious(record) -> bool:
     return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))
 
 
+def gin_file() -> str:
+    """The value of --gin_file."""
+    return _GIN_FILE.value
+
+
 def config_folders() -> list[pathlib.Path]:
     """Where gin files are looked for: here, ./configs, and the configs this package came with."""
     folders = [pathlib.Path.cwd(), pathlib.Path.cwd() / "configs"]

@@ -19,8 +19,8 @@ from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.objectives import dpo
+from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
@@ -248,7 +248,11 @@ class Run:
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
         meter = Meter(self, recorder)
-        train_step = jax.jit(step_lib.make_train_step(config, self.num_steps), donate_argnums=0)
+        train_step = jax.jit(
+            step_lib.make_train_step(config, self.num_steps),
+            donate_argnums=0,
+            compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind),
+        )
         batches = loader.batches(
             self.rows,
             batch_size=config.batch_size,

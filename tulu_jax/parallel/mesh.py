@@ -6,6 +6,7 @@ import os
 import re
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 
 from tulu_jax import validation
@@ -100,15 +101,29 @@ def connect() -> None:
 
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all). Raises `ValueError` if the axes do not fill them.
-
-    Axes follow the torus where they can; one that is shorter than a torus axis takes a part of it,
-    which `jax.make_mesh` refuses on v6e.
-    """
-    devices = jax.devices() if devices is None else devices
+    """A mesh over `devices` (default: all), the axes laid along the slice's torus; over several
+    slices `data` is the outer part. Raises `ValueError` if the axes do not fill the devices."""
+    devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    placed = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=axis_types)
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and sizes["data"] % slices:
+        raise ValueError(
+            f"data = {sizes['data']} cannot be divided over {slices} slices; the other axes stay "
+            f"within a slice, so choose a multiple of {slices}"
+        )
+    if devices[0].platform != "tpu":
+        placed = np.asarray(devices).reshape(tuple(sizes.values()))
+    elif slices > 1:
+        within = {**sizes, "data": sizes["data"] // slices}
+        placed = mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()),
+            (slices, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
