@@ -41,11 +41,12 @@ def main(config: TrainConfig) -> None:
                 "this config names no topology; give --topology, e.g. --topology=v5p:4x8x8"
             )
         slices = [topology.parse(name) for name in names]
-        cli.stop_if(problem for s in slices for problem in plan.problems(config, s))
         if _PLAN.value:
             results = plan.search(config, slices[0], compiles=_COMPILES.value, out=out)
         else:
-            results = [plan.price(config, s, held=held) for s in slices]
+            runs = [(plan.suited(config, s), s) for s in slices]
+            cli.stop_if(problem for run in runs for problem in plan.problems(*run))
+            results = [plan.price(*run, held=held) for run in runs]
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

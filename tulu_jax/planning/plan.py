@@ -96,16 +96,30 @@ def problems(config: TrainConfig, topology: Topology) -> Iterator[str]:
 def num_updates(config: TrainConfig) -> int:
     """Updates of the whole run; of epochs by the published counts and mean lengths. Raises
     `ValueError` for epochs of data without a published count."""
-    if config.num_steps:
-        return config.num_steps
     count = registry.expected_examples(config.data.train)
-    if count is None:
+    if count is None and config.num_steps is None:
         raise ValueError(
             f"{registry.name_of(config.data.train)!r} has no published number of examples, so its "
             "epochs cannot be counted; give NUM_STEPS instead of NUM_EPOCHS for the dry run"
         )
-    examples = config.batch_size * aot.documents(config).examples(config.data.max_length)
-    return max(1, math.floor(config.num_epochs * count / examples))
+    rows_per_epoch = (count or 0) / aot.documents(config).examples(config.data.max_length)
+    return config.num_updates(rows_per_epoch)
+
+
+def suited(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """`config` if its mesh fills the slice, else with the mesh that the estimate prefers there.
+
+    Raises `ValueError` if nothing fits by estimate.
+    """
+    if config.mesh.topology == topology.name:
+        return config
+    try:
+        config.mesh.sizes(topology.num_devices)
+    except ValueError:
+        return ranked(config, topology)[0]
+    return dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, topology=topology.name)
+    )
 
 
 def price(config: TrainConfig, topology: Topology, *, held: rows.Documents | None = None) -> Result:
@@ -218,6 +232,21 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
     return layer * model.num_layers
 
 
+def ranked(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
+    """Candidates that fit by estimate, the fastest first. Raises `ValueError` if there is none."""
+    found = []
+    for number, candidate in enumerate(candidates(config, topology)):
+        seconds, size = guess(candidate, topology)
+        if size < topology.hardware.hbm * (1 - SPARE):
+            found.append((seconds, number, candidate))
+    if not found:
+        raise ValueError(
+            f"no mesh, micro-batch and rematerialisation fits {topology.name} by estimate; choose "
+            "a larger slice"
+        )
+    return [candidate for _, _, candidate in sorted(found, key=lambda item: item[:2])]
+
+
 def search(
     config: TrainConfig, topology: Topology, *, compiles: int, out: epath.Path
 ) -> list[Result]:
@@ -228,20 +257,9 @@ def search(
     """
     import tqdm
 
-    ranked = []
-    for number, candidate in enumerate(candidates(config, topology)):
-        seconds, size = guess(candidate, topology)
-        if size < topology.hardware.hbm * (1 - SPARE):
-            ranked.append((seconds, number, candidate))
-    if not ranked:
-        raise ValueError(
-            f"no mesh, micro-batch and rematerialisation fits {topology.name} by estimate; choose "
-            "a larger slice"
-        )
-    ranked.sort(key=lambda item: item[:2])
     results = [
         price(candidate, topology)
-        for _, _, candidate in tqdm.tqdm(ranked[:compiles], desc="plan", unit="compile")
+        for candidate in tqdm.tqdm(ranked(config, topology)[:compiles], desc="plan", unit="compile")
     ]
     results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
     if results[0].fits:
