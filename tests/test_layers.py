@@ -22,7 +22,16 @@ ALLOWED = {
     "decode": {"models", "parallel"},
 }
 TOP = {"recipe", "step", "pairs", "trainer", "trained", "preflight", "cli"}
-ENTRY_POINTS = {"train", "prepare", "convert", "generate", "evaluate", "report"}
+ENTRY_POINTS = {
+    "train",
+    "prepare",
+    "convert",
+    "generate",
+    "evaluate",
+    "report",
+    "rehearse",
+    "dryrun",
+}
 HOMES = {
     "gin": {"cli.py"},
     "flax": {"models/"},

@@ -7,6 +7,7 @@ macros, fields, types, values that nothing reads, and what `preflight` finds in 
 import ast
 import dataclasses
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -16,16 +17,38 @@ import gin
 from absl import app, flags, logging
 
 from tulu_jax import validation
-from tulu_jax.recipe import TrainConfig
+from tulu_jax.parallel import distributed
+from tulu_jax.recipe import TrainConfig, under
 
 _GIN_FILE = flags.DEFINE_string(
     "gin_file", None, "Complete gin file: a path, or a name in configs/. Override macros with "
     "--gin.NAME=value; strings need inner quotes: '--gin.MIXTURE=\"tulu_tiny\"'.",
 )  # fmt: skip
-_WORKDIR = flags.DEFINE_string("workdir", None, "Output folder. Default: runs/<gin file name>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Output folder. Default: runs/<gin file name>, below BUCKET if the file has one.",
+)
+_POD = flags.DEFINE_string(
+    "pod", None, "Another TPU slice: a file of configs/pods/ instead of the one that the gin file "
+    "includes, or the slice alone (--pod=v6e_256) for the same model and stage.",
+)  # fmt: skip
+
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where the environment does not tell it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", 60, "Seconds of silence after which a process counts as dead.", lower_bound=5
+)
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _MACRO = "gin.macro"
+_PODS = "pods"
 
 
 class UsageError(ValueError):
@@ -46,14 +69,15 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         try:
             if len(argv) > 1:
                 raise UsageError(f"unexpected arguments {argv[1:]}; options start with --")
-            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value)
+            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value, pod=_POD.value)
         except UsageError as error:
             print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
         handler.addFilter(_ours_or_serious)  # Orbax and TensorStore tell every step of a save
-        main(config)
+        with distributed.together():
+            main(config)
 
     app.run(start, flags_parser=parse_flags)
 
@@ -62,6 +86,11 @@ def _ours_or_serious(record) -> bool:
     if "orbax" in record.pathname:
         return record.levelno >= 40
     return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))
+
+
+def gin_file() -> str:
+    """The value of --gin_file."""
+    return _GIN_FILE.value
 
 
 def config_folders() -> list[pathlib.Path]:
@@ -87,14 +116,24 @@ def find(name: str | None) -> pathlib.Path:
     )
 
 
-def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None) -> TrainConfig:
+def load(
+    name: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    workdir: str | None,
+    pod: str | None = None,
+) -> TrainConfig:
     """The config of gin file `name` with `--gin.NAME=value` overrides.
 
-    Raises `UsageError` that lists every problem of files, fields, types and rules.
+    `workdir` is the output folder instead of the file's or the default one, `pod` a fragment of
+    pods/ instead of the one that the file includes: its name, or its slice alone. Raises
+    `UsageError` that lists every problem of files, fields, types and rules.
     """
     path = find(name)
     with gin.unlock_config():
-        lines, problems = _flatten(path)
+        lines, problems = _flatten(path, pod)
+        if pod and all(line.folder != _PODS for line in lines):
+            problems.append(f"--pod={pod}: {path.name} includes no fragment of {_PODS}/ to replace")
         problems += _parse(lines)
         problems += _override(overrides)
         gin.parse_config(
@@ -104,7 +143,7 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
         )
         bound = gin.config._CONFIG.get(("", "tulu_jax.recipe.TrainConfig"), {})
         if workdir or "workdir" not in bound:  # a saved config.gin names its own
-            workdir = workdir or f"runs/{path.stem}"
+            workdir = workdir or _default_workdir(path)
             gin.bind_parameter("tulu_jax.recipe.TrainConfig.workdir", workdir)
     with validation.collect() as invalid:
         config = _build(problems)
@@ -119,15 +158,58 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
     return config
 
 
+def _default_workdir(path: pathlib.Path) -> str:
+    bucket = gin.config._CONFIG.get(("BUCKET", _MACRO), {}).get("value")
+    run = f"runs/{path.stem}"
+    return under(bucket, run) if isinstance(bucket, str) else run
+
+
 def check(config: TrainConfig) -> None:
-    """Connects the processes of the run and ends this one with code 2 if the run cannot work."""
+    """Joins the processes of the run and ends this one with code 2 if the run cannot work."""
     import jax
 
     from tulu_jax import preflight
-    from tulu_jax.parallel import mesh
 
-    mesh.connect()
+    try:
+        _join()
+    except ValueError as error:
+        stop_if(str(error).split("\n"))
+    stop_if(distributed.device_problems(jax.devices()))
     stop_if(preflight.problems(config, num_devices=jax.device_count()))
+
+
+def _join() -> None:
+    """Joins the processes of the run. Raises `ValueError` if they do not come or do not agree."""
+    processes = distributed.find(
+        {
+            "coordinator_address": _COORDINATOR_ADDRESS.value,
+            "num_processes": _NUM_PROCESSES.value,
+            "process_id": _PROCESS_ID.value,
+        },
+        os.environ,
+        on_tpu=distributed.has_tpu_chips(),
+    )
+    distributed.connect(
+        processes,
+        config_text=operative_config(),
+        start_timeout=_START_TIMEOUT.value,
+        peer_timeout=_PEER_TIMEOUT.value,
+    )
+
+
+def num_processes() -> int | None:
+    """What --num_processes says."""
+    return _NUM_PROCESSES.value
+
+
+def peer_timeout() -> float:
+    """What --peer_timeout says, in seconds."""
+    return _PEER_TIMEOUT.value
+
+
+def workdir() -> str | None:
+    """What --workdir says."""
+    return _WORKDIR.value
 
 
 def stop_if(problems: Iterable[str]) -> None:
@@ -148,11 +230,13 @@ def operative_config() -> str:
 class _Line:
     text: str
     origin: str  # "sft.gin, line 3"
+    folder: str
 
 
-def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
+def _flatten(path: pathlib.Path, pod: str | None) -> tuple[list[_Line], list[str]]:
     """The lines of a file with its includes in their places, and the includes that do not exist.
 
+    An include of pods/ gives way to that of `pod`, if there is one.
     gin's own search would take a folder named `models` in the working directory for a package, and
     stop at the first problem of an included file.
     """
@@ -161,19 +245,39 @@ def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
         origin = f"{path.name}, line {number}"
         found = re.fullmatch(r"include\s+(['\"])(.+)\1\s*(#.*)?", text)
         if not found:
-            lines.append(_Line(text, origin))
+            lines.append(_Line(text, origin, path.parent.name))
             continue
-        places = [folder / found.group(2) for folder in [path.parent, *config_folders()]]
+        wanted = found.group(2)
+        if pod and wanted.startswith(f"{_PODS}/"):
+            wanted, unknown = _pod_fragment(wanted, pod)
+            problems += unknown
+        places = [folder / wanted for folder in [path.parent, *config_folders()]]
         included = next((place for place in places if place.is_file()), None)
         if included is None:
             known = {str(f.relative_to(d)) for d in config_folders()[1:] for f in d.rglob("*.gin")}
-            hint = validation.nearest(found.group(2), known)
-            problems.append(f"{origin}: include {found.group(2)!r} was not found{hint}")
+            hint = validation.nearest(wanted, known)
+            problems.append(f"{origin}: include {wanted!r} was not found{hint}")
             continue
-        inner, missing = _flatten(included)
-        lines += [_Line("", i.origin) if i.text.startswith("from __gin__") else i for i in inner]
+        inner, missing = _flatten(included, pod)
+        for line in inner:
+            if line.text.startswith("from __gin__"):
+                line.text = ""
+        lines += inner
         problems += missing
     return lines, problems
+
+
+def _pod_fragment(included: str, pod: str) -> tuple[str, list[str]]:
+    """The fragment that `pod` names instead of `included`, or `included` and why there is none."""
+    known = {f.stem for folder in config_folders() for f in (folder / _PODS).glob("*.gin")}
+    run = "_".join(pathlib.Path(included).stem.split("_")[-2:])  # v5p_512_70b_sft -> 70b_sft
+    for name in (pod, f"{pod}_{run}"):
+        if name in known:
+            return f"{_PODS}/{name}.gin", []
+    slices = sorted(name.removesuffix(f"_{run}") for name in known if name.endswith(f"_{run}"))
+    hint = validation.nearest(pod, [*slices, *known])
+    problem = f"--pod={pod}: {_PODS}/ has no such fragment{hint}; slices for {run} are {slices}"
+    return included, [problem]
 
 
 def _parse(lines: list[_Line]) -> list[str]:

@@ -7,6 +7,7 @@ Examples:
 
 import json
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -25,10 +26,11 @@ def main(config) -> None:
     model = trained.Generator(config, step=_STEP.value, initial=_INITIAL.value, max_new_tokens=32)
     scores, replies = tulu_tiny.evaluate(model.replies)
     name = "initial" if _INITIAL.value else "final"
-    epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
-    (epath.Path(config.workdir) / f"tulu_tiny_{name}.json").write_text(
-        json.dumps({"scores": scores, "replies": replies}, indent=1)
-    )
+    if jax.process_index() == 0:
+        epath.Path(config.workdir).mkdir(parents=True, exist_ok=True)
+        (epath.Path(config.workdir) / f"tulu_tiny_{name}.json").write_text(
+            json.dumps({"scores": scores, "replies": replies}, indent=1)
+        )
     print(json.dumps(scores))
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,7 @@ from etils import epath
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader
 from tulu_jax.objectives import dpo
+from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import reference
 
@@ -51,6 +53,7 @@ def reference_key(config: TrainConfig, rows: loader.Rows, weights: str) -> dict[
         "template": data.chat,
         "max_length": str(data.max_length),
         "compute_dtype": config.execution.compute_dtype,
+        "log_softmax_dtype": config.objective.log_softmax_dtype,
         "data": rows.fingerprint,
     }
 
@@ -85,11 +88,12 @@ def reference_logps(
     )
     score = jax.jit(lambda p, batch: (batch["example"], logps_of(p, batch)), out_shardings=whole)
     size = config.micro_batch_size or config.batch_size
+    part, parts = mesh_lib.row_share(jax.sharding.get_mesh())
     batches = loader.eval_batches(
         rows,
         batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         first_row=done,
     )
     total = loader.num_eval_batches(rows, batch_size=size, first_row=done)
@@ -104,9 +108,12 @@ def reference_logps(
 
 
 def reference_cache(config: TrainConfig, split: str, rows: loader.Rows, weights: str):
-    """The cache of one split in the run's workdir."""
-    folder = epath.Path(config.workdir) / f"reference_{split}"
-    return reference.Cache(folder, reference_key(config, rows, weights))
+    """The cache of one split: in the run's workdir, or in `reference_dir` under its key's hash."""
+    key = reference_key(config, rows, weights)
+    if config.reference_dir is None:
+        return reference.Cache(epath.Path(config.workdir) / f"reference_{split}", key)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return reference.Cache(epath.Path(config.reference_dir) / digest, key)
 
 
 class Groups:

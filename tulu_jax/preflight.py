@@ -1,7 +1,10 @@
 """What is wrong with a run as a whole, found before device work and reported all at once."""
 
+import contextlib
 import math
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 
 import jax
@@ -9,19 +12,27 @@ from etils import epath
 
 from tulu_jax import step as step_lib
 from tulu_jax.data import loader
+from tulu_jax.data.sources import readers
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 
+_NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
+
 
 def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
-    return [*_mesh(config, num_devices), *_data(config), *_weights(config), *_disk(config)]
+    found = [*mesh_problems(config, num_devices)]
+    away = [*_unnamed(config)] or [*_out_of_reach(config)]
+    if away:
+        return found + away  # what lies there cannot be looked at
+    return [*found, *_data(config), *_weights(config), *_disk(config)]
 
 
-def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
+def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
+    """What of `config` does not divide over the devices, and what would; reads nothing."""
     try:
         sizes = config.mesh.sizes(num_devices)
     except ValueError as error:
@@ -32,17 +43,48 @@ def _mesh(config: TrainConfig, num_devices: int) -> Iterator[str]:
     if micro % rows:
         yield (
             f"micro_batch_size = {micro} rows cannot be divided over data x fsdp = {rows}; "
-            f"choose a multiple of {rows}"
+            f"choose a multiple of {rows}, or data x fsdp of which "
+            f"{sharding.what_divides(micro, sizes)}"
         )
-    if config.data.max_length % sizes["context"]:
+    shards = sizes["context"] * sizes["tensor"]  # of the positions between blocks
+    if config.data.max_length % shards:
         yield (
-            f"max_length = {config.data.max_length} cannot be divided over context = "
-            f"{sizes['context']}"
+            f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
+            f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
     params = llama.abstract_params(config.model, config.param_dtype)
     yield from sharding.divisibility_problems(sizes, params)
-    if micro % max(1, jax.process_count()):
-        yield f"micro_batch_size = {micro} cannot be divided over {jax.process_count()} processes"
+
+
+def _out_of_reach(config: TrainConfig) -> Iterator[str]:
+    """Buckets that cannot be reached; workdir and cache_dir must be writable from every host."""
+    written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
+    read = {"base": config.base or "", "data.data_root": config.data.data_root or ""}
+    for name, path in (written | read).items():
+        if "://" not in path:
+            continue
+        probe = epath.Path(path) / f".probe-{jax.process_index()}-{os.getpid()}"
+        try:
+            with readers.reaching(path):
+                if name in written:
+                    probe.write_bytes(b"")
+                    probe.unlink()
+                else:  # `exists` is False where nothing can be reached
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        next(iter(epath.Path(path).iterdir()), None)
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:400]
+            yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
+
+
+def _unnamed(config: TrainConfig) -> Iterator[str]:
+    for path in (config.workdir, config.base or ""):
+        if _NO_BUCKET in path:
+            yield (
+                f"{path} is in no bucket yet; name yours: '--gin.BUCKET=\"gs://my-bucket/tulu\"', "
+                "or a local folder with the same contents"
+            )
+            return
 
 
 def _data(config: TrainConfig) -> Iterator[str]:
@@ -69,7 +111,8 @@ def _weights(config: TrainConfig) -> Iterator[str]:
     if not epath.Path(base).exists():
         yield f"base = {base!r} does not exist; expected a Hugging Face folder or a run's workdir"
     elif (epath.Path(base) / "config.json").exists():
-        yield from hf.check_weights(base, config.model)
+        for problem in hf.check_weights(base, config.model):
+            yield f"base = {base!r}: {problem}"
     else:
         checkpoints = checkpoint_lib.Checkpoints(base)
         step = checkpoints.latest_step()

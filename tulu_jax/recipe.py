@@ -1,6 +1,7 @@
 """The configuration of a whole run: what `cli` builds from gin and everything else takes."""
 
 import dataclasses
+import math
 
 from tulu_jax import validation
 from tulu_jax.data import loader
@@ -20,7 +21,8 @@ class TrainConfig:
     `micro_batch_size` (None: all at once). Its length is `num_steps` updates or `num_epochs` passes
     over the data; exactly one is given. `base` is where the parameters come from: a Hugging Face
     folder, the workdir of another run, or None for random ones. `eval_every` None evaluates only at
-    the end.
+    the end. `reference_dir` is where runs share the cached reference of DPO, each under the
+    fingerprint of what its numbers depend on; None keeps it in the workdir.
     """
 
     model: LlamaConfig
@@ -33,6 +35,7 @@ class TrainConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     workdir: str
     base: str | None
+    reference_dir: str | None = None
     batch_size: int
     micro_batch_size: int | None = None
     num_steps: int | None = None
@@ -69,13 +72,39 @@ class TrainConfig:
             not paper or self.data.packing == "none",
             "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
         )
+        pairs = isinstance(self.objective, dpo.DPOConfig)
+        cached = pairs and self.objective.needs_reference and self.objective.reference == "cached"
+        yield (
+            self.reference_dir is None or cached,
+            f"reference_dir = {self.reference_dir!r} is for DPO with reference = 'cached'; this "
+            "run caches no reference",
+        )
+        rounded = pairs and self.objective.log_softmax_dtype == "bfloat16"
+        yield (
+            not rounded or self.execution.compute_dtype == "bfloat16",
+            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
+            f"as the original's did; compute_dtype = {self.execution.compute_dtype!r}. Set both, "
+            "or neither",
+        )
 
     @property
     def micro_batches(self) -> int:
         """Forwards per update."""
         return self.batch_size // (self.micro_batch_size or self.batch_size)
 
+    def num_updates(self, rows_per_epoch: int) -> int:
+        """Updates of the whole run: `num_steps`, or those that fit into the epochs, at least one.
+
+        A batch may straddle two epochs, so only the last one loses rows.
+        """
+        if self.num_steps is not None:
+            return self.num_steps
+        return max(1, math.floor(self.num_epochs * rows_per_epoch / self.batch_size))
+
 
 def under(root: str, path: str) -> str:
-    """`root/path`, for gin files, which cannot join strings: real data lies below one root."""
-    return f"{root.rstrip('/')}/{path}"
+    """`root/path`, for gin files, which cannot join strings: real data lies below one root.
+
+    A `path` that is whole (`/…`, `gs://…`) is itself.
+    """
+    return path if path.startswith("/") or "://" in path else f"{root.rstrip('/')}/{path}"

@@ -5,11 +5,16 @@ Examples:
   python -m tulu_jax.train --gin_file=tulu_tiny_dpo.gin --gin.NUM_STEPS=20 --workdir=/tmp/dpo
   python -m tulu_jax.train --gin_file=stories260k_sft.gin '--gin.DATA_ROOT="/data"'
   python -m tulu_jax.train --gin_file=runs/tulu_tiny_sft/config.gin   # exactly that run again
+
+Exit status 75 means that nothing is wrong with the run: a host was preempted or
+died, and the same command goes on from the last checkpoint.
 """
 
 import json
+import sys
 
 from tulu_jax import cli
+from tulu_jax.parallel import lifeline, preemption
 
 
 def main(config) -> None:
@@ -17,7 +22,11 @@ def main(config) -> None:
     cli.check(config)
     from tulu_jax import trainer
 
-    print(json.dumps(trainer.Run(config, cli.operative_config()).train()))
+    try:
+        print(json.dumps(trainer.Run(config, cli.operative_config()).train()))
+    except preemption.Preempted as stopped:
+        print(f"{stopped}. Start the same command again to go on.", file=sys.stderr)
+        sys.exit(lifeline.TRY_AGAIN)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.objectives import dpo
+from tulu_jax.parallel import compiler, preemption, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
@@ -55,10 +55,13 @@ def load_base(base: str, model: LlamaConfig, abstract_params: dict) -> dict:
 
 
 def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The global arrays of a batch from each process's local rows."""
+    """The global arrays of a batch from the rows that each process loads (`mesh.row_share`)."""
+    _, parts = mesh_lib.row_share(mesh)
     return {
         name: jax.make_array_from_process_local_data(
-            sharding.batch_sharding(mesh, name, value.ndim), value
+            sharding.batch_sharding(mesh, name, value.ndim),
+            value,
+            global_shape=(value.shape[0] * parts, *value.shape[1:]),
         )
         for name, value in batch.items()
     }
@@ -73,12 +76,18 @@ class Run:
     def __init__(self, config: TrainConfig, config_text: str | None = None):
         self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh)
+        self.row_share = mesh_lib.row_share(self.mesh)
         self.objective = step_lib.OBJECTIVES[type(config.objective)]
         self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
         held_out = loader.prepare(config.data, split="validation")
         self.eval_split = None if held_out is None else pairs.Split(held_out)
-        self.num_steps = config.num_steps or max(
-            1, math.floor(config.num_epochs * self.rows.rows_per_epoch / config.batch_size)
+        self.num_steps = config.num_updates(self.rows.rows_per_epoch)
+        logging.info(
+            "%d updates of %d rows, %.1f examples on average; %d updates of warm-up",
+            self.num_steps,
+            config.batch_size,
+            config.batch_size * self.rows.num_examples / self.rows.rows_per_epoch,
+            optim.num_warmup(config.optimizer, self.num_steps),
         )
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
@@ -93,8 +102,10 @@ class Run:
     def train(self) -> dict[str, float]:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
 
-        Raises `FloatingPointError` if the loss or a gradient is not finite.
+        Raises `FloatingPointError` if the loss or a gradient is not finite, and
+        `preemption.Preempted` after saving what a SIGTERM interrupts.
         """
+        notice = preemption.Notice()
         with jax.set_mesh(self.mesh):
             state, self.weights = self._start()
             if self.config_text and jax.process_index() == 0:
@@ -102,9 +113,10 @@ class Run:
             if self.objective is dpo:
                 self._attach_reference(state)
             try:
-                return self._loop(state)
+                return self._loop(state, notice)
             finally:
                 self.checkpoints.close()
+                notice.close()
 
     def save_initial(self) -> None:
         """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
@@ -208,8 +220,8 @@ class Run:
         return loader.eval_batches(
             rows,
             batch_size=self.config.micro_batch_size or self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.row_share[0],
+            process_count=self.row_share[1],
         )
 
     def _progress(self, items, name: str, **options):
@@ -233,7 +245,7 @@ class Run:
         means = {name: total / count for name, total in totals.items()} | groups.means()
         return {f"eval/{name}": mean for name, mean in means.items()}
 
-    def _loop(self, state: TrainState) -> dict[str, float]:
+    def _loop(self, state: TrainState, notice: preemption.Notice) -> dict[str, float]:
         config = self.config
         start = int(state.step)
         if start >= self.num_steps:
@@ -243,14 +255,18 @@ class Run:
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
         meter = Meter(self, recorder)
-        train_step = jax.jit(step_lib.make_train_step(config, self.num_steps), donate_argnums=0)
+        train_step = jax.jit(
+            step_lib.make_train_step(config, self.num_steps),
+            donate_argnums=0,
+            compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind),
+        )
         batches = loader.batches(
             self.rows,
             batch_size=config.batch_size,
             start_step=start,
             num_steps=self.num_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.row_share[0],
+            process_count=self.row_share[1],
             workers=config.data.workers,
         )
         last_eval: dict[str, float] = {}
@@ -264,7 +280,8 @@ class Run:
                 state, metrics = train_step(state, batch, self.reference)
             meter.push(step, metrics, bar)
             final = step == self.num_steps
-            save = final or step % config.checkpoint.every == 0
+            stop = not final and notice.reached(step)
+            save = final or stop or step % config.checkpoint.every == 0
             evaluate = final or bool(config.eval_every and step % config.eval_every == 0)
             if save or evaluate:
                 meter.flush(bar)  # a checkpoint is of finite numbers only
@@ -275,7 +292,14 @@ class Run:
                 meter.restart()
             if save:
                 measured = last_eval if evaluate else {}
+                recorder.flush()  # a resumed run has the lines before its checkpoint
                 self.checkpoints.save(step, state, self.about(), measured)
+            if stop:
+                recorder.close()
+                self.checkpoints.wait()
+                raise preemption.Preempted(
+                    f"Stopped and saved: {self.checkpoints.describe_latest()}"
+                )
         recorder.close()
         return last_eval
 

@@ -14,13 +14,16 @@ import time
 import types
 import uuid
 
+import builders
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, write_jsonl
 
+from tulu_jax import preflight
 from tulu_jax.data import encode, loader
 from tulu_jax.data.sources import readers
+from tulu_jax.training import metrics
 
 gcsfs = pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
 pytest.importorskip("gcp_storage_emulator", reason="the extra 'test' is not installed")
@@ -253,3 +256,60 @@ def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypat
 def test_gcsfs_is_used_with_and_without_tensorflow(bucket):
     assert os.environ["EPATH_USE_TF"] == "false"
     assert readers.as_path(bucket)._backend.fs(bucket).__class__ is gcsfs.GCSFileSystem
+
+
+def test_metrics_in_a_bucket_survive_up_to_each_flush(bucket):
+    """A killed run leaves what it flushed; a resumed one goes on behind its checkpoint."""
+    config = metrics.LoggingConfig(tensorboard=True)
+    first = metrics.Recorder(config, f"{bucket}/run", 0, {})
+    for step in (1, 2, 3):
+        first.write(step, {"train/loss": 1 / step})
+    first.flush()
+    first.write(4, {"train/loss": 0.0})  # and is killed
+    assert [line["step"] for line in metrics.read(f"{bucket}/run")] == [1, 2, 3]
+    resumed = metrics.Recorder(config, f"{bucket}/run", 2, {})
+    resumed.write(3, {"train/loss": 5.0})
+    resumed.close()
+    lines = metrics.read(f"{bucket}/run")
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 5.0)]
+    events = list(readers.as_path(f"{bucket}/run/tensorboard").iterdir())
+    assert events and all(len(event.read_bytes()) > 100 for event in events)
+
+
+def test_metrics_are_written_again_at_most_every_half_minute(bucket, monkeypatch):
+    recorder = metrics.Recorder(metrics.LoggingConfig(tensorboard=False), f"{bucket}/run", 0, {})
+    recorder.write(1, {"loss": 1.0})
+    assert not readers.as_path(f"{bucket}/run/{metrics.FILE}").exists()
+    monkeypatch.setattr(metrics, "BUCKET_SECONDS", 0.0)
+    recorder.write(2, {"loss": 1.0})
+    assert len(metrics.read(f"{bucket}/run")) == 2
+
+
+def bucket_problems(config, tmp_path, **changes):
+    run = builders.replace(builders.train_config(tmp_path), data=config, **changes)
+    return preflight.problems(run, num_devices=8)
+
+
+def test_buckets_that_cannot_be_written_are_named_before_a_run(config, bucket, tmp_path):
+    assert bucket_problems(config, tmp_path, workdir=f"{bucket}/run") == []
+    assert not list(readers.as_path(bucket).glob("run/*"))  # no probe is left
+    (problem,) = bucket_problems(config, tmp_path, workdir="gs://no-such-bucket/run")
+    assert problem.startswith("workdir = 'gs://no-such-bucket/run' on ")
+    assert not gcsfs.GCSFileSystem().exists("no-such-bucket")
+
+
+def test_a_bucket_out_of_reach_is_named_before_a_run(config, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    fresh_client()
+    monkeypatch.setattr(gcsfs.retry, "asyncio", without_waiting())
+    (problem,) = bucket_problems(config, tmp_path, base="gs://away/llama")
+    assert problem.startswith("base = 'gs://away/llama' on ")
+    assert "gs://away cannot be read or written (ClientConnectorError" in problem
+    assert "the network and the credentials" in problem
+
+
+def without_waiting():
+    async def sleep(seconds):
+        del seconds
+
+    return types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})

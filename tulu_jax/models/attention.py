@@ -142,8 +142,16 @@ def attention(
     return attend(q, k, v, visibility)
 
 
+def platform() -> str:
+    """Platform of the devices that the computation is for: of the ambient mesh, else the default.
+
+    A dry run compiles for devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _device_kind() -> str:
-    """Kind of the devices that the computation is for: of the ambient mesh, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
@@ -161,9 +169,9 @@ def _tpu(heads, dtype, interpret):
             )
         tiling = flash_attention_tuning.tiling(chip, dtype.name)
     N, K, H = heads
+    tensor = _size(sharding.AXIS_RULES["heads"])
 
     def prepare(**ids):
-        tensor = _size(sharding.AXIS_RULES["heads"])
         fitted = flash_attention.fit(
             tiling,
             queries=ids["segment_ids"].shape[1],
@@ -197,25 +205,18 @@ def _has_triton() -> bool:
     return major.isdigit() and int(major) >= 8
 
 
-def _sharded(function, in_specs, out_specs):
-    """`function` on each device's shard of the ambient mesh, or as it is without one."""
-    if num_devices() == 1:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
 def _size(axis: str) -> int:
-    """Devices along an axis of the ambient mesh; 1 without one."""
+    """Devices along an axis of the ambient mesh; 1 without one and for one device's part."""
     return 1 if num_devices() == 1 else jax.sharding.get_abstract_mesh().shape[axis]
 
 
 def _plan(ids, query_offset, prepare):
     """The lists of each device, one behind the other on a leading axis over LISTS."""
+    divided = num_devices() > 1  # else this is one device's part, or there is one device
 
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
-        if _size(LISTS[-1]) > 1:
-            shard = jax.lax.axis_index(LISTS[-1])
-            query_offset = query_offset + shard * segment_ids.shape[1]
+        if divided:
+            query_offset = query_offset + sharding.axis_index("length") * segment_ids.shape[1]
         plan = prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
@@ -225,11 +226,13 @@ def _plan(ids, query_offset, prepare):
         )
         return jax.tree.map(lambda x: x[None], plan)
 
-    if num_devices() == 1:
+    if not divided:
         return local(*ids, query_offset)
     queries, keys = sharding.spec("batch", "length"), sharding.spec("batch", None)
     specs = (queries, keys, queries, keys, PartitionSpec())
-    return _sharded(local, specs, PartitionSpec(LISTS))(*ids, jnp.asarray(query_offset, jnp.int32))
+    return sharding.per_device(local, specs, PartitionSpec(LISTS))(
+        *ids, jnp.asarray(query_offset, jnp.int32)
+    )
 
 
 def _kernel(q, k, v, plan, interpret):
@@ -246,7 +249,7 @@ def _kernel(q, k, v, plan, interpret):
     queries = sharding.spec("batch", "length", "heads", None)
     keys = sharding.spec("batch", None, "kv_heads", None)
     specs = (queries, keys, keys, PartitionSpec(LISTS))
-    return _sharded(local, specs, queries)(q, k, v, plan)
+    return sharding.per_device(local, specs, queries)(q, k, v, plan)
 
 
 def _visible(query_index, key_index, segments, kv_segments, branches, kv_branches):

@@ -3,9 +3,15 @@
 Outside this folder a model is its `LlamaConfig` and a plain nested dict of arrays, whose paths are
 Hugging Face's without the layer number: `model/layers/self_attn/q_proj/kernel` `[L, D, N, H]`.
 Layers are stacked on axis 0 and run by `jax.lax.scan`.
+
+Training runs the layers as each device sees them (`sharding.per_device`): B rows of its own, T / C
+positions of a row over `context`, N / M heads and F / M of the MLP over `tensor`. Between blocks
+the positions are divided over `tensor` as well, so norms and residuals exist once (sequence
+parallelism, Korthikanti et al. 2022).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from tulu_jax.models import attention as attention_lib
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
-from tulu_jax.parallel.sharding import constrain
+from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -30,14 +36,19 @@ INIT_STDDEV = 0.02  # Llama's `initializer_range`
 
 
 class Projection(nnx.Module):
-    """An einsum with one kernel, computed in the dtype of its input."""
+    """An einsum with one kernel, computed in the dtype of its input.
 
-    def __init__(self, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.equation = equation
+    The kernel's `embed` axis is gathered for it; over `tensor` it stays divided.
+    """
+
+    def __init__(self, name: str, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.name, self.equation = f"model/layers/{name}/kernel", equation
         self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
     def __call__(self, x):
-        return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...].astype(x.dtype)
+        kernel = sharding.whole(kernel, self.name, but=("heads", "kv_heads", "mlp"))
+        return jnp.einsum(self.equation, x, kernel)
 
 
 class RMSNorm(nnx.Module):
@@ -71,23 +82,21 @@ def rotate(x, cos, sin):
 class SelfAttention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = Projection("BTD,DNH->BTNH", (D, N, H), rngs=rngs)
-        self.k_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.v_proj = Projection("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.o_proj = Projection("BTNH,NHD->BTD", (N, H, D), rngs=rngs)
+        self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), rngs=rngs)
+        self.k_proj = Projection("self_attn/k_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
+        self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
+        self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), rngs=rngs)
 
     def __call__(self, x, *, angles, visibility, cache, query_offset):
         q = rotate(self.q_proj(x), *angles)
         k = rotate(self.k_proj(x), *angles)
         v = self.v_proj(x)
-        q = constrain(q, "batch", "length", "heads", None)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
             cache = {"k": k, "v": v}
         # Over `context` the queries stay sharded and keys and values are gathered.
-        k = constrain(k, "batch", None, "kv_heads", None)
-        v = constrain(v, "batch", None, "kv_heads", None)
+        k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
         out = attention_lib.attend(q, k, v, visibility)
         return self.o_proj(out), cache
 
@@ -97,13 +106,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
-        self.gate_proj = Projection("BTD,DF->BTF", (D, F), rngs=rngs)
-        self.up_proj = Projection("BTD,DF->BTF", (D, F), rngs=rngs)
-        self.down_proj = Projection("BTF,FD->BTD", (F, D), rngs=rngs)
+        self.gate_proj = Projection("mlp/gate_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
+        self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
+        self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), rngs=rngs)
 
     def __call__(self, x):
-        gate = checkpoint_name(constrain(self.gate_proj(x), "batch", "length", "mlp"), "gate")
-        up = checkpoint_name(constrain(self.up_proj(x), "batch", "length", "mlp"), "up")
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
@@ -116,11 +125,13 @@ class Block(nnx.Module):
 
     def __call__(self, x, **attention_inputs):
         with jax.named_scope("attention"):
-            out, cache = self.self_attn(self.input_layernorm(x), **attention_inputs)
-            x = checkpoint_name(constrain(x + out, "batch", "length", None), "residual")
+            normed = sharding.gather(self.input_layernorm(x), 1, "tensor")
+            out, cache = self.self_attn(normed, **attention_inputs)
+            x = checkpoint_name(x + sharding.scatter_sum(out, 1, "tensor"), "residual")
         with jax.named_scope("mlp"):
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, "batch", "length", None), cache
+            normed = sharding.gather(self.post_attention_layernorm(x), 1, "tensor")
+            x = x + sharding.scatter_sum(self.mlp(normed), 1, "tensor")
+        return x, cache
 
 
 class Embedding(nnx.Module):
@@ -129,7 +140,8 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
     def __call__(self, tokens, dtype):
-        return self.embedding[...].astype(dtype)[tokens]
+        table = sharding.whole(self.embedding[...].astype(dtype), "model/embed_tokens/embedding")
+        return table[tokens]
 
 
 class Trunk(nnx.Module):
@@ -148,10 +160,18 @@ class Trunk(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
 
     def __call__(
-        self, tokens, segment_ids, positions, branches, kv_segment_ids, cache, query_offset
+        self,
+        tokens,
+        segment_ids,
+        positions,
+        branches,
+        kv_segment_ids,
+        kv_branches,
+        cache,
+        query_offset,
     ):
-        x = self.embed_tokens(tokens, jnp.dtype(self.execution.compute_dtype))
-        x = constrain(x, "batch", "length", None)
+        own = sharding.own(tokens, 1, "tensor")
+        x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
         inputs = dict(
             angles=rotary_angles(
                 positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
@@ -160,16 +180,20 @@ class Trunk(nnx.Module):
                 segment_ids=segment_ids,
                 kv_segment_ids=kv_segment_ids,
                 branches=branches,
-                kv_branches=branches,
+                kv_branches=kv_branches,
                 query_offset=query_offset,
                 implementation=attention_lib.choose(
                     self.execution.attention,
                     queries=tokens.shape[1],
                     keys=kv_segment_ids.shape[1],
-                    platform=jax.default_backend(),
+                    platform=attention_lib.platform(),
                     dtype=x.dtype,
                 ),
-                heads=(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim),
+                heads=(
+                    self.config.num_heads // sharding.axis_size("heads"),
+                    self.config.num_kv_heads // sharding.axis_size("kv_heads"),
+                    self.config.head_dim,
+                ),
                 dtype=x.dtype,
             ),
             query_offset=query_offset,
@@ -249,10 +273,23 @@ def hidden_states(
     Nor do the branches of a segment: branch b > 0 sees itself and branch 0, its prompt. None means
     that no segment branches.
     """
-    hidden, _ = _trunk(
-        config, execution, params, tokens, segment_ids, positions, branches, segment_ids, None, 0
+
+    def local(params, tokens, segment_ids, positions, branches):
+        offset = sharding.axis_index("length") * tokens.shape[1]
+        keys = [
+            None if x is None else sharding.gather(x, 1, "length") for x in (segment_ids, branches)
+        ]
+        return _trunk(
+            config, execution, params, tokens, segment_ids, positions, branches, *keys, None, offset
+        )[0]
+
+    rows = sharding.spec("batch", "length")
+    run = sharding.per_device(
+        local,
+        (sharding.param_specs(params), rows, rows, rows, None if branches is None else rows),
+        sharding.spec("batch", "positions", None),
     )
-    return hidden
+    return run(params, tokens, segment_ids, positions, branches)
 
 
 def unembedding(params: Params) -> Float[Array, "V D"]:
@@ -260,6 +297,32 @@ def unembedding(params: Params) -> Float[Array, "V D"]:
     if "lm_head" in params:
         return params["lm_head"]["kernel"].T
     return params["model"]["embed_tokens"]["embedding"]
+
+
+def over_positions(
+    score: Callable,
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    *rows,
+    add: bool,
+) -> jax.Array:
+    """`score(hidden, unembedding, *rows)` where each device has the positions that it holds of
+    `hidden` and of `rows` [B, T], and the whole unembedding, gathered in the dtype of `hidden`.
+
+    The result is [B, T] again, or with `add` a scalar, the sum over devices.
+    """
+
+    def local(hidden, unembedding, *rows):
+        whole = unembedding.astype(hidden.dtype)
+        for axis, name in enumerate(("vocab", "embed")):
+            whole = sharding.gather(whole, axis, name)
+        result = score(hidden, whole.astype(unembedding.dtype), *rows)
+        return sharding.total(result) if add else result
+
+    row = sharding.spec("batch", "positions")
+    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"))
+    run = sharding.per_device(local, (*specs, *[row] * len(rows)), jax.P() if add else row)
+    return run(hidden, unembedding, *rows)
 
 
 def logits(
@@ -313,5 +376,15 @@ def decode(
     Prefill is the call with T = prompt length at slot 0; a step is the call with T = 1.
     """
     return _trunk(
-        config, execution, params, tokens, segment_ids, positions, None, kv_segment_ids, cache, slot
+        config,
+        execution,
+        params,
+        tokens,
+        segment_ids,
+        positions,
+        None,
+        kv_segment_ids,
+        None,
+        cache,
+        slot,
     )

@@ -1,8 +1,7 @@
 """Vocabulary losses that never build [B, T, V] in float32.
 
 The sequence is cut into chunks of positions and scanned; only one chunk's logits exist at a time.
-A chunk takes every n-th position, not a run of neighbours, so that a sequence sharded over the
-`context` axis stays where it is.
+On a mesh each device scores the positions it holds against the whole unembedding, gathered once.
 """
 
 import functools
@@ -12,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.models import llama
+
 Metrics = dict[str, jax.Array]
 
 
 def _to_chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [n, B, chunk, ...], zero-padded; chunk j has positions j, j + n, j + 2n..."""
     batch, length = x.shape[:2]
+    chunk = min(chunk, length)
     n = -(-length // chunk)
     x = jnp.pad(x, [(0, 0), (0, n * chunk - length)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, chunk, n, *x.shape[2:]), 2, 0)
@@ -65,7 +67,6 @@ def _target_gradient(d_kernel, hidden, targets, d_logps, dtype):
     return d_kernel.T.at[targets].add(own).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
@@ -78,6 +79,13 @@ def weighted_nll(
     Under differentiation the forward pass already makes both gradients, chunk by chunk, because the
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
+
+    score = functools.partial(_weighted_nll, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, weights, add=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_nll(hidden, unembedding, targets, weights, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(total, inputs):
@@ -116,10 +124,9 @@ def _weighted_nll_backward(chunk, residuals, d_loss):
     )
 
 
-weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
+_weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
@@ -127,6 +134,13 @@ def token_logps(
     chunk: int,
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
+
+    score = functools.partial(_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logps(hidden, unembedding, targets, chunk):
     kernel = unembedding.astype(hidden.dtype)
 
     def body(_, inputs):
@@ -137,7 +151,7 @@ def token_logps(
 
 
 def _token_logps_forward(hidden, unembedding, targets, chunk):
-    return token_logps(hidden, unembedding, targets, chunk), (hidden, unembedding, targets)
+    return _token_logps(hidden, unembedding, targets, chunk), (hidden, unembedding, targets)
 
 
 def _token_logps_backward(chunk, residuals, d_logps):
@@ -158,4 +172,43 @@ def _token_logps_backward(chunk, residuals, d_logps):
     return d_hidden, d_unembedding, np.zeros(targets.shape, jax.dtypes.float0)
 
 
-token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+_token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+
+
+def bfloat16_token_logps(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+) -> Float[Array, "B T"]:
+    """log p(target) as the original's DPO has it: logits in bfloat16, log-softmax in that dtype.
+
+    Every operation rounds, as EasyLM's code reads (llama_train_dpo.py); sums over the vocabulary
+    are float32, rounded once. What XLA kept in float32 between operations that it fused on their
+    TPUs is unknown. The result is float32, for sums in float32.
+    """
+
+    score = functools.partial(_bfloat16_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
+
+
+def _bfloat16_token_logps(hidden, unembedding, targets, chunk):
+    @jax.checkpoint
+    def chunk_logps(h, t):
+        # The cast inside: a gradient of the unembedding is added up over chunks in its own dtype.
+        logits = jnp.einsum("BCD,VD->BCV", h, unembedding.astype(h.dtype))
+        logits = _bfloat16(logits.astype(jnp.float32))
+        largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        shifted = _bfloat16(logits - largest)
+        total = _bfloat16(_bfloat16(jnp.exp(shifted)).sum(axis=-1))
+        target = jnp.take_along_axis(shifted, t[..., None], axis=-1)[..., 0]
+        return _bfloat16(target - _bfloat16(jnp.log(total)))
+
+    chunks = (_to_chunks(hidden.astype(jnp.bfloat16), chunk), _to_chunks(targets, chunk))
+    _, logps = jax.lax.scan(lambda _, inputs: (None, chunk_logps(*inputs)), None, chunks)
+    return _from_chunks(logps, hidden.shape[1])
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """float32 `x` rounded to bfloat16, and so its gradient. XLA drops casts there and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

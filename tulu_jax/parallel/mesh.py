@@ -1,11 +1,12 @@
-"""The device mesh: axes `data, fsdp, context, tensor`, and multi-host set-up."""
+"""The device mesh: axes `data, fsdp, context, tensor`."""
 
 import dataclasses
 import math
-import os
+import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from tulu_jax import validation
 
@@ -16,10 +17,10 @@ AXES = ("data", "fsdp", "context", "tensor")
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left.
 
-    `data` replicates parameters (and spans slices), `fsdp` shards them over their embed axis,
-    `context` shards the sequence, `tensor` shards heads, the MLP and the vocabulary. `topology` is
-    the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
-    dry run compiles for it.
+    `data` replicates parameters (and spans slices); `fsdp` and `context` shard them over their
+    embed axis, and a batch by its rows and along the sequence; `tensor` shards heads, the MLP and
+    the vocabulary. `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or
+    '2*v5e:16x16' for two slices; the dry run compiles for it.
     """
 
     data: int = 1
@@ -37,47 +38,94 @@ class MeshConfig:
             yield size > 0 or size == -1, f"{name} = {size}: expected a positive size or -1"
         free = [name for name in AXES if getattr(self, name) == -1]
         yield len(free) <= 1, f"axes {free} are all -1: at most one may be"
+        if (
+            self.topology is not None
+            and len(free) <= 1
+            and all(getattr(self, name) for name in AXES)
+        ):
+            try:
+                self.sizes(slice_devices(self.topology))
+            except ValueError as error:
+                yield False, str(error)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes on `num_devices` devices. Raises `ValueError` if they do not fit."""
+        """Axis sizes on `num_devices` devices. Raises `ValueError` if they do not fit, with what
+        would."""
         sizes = {name: getattr(self, name) for name in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if -1 in sizes.values() and num_devices % fixed == 0:
             sizes = {k: num_devices // fixed if v == -1 else v for k, v in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
             product = " x ".join(f"{name}={size}" for name, size in sizes.items())
+            meant = "" if self.topology is None else f" (it is meant for {self.topology})"
             raise ValueError(
-                f"mesh {product} does not fill {num_devices} devices; set one axis to -1 or make "
-                f"the product {num_devices}"
+                f"mesh {product}{meant} does not fill {num_devices} devices; set one axis to -1, "
+                f"make the product {num_devices}, or choose another --pod"
             )
         return sizes
 
 
-def connect() -> None:
-    """Joins the processes of a multi-host run; does nothing for a single process.
+def slice_devices(topology: str) -> int:
+    """The jax devices of a slice, e.g. 256 of 'v5p:4x8x8' and 512 of '2*v5e:16x16'.
 
-    On TPU pods jax finds its peers by itself. Elsewhere (tests, GPU hosts) the variables
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them.
+    A device is a chip, but on v3 one of its two cores. Raises `ValueError` for another form.
     """
-    if jax.distributed.is_initialized():
-        return
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
+    found = re.fullmatch(r"(?:(\d+)\*)?(v\w+):(\d+(?:x\d+){1,2})", topology)
+    if found is None:
+        raise ValueError(
+            f"topology = {topology!r}: expected generation:chips, e.g. 'v5p:4x8x8', or "
+            "'2*v5e:16x16' for two slices"
         )
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    slices, generation, chips = found.groups()
+    cores = 2 if generation == "v3" else 1
+    return int(slices or 1) * cores * math.prod(map(int, chips.split("x")))
 
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all). Raises `ValueError` if the axes do not fill them."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over `devices` (default: all), the axes laid along the slice's torus; over several
+    slices `data` is the outer part. Raises `ValueError` if the axes do not fill the devices."""
+    devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-        devices=np.asarray(devices),
-    )
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and sizes["data"] % slices:
+        raise ValueError(
+            f"data = {sizes['data']} cannot be divided over {slices} slices; the other axes stay "
+            f"within a slice, so choose a multiple of {slices}"
+        )
+    if devices[0].platform != "tpu":
+        placed = np.asarray(devices).reshape(tuple(sizes.values()))
+    elif slices > 1:
+        within = {**sizes, "data": sizes["data"] // slices}
+        placed = mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()),
+            (slices, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
+
+
+def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of a batch's rows this process loads.
+
+    Processes whose devices hold the same rows, with `context` or `tensor` spanning them, load the
+    same part. Raises `ValueError` where the rows of two processes overlap only in part.
+    """
+    by_rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(by_rows) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"the processes hold the row shards {parts} of {len(by_rows)}: parts that overlap, or "
+            "are unequal, cannot be loaded; let context x tensor divide the devices of a process, "
+            "or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)

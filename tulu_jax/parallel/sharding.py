@@ -1,6 +1,14 @@
-"""Where every array lives: parameter path -> logical axes -> mesh axes."""
+"""Where every array lives: parameter path -> logical axes -> mesh axes, and how devices talk.
 
+The forward and backward passes are written as each device runs them, under one `jax.shard_map`
+(`per_device`): weights are gathered where they are used and their gradients reduce-scattered by the
+transposition of that gather, activations move only where this file's functions are called. Outside
+it, for optimizer, decoding and metrics, XLA places what the tables say.
+"""
+
+import math
 import re
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -25,7 +33,9 @@ LENGTH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
     "length": "context",
-    "embed": "fsdp",
+    "positions": ("context", "tensor"),  # the length of activations between blocks
+    "tensor": "tensor",
+    "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -42,16 +52,88 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def num_devices() -> int:
-    """Devices of the ambient mesh (`jax.set_mesh`); 1 without one."""
+    """Devices among which XLA divides what is computed here: those of the ambient mesh
+    (`jax.set_mesh`); 1 without one, and inside `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """`x` placed by its logical axes on the ambient mesh (`jax.set_mesh`), if there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` placed by its logical axes on the ambient mesh, if XLA divides it over one."""
+    if num_devices() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def per_device(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` as each device of the ambient mesh runs it on its shards; itself without a mesh
+    and inside another `per_device`."""
+    if num_devices() == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _bound(logical_axis: str) -> list[str]:
+    """Mesh axes of `logical_axis` that this device can talk over, the major one first."""
+    mesh, rule = jax.sharding.get_abstract_mesh(), AXIS_RULES[logical_axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return [name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1]
+
+
+def axis_index(logical_axis: str) -> jax.Array | int:
+    """Which shard of `logical_axis` this device holds; 0 where it is whole."""
+    index = 0
+    for name in _bound(logical_axis):
+        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return index
+
+
+def axis_size(logical_axis: str) -> int:
+    """Into how many shards `logical_axis` is divided inside `per_device`."""
+    return math.prod(jax.lax.axis_size(name) for name in _bound(logical_axis))
+
+
+def gather(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
+    """`x` whole along `axis`, whose shards follow `logical_axis`; its cotangent is
+    reduce-scattered.
+
+    One mesh axis after the other, the minor first: a slice's torus has a ring for each, while a
+    group over three torus dimensions has none and XLA would sum zero-padded copies.
+    """
+    for name in reversed(_bound(logical_axis)):
+        x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
+
+
+def scatter_sum(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
+    """Sum of the devices' `x`, of which each keeps its shard of `axis`; cotangents are gathered."""
+    for name in _bound(logical_axis):
+        x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    return x
+
+
+def own(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
+    """This device's shard of `x`, which the devices along `logical_axis` all hold whole."""
+    size = x.shape[axis] // axis_size(logical_axis)
+    return jax.lax.dynamic_slice_in_dim(x, axis_index(logical_axis) * size, size, axis)
+
+
+def whole(param: jax.Array, name: str, *, but: tuple[str, ...] = ()) -> jax.Array:
+    """The parameter called `name` gathered from its shards, except along logical axes `but`.
+
+    The layer axis is not one of `param`, nor of what is divided.
+    """
+    axes = [axis for axis in param_axes(name) if axis != "layers"]
+    for dimension, axis in enumerate(axes):
+        if axis not in but:
+            param = gather(param, dimension, axis)
+    return param
+
+
+def total(x: jax.Array) -> jax.Array:
+    """Sum of `x` over all devices inside `per_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.psum(x, tuple(mesh.manual_axes)) if mesh.manual_axes else x
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -74,6 +156,11 @@ def param_axes(name: str) -> tuple[str, ...]:
             f"parameter {name!r} matches {len(matches)} lines of PARAM_AXES; expected exactly one"
         )
     return matches[0]
+
+
+def param_specs(params):
+    """The `PartitionSpec` of every parameter of a nested dict."""
+    return jax.tree.map_with_path(lambda path, _: spec(*param_axes(path_name(path))), params)
 
 
 def state_shardings(mesh: Mesh, state):
@@ -102,19 +189,29 @@ def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
+    """'1, 2 or 4 would': the divisors of `size` that a mesh of as many devices can have."""
+    devices = math.prod(mesh_sizes.values())
+    *most, last = (str(d) for d in range(1, devices + 1) if devices % d == 0 and size % d == 0)
+    return f"{', '.join(most)} or {last} would" if most else f"only {last} would"
+
+
 def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:
-    """What the mesh cannot divide, one line for each logical axis with its size and divisor."""
+    """What the mesh cannot divide, one line for each logical axis with its size, divisor and what
+    would divide it."""
     problems = {}
 
     def check(path, leaf):
         name = path_name(path)
         for size, axis in zip(leaf.shape, param_axes(name), strict=True):
-            mesh_axis = AXIS_RULES[axis]
-            if isinstance(mesh_axis, str) and size % mesh_sizes[mesh_axis]:
+            rule = AXIS_RULES[axis]
+            names = (rule,) if isinstance(rule, str) else rule or ()
+            divisor = math.prod(mesh_sizes[name] for name in names)
+            if size % divisor:
                 problems.setdefault(
                     (axis, size),
-                    f"{axis} of size {size} ({name}) cannot be divided over mesh axis "
-                    f"{mesh_axis} = {mesh_sizes[mesh_axis]}",
+                    f"{axis} of size {size} ({name}) cannot be divided over mesh axes "
+                    f"{' x '.join(names)} = {divisor}; {what_divides(size, mesh_sizes)}",
                 )
 
     jax.tree.map_with_path(check, abstract_params)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from tulu_jax import validation
 
 FILE = "metrics.jsonl"
 COUNTS = ("positions", "nonpadding", "trained")
+BUCKET_SECONDS = 30.0  # between two writes of the metrics of a run in a bucket
 EXAMPLES = ("conversations", "pairs")  # a batch counts one of them
 
 # Peak dense bfloat16 FLOP/s of one jax device (a v3 device is one core; others are chips).
@@ -46,46 +48,76 @@ class LoggingConfig:
 
 class Recorder:
     """Writes scalars by step on process 0. Lines after `start_step` of an earlier try are removed,
-    so a resumed run has each step once."""
+    so a resumed run has each step once.
+
+    Below a local `workdir` each line is on disk at once. An object in a bucket cannot grow: there
+    the whole file is written again, and the TensorBoard files with it, every `BUCKET_SECONDS` and
+    at each `flush`.
+    """
 
     def __init__(self, config: LoggingConfig, workdir: str, start_step: int, run_config: dict):
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = self._wandb = self._local = None
+        self._lines: list[str] | None = None  # of a run in a bucket
         if jax.process_index() != 0:
             return
-        folder = epath.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder = epath.Path(workdir)
         path = folder / FILE
         lines = read(workdir) if path.exists() else []
-        kept = [line for line in lines if line["step"] <= start_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= start_step]
+        if "://" in workdir:
+            self._lines, self._written = kept, time.monotonic()
+            self._local = tempfile.TemporaryDirectory()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(kept))
+            self._file = path.open("a")
         if config.tensorboard:
             import tensorboardX
 
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=start_step + 1
-            )
+            where = self._local.name if self._local else str(folder / "tensorboard")
+            self._tensorboard = tensorboardX.SummaryWriter(where, purge_step=start_step + 1)
         if config.wandb_project:
             self._wandb = _start_wandb(config.wandb_project, folder.name, run_config)
-        self._file = path.open("a")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics, at once on disk, so that a killed run keeps its curve."""
-        if self._file is None:
+        """One line of metrics, on disk at once, so that a killed run keeps its curve."""
+        if self._file is None and self._lines is None:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
+        if self._lines is not None and time.monotonic() > self._written + BUCKET_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what was written into a bucket; called before each checkpoint, behind which a
+        resumed run keeps its lines."""
+        if self._lines is None:
+            return
+        (self._folder / FILE).write_text("".join(self._lines))
+        if self._tensorboard:
+            self._tensorboard.flush()
+            for file in epath.Path(self._local.name).iterdir():
+                (self._folder / "tensorboard" / file.name).write_bytes(file.read_bytes())
+        self._written = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes every sink."""
+        self.flush()
         for sink in (self._file, self._tensorboard):
             if sink:
                 sink.close()
+        if self._local:
+            self._local.cleanup()
         if self._wandb:
             self._wandb.finish()
 

@@ -38,9 +38,14 @@ class OptimizerConfig:
         yield validation.one_of("mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
 
 
+def num_warmup(config: OptimizerConfig, num_steps: int) -> int:
+    """Updates over which the learning rate rises."""
+    return min(math.ceil(config.warmup_ratio * num_steps), num_steps)
+
+
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of update i (from 0). The first update has rate 0, as in the original."""
-    warmup = min(math.ceil(config.warmup_ratio * num_steps), num_steps)
+    warmup = num_warmup(config, num_steps)
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, config.learning_rate, warmup),

@@ -1,0 +1,154 @@
+"""MaxText's own pre-training step, compiled for a TPU slice without one: what `pods.py` compares.
+
+Run by an environment of Python 3.12 that holds MaxText; ours cannot (it needs 3.12):
+
+  uv venv --python 3.12 venv-maxtext && source venv-maxtext/bin/activate
+  uv pip install "maxtext[tpu]==0.2.4"
+  uv pip install google-tunix==0.1.7 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 pathwaysutils
+  python benchmarks/maxtext_aot.py llama2_70b_v5p_512 --out=FOLDER
+  python benchmarks/maxtext_aot.py llama2_70b_v5p_512 --out=FOLDER max_target_length=8192
+
+Writes FOLDER/<name>.hlo.txt, the optimised module, and FOLDER/<name>.json: what was compiled,
+seconds, and bytes a device. `key=value` are MaxText's own; a changed setting is part of <name>.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+OVERLAP = "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true "
+GATHERS = (
+    OVERLAP
+    + (  # libtpu 0.0.52 refuses it but for v5e; the recipes of v5p and v6e name it too
+        "--xla_tpu_enable_async_collective_fusion=true "
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+        "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    )
+)
+DATA_PARALLEL = (
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true "
+)
+V5P = (
+    "--xla_tpu_megacore_fusion_allow_ags=false "
+    "--xla_enable_async_collective_permute=true "
+    "--xla_tpu_enable_ag_backward_pipelining=true "
+)
+# Runs with a published speed: MaxText's slice, its settings, its libtpu flags, and where they are.
+RECIPES = {
+    "llama2_70b_v5p_512": (
+        "v5p-512",
+        "per_device_batch_size=4 max_target_length=4096 remat_policy=save_dot_except_mlpwi",
+        OVERLAP + DATA_PARALLEL + V5P,
+        "maxtext/configs/tpu/v5p/llama2_70b.sh",
+    ),
+    "llama2_70b_v6e_256": (
+        "v6e-256",
+        "per_device_batch_size=3 max_target_length=4096 remat_policy=qkv_proj_offloaded "
+        "ici_fsdp_parallelism=1 ici_fsdp_transpose_parallelism=-1 ici_tensor_parallelism=1 "
+        "sa_block_q=1024 sa_block_q_dkv=2048 sa_block_q_dq=2048",
+        OVERLAP + "--xla_tpu_scoped_vmem_limit_kib=98304 "
+        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
+        "--xla_tpu_enable_all_reduce_offload_tracing=true "
+        "--xla_tpu_use_tc_device_shape_on_sc=true "
+        "--xla_sc_enable_instruction_fusion=false "
+        "--xla_sc_disjoint_spmem=false "
+        "--xla_sc_disable_megacore_partitioning=true ",  # and a chip name that compilers lack
+        "tpu-recipes, training/trillium/Llama2-70B-MaxText",
+    ),
+    "llama2_70b_v5e_256": (
+        "v5e-256",
+        "per_device_batch_size=2 max_target_length=2048 remat_policy=qkv_proj_offloaded",
+        GATHERS + DATA_PARALLEL,
+        "maxtext/configs/tpu/v5e/llama2_70b.sh",
+    ),
+    "llama2_70b_v4_128": (  # the settings of the published run were not found
+        "v4-128",
+        "per_device_batch_size=2 max_target_length=2048 remat_policy=full",
+        OVERLAP + DATA_PARALLEL,
+        "none found; as for v5e, with full rematerialisation",
+    ),
+}
+ENVIRONMENT = dict(
+    DECOUPLE_GCLOUD="TRUE",
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v4-8",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+
+
+def compile_step(topology: str, settings: list[str], flags: str):
+    """(compiled step, seconds it took) of MaxText with `settings`, through its own command."""
+    os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=flags)
+    import maxtext
+    from maxtext.trainers.pre_train import train_compile
+
+    found = []
+    inner = train_compile.jit_and_compile
+
+    def keep(*args, **kwargs):
+        start = time.perf_counter()
+        found.append((inner(*args, **kwargs), time.perf_counter() - start))
+        return found[-1][0]
+
+    train_compile.jit_and_compile = keep
+    base = pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml"
+    common = (
+        "run_name=aot model_name=llama2-70b attention=flash use_iota_embed=true hardware=tpu "
+        "dataset_type=synthetic enable_checkpointing=false skip_jax_distributed_system=true "
+        f"compile_topology={topology} compile_topology_num_slices=1 "
+        f"base_output_directory={tempfile.mkdtemp()}"
+    )
+    train_compile.main(["train_compile", str(base), *common.split(), *settings])
+    return found[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--no_flags", action="store_true", help="libtpu's own defaults")
+    arguments = parser.parse_args()
+    topology, settings, flags, source = RECIPES[arguments.recipe]
+    flags = "" if arguments.no_flags else flags
+    chosen = dict(setting.split("=", 1) for setting in [*settings.split(), *arguments.settings])
+    changed = [s.replace("=", "_") for s in arguments.settings]
+    name = "-".join([arguments.recipe, *changed, *["no_flags"] * arguments.no_flags])
+    compiled, seconds = compile_step(topology, [f"{k}={v}" for k, v in chosen.items()], flags)
+    memory = compiled.memory_analysis()
+    about = {
+        "name": name,
+        "topology": topology,
+        "settings": chosen,
+        "libtpu_flags": flags.split(),
+        "source": source,
+        "versions": versions(),
+        "compile_seconds": seconds,
+        "tokens_per_device": float(chosen["per_device_batch_size"])
+        * int(chosen["max_target_length"]),
+        "bytes": {
+            kind: getattr(memory, f"{kind}_size_in_bytes")
+            for kind in ("argument", "output", "alias", "temp", "generated_code", "host_temp")
+        },
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.hlo.txt").write_text(compiled.as_text())
+    (arguments.out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(json.dumps(about))
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("maxtext", "jax", "libtpu", "flax")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# A run on GKE: a JobSet (or, with --xpk, an xpk workload) on TPU node pools, one for each slice.
+#   gke.sh create --name=N --cluster=C --location=L --machine_type=ct5p-hightpu-4t \
+#                 --topology=4x4x8                            the node pools
+#   gke.sh run    ... --accelerator=tpu-v5p-slice --image=I -- --gin_file=sft_70b.gin
+#   gke.sh follow ...                                         the output of process 0
+#   gke.sh resume ... -- --gin_file=sft_70b.gin               delete the JobSet, apply it again
+#   gke.sh watch  ... -- --gin_file=sft_70b.gin               apply it again whenever it is gone or
+#                                                             out of restarts, until it is done
+#   gke.sh delete ...                                         JobSet and node pools
+# Flags: --name --cluster --location --project, --slices=1, --spot, --machine_type --topology,
+# --chips=4 (of a host), --accelerator --image --secret=S, --restarts=100, --namespace=default,
+# --xpk --type=v5p-256 (xpk's name of the slice), --every=60, --dry_run (print commands only).
+# What follows -- goes to `python -m tulu_jax.train`, with a gs:// workdir. The image holds tulu_jax
+# in its working directory. The cluster has the JobSet controller.
+# Secrets (WANDB_API_KEY, HF_TOKEN) are keys of the Kubernetes secret --secret, made from a file:
+#   kubectl create secret generic S --from-env-file=secrets.env
+# The JobSet refers to it by name. xpk would print them, so --xpk and --secret exclude one another.
+# shellcheck disable=SC2154  # set_flags assigns FLAG_*
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+ACTION="${1:-}"
+[ $# -gt 0 ] && shift
+case "$ACTION" in
+  create | run | follow | resume | watch | delete) ;;
+  -h | --help) help_and_exit ;;
+  *) help_and_exit 2 ;;
+esac
+set_flags name cluster location project slices spot machine_type topology chips accelerator image \
+  secret restarts namespace xpk type every dry_run -- "$@"
+require name cluster location
+SLICES="${FLAG_slices:-1}" CHIPS="${FLAG_chips:-4}" RESTARTS="${FLAG_restarts:-100}"
+EVERY="${FLAG_every:-60}" NAMESPACE="${FLAG_namespace:-default}"
+PLACE=(--location="$FLAG_location")
+[ -n "$FLAG_project" ] && PLACE+=(--project="$FLAG_project")
+[ -z "$FLAG_xpk" ] || [ -z "$FLAG_secret" ] || die "--xpk prints the environment it sets; drop --secret, or use the JobSet (without --xpk)"
+require_train_args
+
+kube() { run kubectl --namespace="$NAMESPACE" "$@"; }
+
+create() {
+  require machine_type topology
+  for ((i = 0; i < SLICES; i++)); do
+    run gcloud container node-pools create "$FLAG_name-$i" --cluster="$FLAG_cluster" "${PLACE[@]}" \
+      --machine-type="$FLAG_machine_type" --tpu-topology="$FLAG_topology" \
+      --num-nodes="$(hosts)" ${FLAG_spot:+--spot} \
+      --scopes=https://www.googleapis.com/auth/cloud-platform
+  done
+}
+
+hosts() { echo $(($(tr x '*' <<<"$FLAG_topology") / CHIPS)); }  # of a slice
+
+# Status 75 and evictions restart all pods; 1 and 2 are errors that a restart repeats.
+jobset() {
+  local arguments="" argument
+  for argument in "${TRAIN_ARGS[@]}"; do arguments+=", $(json "$argument")"; done
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $FLAG_name
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $RESTARTS
+    rules:
+    - action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+  - name: slice
+    replicas: $SLICES
+    template:
+      spec:
+        parallelism: $(hosts)
+        completions: $(hosts)
+        completionMode: Indexed
+        backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes: {containerName: train, operator: In, values: [1, 2]}
+        template:
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 120
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: $FLAG_accelerator
+              cloud.google.com/gke-tpu-topology: $FLAG_topology
+${FLAG_spot:+              cloud.google.com/gke-spot: \"true\"
+}            tolerations:
+            - {key: google.com/tpu, operator: Exists}
+            - {key: cloud.google.com/gke-spot, operator: Exists}
+            containers:
+            - name: train
+              image: $FLAG_image
+              command: [bash, -c, '. launch/tpu_env.sh && exec python -m tulu_jax.train "\$@"', train$arguments]
+              ports:
+              - containerPort: 8471  # libtpu
+              - containerPort: 8482  # the coordinator
+              resources:
+                limits: {google.com/tpu: $CHIPS}
+${FLAG_secret:+              envFrom:
+              - secretRef: {name: $FLAG_secret\}
+}
+YAML
+}
+
+json() { local text=${1//\\/\\\\}; printf '"%s"' "${text//\"/\\\"}"; }
+
+start() {
+  require image
+  if [ -n "$FLAG_xpk" ]; then
+    require type
+    local quoted
+    printf -v quoted ' %q' "${TRAIN_ARGS[@]}"
+    run xpk workload create --cluster="$FLAG_cluster" --zone="$FLAG_location" \
+      ${FLAG_project:+--project="$FLAG_project"} --workload="$FLAG_name" --tpu-type="$FLAG_type" \
+      --num-slices="$SLICES" --docker-image="$FLAG_image" --max-restarts="$RESTARTS" \
+      --restart-on-exit-codes=75 --termination-grace-period-seconds=120 ${FLAG_spot:+--spot} \
+      --command=". launch/tpu_env.sh && python -m tulu_jax.train$quoted"
+    return
+  fi
+  require accelerator topology
+  [ -n "$FLAG_dry_run" ] && { jobset; kube apply -f -; return; }
+  jobset | kube apply -f -
+}
+
+stop() {
+  if [ -n "$FLAG_xpk" ]; then
+    run xpk workload delete --cluster="$FLAG_cluster" --zone="$FLAG_location" \
+      ${FLAG_project:+--project="$FLAG_project"} --workload="$FLAG_name" --force
+    return
+  fi
+  kube delete jobset "$FLAG_name" --ignore-not-found --wait
+}
+
+delete() {
+  stop
+  for ((i = 0; i < SLICES; i++)); do
+    run gcloud container node-pools delete "$FLAG_name-$i" --cluster="$FLAG_cluster" "${PLACE[@]}" \
+      --quiet
+  done
+}
+
+follow() {
+  kube logs --follow --tail=100 --selector "jobset.sigs.k8s.io/jobset-name=$FLAG_name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+}
+
+told() {  # "Completed", "Failed REASON", "" while it runs, or "absent"
+  kubectl --namespace="$NAMESPACE" get jobset "$FLAG_name" \
+    -o "jsonpath={.status.terminalState} {.status.conditions[?(@.type=='Failed')].reason}" \
+    2>/dev/null || echo absent
+}
+
+watch() {
+  if [ -n "$FLAG_dry_run" ]; then
+    echo "# every $EVERY s; if the JobSet is absent or out of restarts:"
+    stop; start
+    return
+  fi
+  local now
+  while true; do
+    now=$(told); now=${now% }
+    echo "$(date -u +%H:%M:%S) JobSet ${now:-running}"
+    case "$now" in
+      Completed*) echo "The run is done."; return 0 ;;
+      absent | "Failed ReachedMaxRestarts") { stop && start; } || true ;;
+      Failed*) echo "The run failed; see its output with follow." >&2; return 1 ;;
+    esac
+    sleep "$EVERY"
+  done
+}
+
+case "$ACTION" in
+  create) create ;;
+  run) start ;;
+  resume) stop; start ;;
+  follow) follow ;;
+  watch) watch ;;
+  delete) delete ;;
+esac

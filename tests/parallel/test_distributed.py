@@ -1,0 +1,263 @@
+"""Which process this is, from each environment; and processes that do not come or do not agree."""
+
+import concurrent.futures
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import jax
+import pytest
+
+from tulu_jax.parallel import distributed, lifeline
+
+FLAGS = dict.fromkeys(distributed.FLAGS)
+SLICE = {"TPU_WORKER_HOSTNAMES": "h0,h1,h2,h3", "TPU_WORKER_ID": "2"}
+SECOND = {
+    "MEGASCALE_COORDINATOR_ADDRESS": "first:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+SLURM = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_STEP_NODELIST": "tpu[007-9,12],b1",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+}
+VARIABLES = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "1"}
+
+
+def find(environ, **flags):
+    found = distributed.find(FLAGS | flags, environ, on_tpu=False)
+    return found and (found.coordinator_address, found.num_processes, found.process_id)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (VARIABLES, ("h:1", 3, 1)),
+        (
+            {k: v for k, v in VARIABLES.items() if "ID" not in k} | {"JOB_COMPLETION_INDEX": "2"},
+            ("h:1", 3, 2),
+        ),
+        (SLICE, ("h0:8482", 4, 2)),
+        (SLICE | {"JAX_COORDINATOR_PORT": "99"}, ("h0:99", 4, 2)),
+        (SLICE | SECOND, ("first:8482", 8, 6)),
+        (
+            SECOND | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
+            ("first:8482", 2, 1),
+        ),
+        (SLURM, ("tpu007:61445", 4, 3)),
+        (SLURM | {"SLURM_STEP_NODELIST": "a9,b"}, ("a9:61445", 4, 3)),
+        ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "1"}, None),
+    ],
+)
+def test_environments(environ, expected):
+    assert find(environ) == expected
+
+
+def test_flags_win():
+    given = dict(coordinator_address="x:7", num_processes=2, process_id=0)
+    assert find(SLICE, **given) == ("x:7", 2, 0)
+    assert find(SLURM, num_processes=1) is None
+
+
+def without(environ, name):
+    return {k: v for k, v in environ.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("environ", "flags", "message"),
+    [
+        ({}, {"process_id": 1}, "found --process_id=1 without --coordinator_address and --num_pro"),
+        ({}, dict(coordinator_address="h", num_processes=2, process_id=0), "expected HOST:PORT"),
+        ({}, dict(coordinator_address="h:1", num_processes=2, process_id=2), "expected 0 to 1"),
+        (without(VARIABLES, "JAX_PROCESS_ID"), {}, "without JAX_PROCESS_ID; set all three"),
+        (VARIABLES | {"JAX_NUM_PROCESSES": "two"}, {}, "JAX_NUM_PROCESSES = 'two'; expected a num"),
+        (without(SLICE, "TPU_WORKER_ID"), {}, r"without TPU_WORKER_ID; the slice has 4 hosts"),
+        (SLICE | {"TPU_WORKER_ID": "4"}, {}, "found TPU_WORKER_ID = 4 with 4 hosts"),
+        (SLICE | without(SECOND, "MEGASCALE_SLICE_ID"), {}, "without MEGASCALE_SLICE_ID; Multisl"),
+        (SLICE | SECOND | {"MEGASCALE_SLICE_ID": "2"}, {}, "expected an id from 0 to 1"),
+        (without(SLURM, "SLURM_STEP_NODELIST"), {}, "SLURM_STEP_NODELIST; start with srun"),
+    ],
+)
+def test_incomplete_environments_are_refused(environ, flags, message):
+    with pytest.raises(ValueError, match=message):
+        find(environ, **flags)
+
+
+ATTRIBUTES = {
+    "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2",
+    "agent-worker-number": "1",
+    "tpu-env": "ZONE: 'z'\nMEGASCALE_COORDINATOR_ADDRESS: 'c:8080'\n"
+    "MEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\n",
+}
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        value = ATTRIBUTES.get(self.path.split("/")[-1])
+        self.send_response(404 if value is None else 200)
+        self.end_headers()
+        self.wfile.write((value or "").encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_tpu_vm_asks_its_metadata_server(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        found = distributed.find(FLAGS, environ, on_tpu=True)
+        assert found.coordinator_address == "c:8482" and found.source == "TPU VM, slice 2 of 3"
+        assert (found.num_processes, found.process_id) == (6, 5)
+        monkeypatch.setitem(ATTRIBUTES, "tpu-env", "")
+        found = distributed.find(FLAGS, environ, on_tpu=True)
+        assert (found.coordinator_address, found.num_processes) == ("10.0.0.1:8482", 2)
+        monkeypatch.delitem(ATTRIBUTES, "agent-worker-number")
+        with pytest.raises(ValueError, match="does not tell 'agent-worker-number'"):
+            distributed.find(FLAGS, environ, on_tpu=True)
+        server.shutdown()
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def join(members, *, address=None, timeout=5.0):
+    """What each member gets from `lifeline.join`: process ids, or the error."""
+    address = address or free_address()
+
+    def one(member):
+        try:
+            found, _ = lifeline.join(member, address, start_timeout=timeout, peer_timeout=60.0)
+            return [m.process_id for m in found]
+        except ValueError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(one, members))
+
+
+def member(process_id, count=3, **facts):
+    facts = {"jax": "1.0", "config": "a = 1\nb = 2"} | facts
+    return lifeline.Member(
+        process_id=process_id, num_processes=count, host=f"host{process_id}", facts=facts
+    )
+
+
+def test_all_come_and_agree():
+    assert join([member(2), member(0), member(1)]) == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize(
+    ("members", "messages"),
+    [
+        (
+            [member(0), member(1)],
+            ["2 of 3 processes came (process 0 (host0), process 1 (host1))", "[2] did not"],
+        ),
+        (
+            [member(0), member(1), member(2, jax="1.1")],
+            ["process 2 (host2) has jax 1.1; most have 1.0"],
+        ),
+        (
+            [member(0), member(1, config="a = 1\nb = 3"), member(2)],
+            ["process 1 (host1) has another", "found ['b = 3'], expected ['b = 2']"],
+        ),
+        (
+            [member(0), member(1, 4)],
+            ["process 1 (host1) was told of 4 processes, process 0 (host0) of 3"],
+        ),
+        ([member(0), member(1), member(1)], ["process 1 of 3, and so does host1"]),
+    ],
+)
+def test_everyone_is_told_what_is_wrong(members, messages):
+    for answer in join(members, timeout=2.0):
+        assert isinstance(answer, str) and all(message in answer for message in messages), answer
+
+
+def test_a_stranger_on_the_port_is_passed_over():
+    address = free_address()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(join, [member(0, 2)], address=address)
+        while True:
+            try:
+                stranger = socket.create_connection(address.split(":"))
+                break
+            except OSError:
+                pass
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert join([member(1, 2)], address=address) == [[0, 1]]
+        assert first.result() == [[0, 1]]
+
+
+def test_no_process_zero_and_a_port_in_use():
+    (answer,) = join([member(1)], timeout=1.0)
+    assert "process 1 (host1) cannot reach process 0 at 127.0.0.1:" in answer
+    assert "Connection refused" in answer
+    with socket.create_server(("", 0)) as taken:
+        (answer,) = join([member(0)], address=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert "process 0 cannot listen on port" in answer and "Address already in use" in answer
+
+
+PULSE = """
+import json, sys, time
+from tulu_jax.parallel import lifeline
+me, address = lifeline.Member(**json.loads(sys.argv[1])), sys.argv[2]
+_, line = lifeline.join(me, address, start_timeout=60.0, peer_timeout=5.0)
+line.watch()
+print("joined", flush=True)
+if sys.argv[3] == "raise":
+    time.sleep(1)
+    line.fail(FloatingPointError("loss is not finite"))
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "reason"),
+    [
+        ("stop", 75, "process 1 (host1) has been silent for"),
+        ("raise", 1, "process 1 (host1) failed: FloatingPointError: loss is not finite"),
+    ],
+)
+def test_a_silent_or_failed_process_ends_the_others(action, code, reason):
+    """SIGSTOP is what a host looks like that went away without closing its connections."""
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PULSE, json.dumps(vars(member(i))), address]
+            + [action if i == 1 else ""],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(3)
+    ]
+    try:
+        assert all(process.stdout.readline() == "joined\n" for process in processes)
+        if action == "stop":
+            processes[1].send_signal(19)  # SIGSTOP
+        for i in (0, 2):
+            error = processes[i].communicate(timeout=60)[1]
+            assert processes[i].returncode == code
+            assert f"process {i} (host{i}) stops: {reason}" in error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_unequal_devices_name_the_host(monkeypatch):
+    monkeypatch.setattr(distributed, "_members", [member(0, 2), member(1, 2)])
+    (problem,) = distributed.device_problems(jax.devices())
+    assert problem.startswith("process 1 (host1) has 0 devices; most have 8 cpu devices")

@@ -1,0 +1,248 @@
+"""The published runs: each complete file, on each slice it is sized for, has the paper's values."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import gin
+import pytest
+
+from tulu_jax import cli, preflight
+from tulu_jax.models import config as model_config
+from tulu_jax.objectives import dpo, sft
+from tulu_jax.parallel import mesh
+from tulu_jax.training import optim
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+PODS = {path.stem: path for path in sorted((CONFIGS / "pods").glob("*.gin"))}
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "'pods/" in path.read_text())
+
+# Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
+# of 8,192 as benchmarks/dpo_packing.py measures them.
+V2_ROWS, V2_MEAN, PAIRS, PAIRS_A_ROW = 326_154, 1_097, 61_966, 10.6
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    yield
+    gin.clear_config()
+
+
+def load(run, *overrides, pod=None):
+    return cli.load(f"{run}.gin", overrides, workdir=None, pod=pod)
+
+
+def slices(run):
+    """The pods that the run can take, by the size and stage of the one that it includes."""
+    text = (CONFIGS / f"{run}.gin").read_text()
+    suffix = re.search(r"pods/\w+?(_\d+b_(sft|dpo))\.gin", text).group(1)
+    return [name.removesuffix(suffix) for name in PODS if name.endswith(suffix)]
+
+
+def test_the_published_runs_are_there():
+    sft_runs = ["sft_7b", "sft_13b", "sft_70b", "sft_code_7b", "sft_code_13b", "sft_code_34b"]
+    ablations = ["sft_v1_7b", "sft_v1_13b", "sft_v1_70b", "sft_sharegpt_7b"]
+    assert set(RUNS) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_recipe_values(run):
+    config = load(run)
+    stage, *kind, size = run.split("_")
+    family = "codellama" if kind == ["code"] else "llama2"
+    assert config.model == model_config.named(f"{family}_{size}")
+    assert (config.data.max_length, config.data.packing) == (8192, "best_fit")
+    assert config.workdir == f"gs://YOUR-BUCKET/tulu/runs/{run}"
+    folder = "CodeLlama" if kind == ["code"] else "Llama-2"
+    assert config.data.tokenizer == f"gs://YOUR-BUCKET/tulu/models/{folder}-{size}-hf"
+    optimizer = config.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.0, 1.0)
+    assert (config.execution.compute_dtype, config.param_dtype) == ("bfloat16", "float32")
+    if stage == "sft":
+        assert isinstance(config.objective, sft.SFTConfig)
+        assert config.base == config.data.tokenizer
+        assert optimizer.learning_rate == (1e-5 if size == "70b" else 2e-5)
+        assert (config.num_epochs, optimizer.warmup_ratio) == (2.0, 0.03)
+        mixture = {"v1": "tulu_v1_sft", "sharegpt": "sharegpt_only"}
+        assert config.data.train == mixture.get("".join(kind), "tulu_v2_sft")
+    else:
+        assert isinstance(config.objective, dpo.DPOConfig)
+        assert config.base == f"gs://YOUR-BUCKET/tulu/runs/sft_{size}"
+        assert (config.objective.loss, config.objective.beta) == ("sigmoid", 0.1)
+        assert optimizer.learning_rate == 5e-7
+        assert (config.num_epochs, optimizer.warmup_ratio) == (3.0, 0.1)
+        assert config.data.train == "tulu_2_dpo"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_slice_divides_and_is_filled(run):
+    """Each generation at least, and the paper's own slice among them."""
+    names = slices(run)
+    assert {name.split("_")[0] for name in names} == {"v3", "v4", "v5e", "v5p", "v6e"}
+    assert "v3_256" in names and (not run.endswith("70b") or "v3_512" in names)
+    for name in names:
+        config = load(run, pod=name)
+        devices = mesh.slice_devices(config.mesh.topology)
+        assert list(preflight.mesh_problems(config, devices)) == []
+        generation, cores_or_chips = name.split("_")
+        cores_a_device = 2 if generation in ("v4", "v5p") else 1
+        assert devices == int(cores_or_chips) // cores_a_device
+
+
+def test_every_fragment_serves_a_run():
+    used = {f"{s}_{suffix}" for run in RUNS for s in slices(run) for suffix in suffixes(run)}
+    assert used == set(PODS)
+
+
+def suffixes(run):
+    text = (CONFIGS / f"{run}.gin").read_text()
+    return re.findall(r"pods/\w+?_(\d+b_(?:sft|dpo))\.gin", text)
+
+
+def updates(config, rows_per_epoch):
+    number = config.num_updates(rows_per_epoch)
+    return number, optim.num_warmup(config.optimizer, number)
+
+
+def test_updates_at_the_papers_own_batch():
+    """5,096 and 153 of tulu2.md §3.3; for pairs 5,808 and 581 there, where the 14 pairs that do not
+    fill a batch are dropped each epoch: ours go into the next one and make one update more."""
+    config = load("sft_7b", "--gin.BATCH_SIZE=128")
+    assert updates(config, V2_ROWS) == (5_096, 153)
+    config = load("dpo_7b", "--gin.BATCH_SIZE=32")
+    assert updates(config, PAIRS) == (5_809, 581)
+    one_epoch = dataclasses.replace(config, num_epochs=1.0)
+    assert 3 * one_epoch.num_updates(PAIRS) == 5_808
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "v1" not in run and "share" not in run])
+def test_a_file_states_what_its_packed_batch_holds(run):
+    """The comment of a complete file against the facts of the data."""
+    config, text = load(run), (CONFIGS / f"{run}.gin").read_text()
+    stated = re.search(
+        r"(\d+) rows hold ([\d.]+) (?:conversations|pairs) on average .*; ([\d,]+) updates", text
+    )
+    rows, examples, number = (float(x.replace(",", "")) for x in stated.groups())
+    total, a_row = V2_ROWS, 8192 / V2_MEAN
+    if run.startswith("dpo"):
+        total, a_row = PAIRS, PAIRS_A_ROW
+    assert config.batch_size == rows
+    assert examples == pytest.approx(rows * a_row, abs=0.05)
+    assert number == pytest.approx(config.num_updates(math.ceil(total / a_row)), abs=1)
+
+
+def test_pods_that_are_not_there():
+    with pytest.raises(cli.UsageError) as error:
+        load("dpo_70b", pod="v5p_51")
+    assert "did you mean 'v5p_512'?" in str(error.value)
+    assert "slices for 70b_dpo are ['v3_256', 'v3_512', 'v4_512'" in str(error.value)
+    with pytest.raises(cli.UsageError, match="tulu_tiny_sft\\.gin includes no fragment of pods/"):
+        load("tulu_tiny_sft", pod="v5p_512")
+
+
+def test_another_runs_pod_is_taken_by_its_whole_name():
+    config = load("sft_7b", pod="v6e_256_13b_sft")
+    assert config.mesh.topology == "v6e:16x16"
+    assert config.model == model_config.named("llama2_7b")
+
+
+@pytest.mark.parametrize(
+    "overrides, pod, message",
+    [
+        (
+            ["--gin.BATCH_SIZE=6"],
+            "v5p_512",
+            "a multiple of 4, or data x fsdp of which 1 or 2 would",
+        ),
+        (
+            ["--gin.MAX_LENGTH=6000"],
+            "v5p_512_70b_dpo",
+            "context x tensor = 256; 1, 2, 4, 8 or 16 would",
+        ),
+    ],
+)
+def test_what_does_not_divide_and_what_would(overrides, pod, message):
+    config = load("sft_70b", *overrides, pod=pod)
+    devices = mesh.slice_devices(config.mesh.topology)
+    assert message in "\n".join(preflight.mesh_problems(config, devices))
+
+
+def test_heads_that_do_not_divide():
+    config = load("sft_70b")
+    wide = mesh.MeshConfig(fsdp=4, context=4, tensor=16)
+    found = list(preflight.mesh_problems(dataclasses.replace(config, mesh=wide), 256))
+    assert len(found) == 1
+    assert "kv_heads of size 8" in found[0] and "tensor = 16; 1, 2, 4 or 8 would" in found[0]
+
+
+def test_a_mesh_that_does_not_fill_its_topology():
+    with pytest.raises(ValueError, match=r"\(it is meant for v5p:4x8x8\) does not fill 256"):
+        mesh.MeshConfig(fsdp=4, tensor=8, topology="v5p:4x8x8")
+    with pytest.raises(ValueError, match="expected generation:chips"):
+        mesh.MeshConfig(topology="v5p-512")
+
+
+def test_a_bucket_that_nobody_named():
+    found = "\n".join(preflight.problems(load("sft_7b"), num_devices=32))
+    assert "is in no bucket yet; name yours: '--gin.BUCKET=" in found and "1. " not in found
+
+
+def test_workdir_and_bucket():
+    config = load("dpo_70b", '--gin.BUCKET="gs://mine/x/"', '--gin.BASE="/local/sft"')
+    assert (config.workdir, config.base) == ("gs://mine/x/runs/dpo_70b", "/local/sft")
+    config = cli.load("dpo_70b.gin", workdir="here")
+    assert config.workdir == "here"
+
+
+PLACE = """
+import json, sys
+from jax.experimental import topologies
+from tulu_jax.parallel import mesh
+
+megacore = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
+for name, configs in json.load(sys.stdin).items():
+    options = megacore if name.startswith("v4") else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    for config in configs:
+        made = mesh.make(mesh.MeshConfig(**config), list(found.devices))
+        assert len(set(made.devices.flat)) == made.size
+        assert dict(made.shape).items() <= config.items()
+    print(name, len(found.devices))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_meshes_are_placed_on_the_devices_of_the_compiler():
+    """Every pod's mesh on its topology, as libtpu describes it."""
+    meshes = {}
+    for run in RUNS:
+        for pod in slices(run):
+            found = load(run, pod=pod).mesh
+            known = meshes.setdefault(found.topology, [])
+            known += [c] if (c := dataclasses.asdict(found)) not in known else []
+    environment = os.environ | dict(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v4-8",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PLACE],
+        env=environment,
+        input=json.dumps(meshes),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    devices = dict(line.split() for line in done.stdout.split("\n")[:-1])
+    assert devices == {name: str(mesh.slice_devices(name)) for name in meshes}
+    assert len(devices) == 8

@@ -1,0 +1,68 @@
+"""`python -m tulu_jax.dryrun --gin_file=dpo_70b.gin`: compiles the run for its slice without one.
+
+Prints what fits, where the time goes and what the run will cost, and writes DIR/dryrun.json and
+DIR/dryrun.png. Exit status 1 means that the run does not fit; the last lines say what to change.
+`--topologies=A,B,...` compares slices, each with the fragment of pods/ that goes with it or with
+this run's mesh; `--plan` searches the mesh, the micro-batch, rematerialisation and the optimizer's
+dtype for one slice and writes the fragment that wins.
+"""
+
+import json
+import sys
+
+from absl import flags, logging
+from etils import epath
+
+from tulu_jax import cli
+from tulu_jax.recipe import TrainConfig
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Slice to compile for, e.g. v5p:4x8x8 or 2*v5e:16x16. Default: the pod's."
+)
+_TOPOLOGIES = flags.DEFINE_list("topologies", [], "Slices to compare for this run.")
+_PLAN = flags.DEFINE_bool("plan", False, "Search the best pods/ fragment for the topology.")
+_COMPILES = flags.DEFINE_integer("compiles", 6, "Compilations that --plan may spend.")
+_OUT = flags.DEFINE_string("out", None, "Folder of dryrun.json and .png. Default: dryrun/<file>.")
+_WHOLE_ROWS = flags.DEFINE_bool(
+    "whole_rows", False, "Price attention as though each row were one document, as pre-training."
+)
+
+
+def main(config: TrainConfig) -> None:
+    from tulu_jax.planning import plan, report, rows, topology
+
+    held = rows.WHOLE if _WHOLE_ROWS.value else None
+    out = epath.Path(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        names = _TOPOLOGIES.value or [_TOPOLOGY.value or config.mesh.topology]
+        if names == [None]:
+            raise ValueError(
+                "this config names no topology; give --topology, e.g. --topology=v5p:4x8x8"
+            )
+        slices = [topology.parse(name) for name in names]
+        cli.stop_if(problem for s in slices for problem in plan.problems(config, s))
+        if _PLAN.value:
+            results = plan.search(config, slices[0], compiles=_COMPILES.value, out=out)
+        else:
+            results = [plan.price(config, s, held=held) for s in slices]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(report.table(results))
+    (out / "dryrun.json").write_text(json.dumps([r.as_dict() for r in results], indent=1))
+    report.draw(results, out / "dryrun.png")
+    logging.info("Wrote %s/dryrun.json and dryrun.png", out)
+    if not any(result.fits for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    from tulu_jax.planning import topology as topology_lib
+
+    try:
+        topology_lib.enter()
+    except ValueError as missing:
+        print(missing, file=sys.stderr)
+        sys.exit(2)
+    cli.run(main)

@@ -1,0 +1,31 @@
+"""What XLA is asked for on TPUs, for training and for the dry run alike.
+
+A weight's gather and its gradient's reduce-scatter are worth little unless compute goes on beside
+them. Where a chip has SparseCores (v5p, v6e) they move the data; elsewhere gathers are cut into
+steps of the products that run meanwhile. `docs/pods.md` has the predicted step with and without.
+"""
+
+_BESIDE = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+}
+OPTIONS = {
+    "TPU v3": _BESIDE,
+    "TPU v4": _BESIDE,
+    "TPU v5 lite": _BESIDE,
+    "TPU v5": _SPARSE_CORES,
+    "TPU v5p": _SPARSE_CORES,
+    "TPU v6 lite": _SPARSE_CORES,
+}
+
+
+def options(device_kind: str) -> dict[str, str]:
+    """Compiler options of `jax.jit` for devices of this kind; none for those not measured."""
+    return OPTIONS.get(device_kind, {})

@@ -1,0 +1,294 @@
+"""Compiles the train step of a config for a slice that is not there, and says what it would do."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tulu_jax import step as step_lib
+from tulu_jax.kernels import flash_attention_tuning
+from tulu_jax.objectives import dpo
+from tulu_jax.parallel import compiler, sharding
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.planning import cost, hlo, rows
+from tulu_jax.planning.topology import Topology
+from tulu_jax.recipe import TrainConfig
+
+PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the time does not
+# Cycles of a whole 512 x 512 pair of blocks for one head on one core, forward and backward, as
+# `benchmarks/attention.py` counts them for the tuned tiles (docs/attention.md).
+ATTENTION_CYCLES = {
+    "v4": (4279 / 4, 5602 / 2),
+    "v5e": (8389 / 8, 20687 / 8),
+    "v5p": (8395 / 8, 10443 / 4),
+    "v6e": (6621 / 16, 8640 / 8),
+}
+ATTENTION_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes a device, by kind. `kept` is what the forward pass keeps for the backward pass, part of
+    `temporaries`, and `gradients` likewise."""
+
+    params: int
+    moments: int
+    gradients: int
+    kept: int
+    temporaries: int
+    code: int
+    peak: int
+    hbm: int
+
+    @property
+    def spare(self) -> float:
+        """The part of HBM that is left at the peak."""
+        return 1 - self.peak / self.hbm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One compiled train step: memory, cost, FLOPs of all devices, and the seconds it took to
+    compile. `positions` and `examples` are those of an update."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    memory: Memory
+    cost: cost.Cost
+    model_flops: float
+    executed_flops: float
+    positions: int
+    examples: float
+    compile_seconds: float
+    text: str
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the slice could do in the predicted time."""
+        return cost.ideal_seconds(self.model_flops, self.topology) / self.cost.seconds
+
+
+class DoesNotFit(ValueError):
+    """The compiler ran out of HBM; the message has its words."""
+
+
+def documents(config: TrainConfig) -> rows.Documents:
+    """What the rows of this run hold: one example each, packed pairs or packed conversations."""
+    if config.data.packing == "none":
+        return rows.WHOLE
+    return rows.PAIRS if isinstance(config.objective, dpo.DPOConfig) else rows.CONVERSATIONS
+
+
+def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of one update's batch, as the loader and the run make it."""
+    B, T = config.batch_size, config.data.max_length
+    pair = isinstance(config.objective, dpo.DPOConfig)
+    packed = config.data.packing != "none"
+    row = (B, 2, T) if pair and not packed else (B, T)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    fields: dict[str, tuple[tuple[int, ...], Any]] = {name: (row, jnp.int32) for name in names}
+    fields["loss_mask"] = (row, jnp.bool_)
+    if pair:
+        places = (B, PAIRS_PER_ROW) if packed else (B,)
+        fields["example"] = (places, jnp.int32)
+        fields["truncated"] = (places, jnp.bool_)
+        if packed:
+            fields["branches"] = (row, jnp.int32)
+        if config.objective.needs_reference and config.objective.reference == "cached":
+            fields["ref_logps"] = ((*places, 2), jnp.float32)
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding.batch_sharding(mesh, name, len(shape))
+        )
+        for name, (shape, dtype) in fields.items()
+    }
+
+
+def compile_step(
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    num_steps: int,
+    held: rows.Documents | None = None,
+) -> Step:
+    """The step that `train` would run, compiled for `topology` and priced for rows that hold
+    documents `held` (default: those of the recipe).
+
+    Raises `DoesNotFit` where the compiler finds no room, and `ValueError` for a mesh that does not
+    fill the slice.
+    """
+    held = documents(config) if held is None else held
+    devices = topology.devices()
+    mesh = mesh_lib.make(config.mesh, devices)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        state = step_lib.abstract_state(config, mesh, num_steps)
+        batch = abstract_batch(config, mesh)
+        reference = None
+        if "example" in batch and config.objective.needs_reference and "ref_logps" not in batch:
+            reference = state.params
+        traced = jax.jit(
+            step_lib.make_train_step(config, num_steps),
+            donate_argnums=0,
+            compiler_options=compiler.options(devices[0].device_kind),
+        ).trace(state, batch, reference)
+        executed = flops(traced.jaxpr.jaxpr)
+        try:
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        except Exception as error:  # jax has no type for it
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(_out_of_memory(str(error))) from error
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    module = hlo.parse(text)
+    attention = _attention_flops(config, held)
+    examples = config.batch_size * held.examples(config.data.max_length)
+    estimator = cost.Estimator(
+        module,
+        topology,
+        places(mesh, topology),
+        cost.mesh_axes(dict(mesh.shape)),
+        kernel_seconds=lambda name, text: attention_seconds(name, text, config, topology, held),
+        dynamic_trips=held.pairs(config.data.max_length, block=ATTENTION_BLOCK, shards=1)
+        / max(1, config.data.max_length // ATTENTION_BLOCK),
+    )
+    return Step(
+        topology=topology,
+        mesh=dict(mesh.shape),
+        memory=_memory(config, state, module, compiled.memory_analysis(), topology),
+        cost=estimator.estimate(),
+        model_flops=_model_flops(config, attention),
+        executed_flops=executed + attention * (4.5 / 3),
+        positions=math.prod(batch["tokens"].shape),
+        examples=examples,
+        compile_seconds=seconds,
+        text=text,
+    )
+
+
+def places(mesh: jax.sharding.Mesh, topology: Topology) -> np.ndarray:
+    """int [devices, 1 + torus axes]: slice and coordinates of each position of the mesh."""
+    axes = len(topology.shape)
+    return np.array(
+        [[getattr(d, "slice_index", 0) or 0, *d.coords[:axes]] for d in mesh.devices.flat]
+    )
+
+
+def _attention_flops(config: TrainConfig, held: rows.Documents) -> float:
+    """Model FLOPs of attention in an update: 6·L·N·H times the squared lengths of documents."""
+    model = config.model
+    visible = held.visible(config.data.max_length) * config.batch_size
+    if isinstance(config.objective, dpo.DPOConfig) and config.data.packing == "none":
+        visible *= 2
+    return 6.0 * model.num_layers * model.num_heads * model.head_dim * visible
+
+
+def _model_flops(config: TrainConfig, attention: float) -> float:
+    positions = config.batch_size * config.data.max_length
+    if isinstance(config.objective, dpo.DPOConfig) and config.data.packing == "none":
+        positions *= 2
+    return config.model.flops_per_token(0) * positions + attention
+
+
+def attention_seconds(
+    name: str, text: str, config: TrainConfig, topology: Topology, held: rows.Documents
+) -> float | None:
+    """Seconds of one call of the attention kernel on the device with the most pairs of blocks."""
+    found = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),(\d+)\]", text)
+    if not name.startswith("flash_") or topology.chip not in ATTENTION_CYCLES or not found:
+        return None
+    B, N, T, H = map(int, found.groups())
+    length = config.data.max_length
+    shards = max(1, length // T)
+    block = min(ATTENTION_BLOCK, T)
+    pairs = held.pairs(length, block=block, shards=shards)
+    cycles = ATTENTION_CYCLES[topology.chip]["backward" in name]
+    cores = flash_attention_tuning.CORES[topology.chip]
+    scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, H / 128)
+    return B * N * pairs * cycles * scale / cores / topology.hardware.clock
+
+
+def flops(jaxpr) -> float:
+    """FLOPs of the matrix products of a jaxpr on all devices, loops unrolled; kernels not counted,
+    and of a conditional the cheapest branch (the others guard)."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [
+            getattr(value, "jaxpr", value)
+            for parameter in equation.params.values()
+            for value in (parameter if isinstance(parameter, (tuple, list)) else (parameter,))
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+        ]
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lhs, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
+        elif name == "scan":
+            total += equation.params["length"] * flops(inner[0])
+        elif name == "cond":
+            total += min(map(flops, inner))
+        elif name == "shard_map":
+            total += equation.params["mesh"].size * flops(inner[0])
+        elif name != "pallas_call":
+            total += sum(map(flops, inner))
+    return total
+
+
+def _bytes_per_device(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _memory(config, state, module, analysis, topology: Topology) -> Memory:
+    params = _bytes_per_device(state.params)
+    layers = config.model.num_layers
+    dtypes = config.param_dtype if config.micro_batches == 1 else "float32"
+    gradients = params * jnp.dtype(dtypes).itemsize // jnp.dtype(config.param_dtype).itemsize
+    return Memory(
+        params=params,
+        moments=_bytes_per_device(state.opt_state),
+        gradients=gradients,
+        kept=_kept(module, layers, state.params),
+        temporaries=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        peak=analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes,
+        hbm=topology.hardware.hbm,
+    )
+
+
+def _kept(module: hlo.Module, layers: int, params) -> int:
+    """Bytes of what loops carry with a leading axis of `layers` that is no shard of a parameter."""
+    shards = {
+        ",".join(map(str, leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in jax.tree.leaves(params)
+    }
+    largest = 0.0
+    for body in module.computations.values():
+        for i in body:
+            if i.operation != "while":
+                continue
+            arrays = re.findall(r"([a-z]+\d+)\[((\d+),[\d,]+)\]", i.shape)
+            size = sum(
+                sum(hlo.shape_bytes(f"{kind}[{dims}]"))
+                for kind, dims, leading in arrays
+                if int(leading) == layers and dims not in shards
+            )
+            largest = max(largest, size)
+    return int(largest)
+
+
+def _out_of_memory(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    wanted = [line for line in lines if "Used" in line or "exceeded" in line.lower()]
+    return " ".join(wanted[:2] or lines[:2])[:600]

@@ -1,0 +1,268 @@
+"""How long one run of a compiled program takes on a slice that is not there.
+
+The program is walked in its schedule. Compute: a matrix product takes the compiler's own estimate
+of cycles or the time of its HBM traffic, whichever is longer; anything else the time of its
+traffic; an attention kernel its counted cycles for the pairs of blocks that documents need.
+Interconnect: a collective takes its bytes over the torus links that its group has. A synchronous
+collective stops compute; an asynchronous one runs beside it, after those on the same torus axes,
+and its end waits for what is left. Not in it: contention between hosts, stragglers, throttling, the
+input pipeline, and compute and transfers that contend for HBM.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tulu_jax.planning import hlo
+from tulu_jax.planning.topology import Hardware, Topology
+
+LATENCY = 1e-6  # seconds of a hop
+
+
+@dataclasses.dataclass(kw_only=True)
+class Cost:
+    """Seconds of one run, by what the device does: `matrix` units, `attention` kernels, `memory`
+    traffic, `interconnect` that compute waits for, and `hidden` interconnect beside it (not part
+    of the total). `wire` is bytes a device sends by (collective, mesh axes), `top` the largest
+    items as (seconds, runs, name, kind)."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    interconnect: float = 0.0
+    hidden: float = 0.0
+    wire: dict[tuple[str, str], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    top: list[tuple[float, float, str, str]] = dataclasses.field(default_factory=list)
+    unknown: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return self.matrix + self.attention + self.memory + self.interconnect
+
+    @property
+    def binding(self) -> str:
+        """What takes the largest part of the time."""
+        parts = {
+            "matrix units": self.matrix,
+            "attention": self.attention,
+            "HBM": self.memory,
+            "interconnect": self.interconnect,
+        }
+        return max(parts, key=parts.get)
+
+
+def link_seconds(
+    kind: str, size: float, members: Sequence[int], places: np.ndarray, topology: Topology
+) -> tuple[float, float]:
+    """Seconds and bytes sent a device of one collective over the devices `members`.
+
+    `size` is the bytes of the whole buffer (of what a device sends, for a permutation). `places`
+    int [devices, 1 + torus axes] is the slice and the coordinates of each position of the mesh. A
+    torus axis that the group spans serves it with two links where it closes into a ring, with one
+    where it is a line, shared among the groups that interleave on it.
+    """
+    n, hardware = len(members), topology.hardware
+    if n == 1:
+        return 0.0, 0.0
+    spots = places[list(members)]
+    if len(np.unique(spots[:, 0])) > 1:  # over the data centre's network
+        slices = len(np.unique(spots[:, 0]))
+        share = (slices - 1) / slices
+        sent = size * share * (2 if kind == "all-reduce" else 1)
+        return sent / hardware.dcn, sent
+    bandwidth, hops = 0.0, 0
+    for axis, length in enumerate(topology.shape):
+        values = np.unique(spots[:, 1 + axis])
+        if len(values) == 1:
+            continue
+        stride = int(np.diff(values).min())
+        ring = len(values) * stride == length and length % hardware.wraps == 0
+        bandwidth += hardware.link * (2 if ring else 1) / stride
+        hops += len(values) - 1
+    if not bandwidth:  # the two cores of a chip
+        return size / hardware.bandwidth, 0.0
+    if kind == "collective-permute":
+        return size / hardware.link + LATENCY, size
+    share = (n - 1) / n
+    if kind == "all-to-all":
+        return size * max(share, n / 8) / bandwidth + LATENCY * hops, size * share
+    sent = size * share * (2 if kind == "all-reduce" else 1)
+    return sent / bandwidth + LATENCY * hops, sent
+
+
+def _beside(i: hlo.Instruction) -> bool:
+    """A fusion that computes while a transfer goes on."""
+    return any(name.startswith("async_collective_fusion") for name in i.called)
+
+
+def _starts(i: hlo.Instruction) -> bool:
+    return i.operation.endswith("-start") or "-start" in i.name
+
+
+def _ends(i: hlo.Instruction) -> bool:
+    return i.operation.endswith("-done") or i.name.startswith("async-collective-done")
+
+
+@dataclasses.dataclass
+class Estimator:
+    """Costs of the parts of one module.
+
+    `kernel_seconds` gives the time of one call of the Mosaic kernel of a name and text, or None if
+    it is not known; `dynamic_trips` is how often a loop runs whose count depends on data.
+    """
+
+    module: hlo.Module
+    topology: Topology
+    places: np.ndarray
+    axes: Callable[[Sequence[int]], str]
+    kernel_seconds: Callable[[str, str], float | None]
+    dynamic_trips: float
+
+    def __post_init__(self):
+        self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
+        self.cost = Cost()
+
+    def estimate(self) -> Cost:
+        """The cost of the entry computation."""
+        self._run(self.module.entry, 1.0)
+        self.cost.top.sort(reverse=True)
+        return self.cost
+
+    def _run(self, name: str, times: float) -> float:
+        """Adds `times` runs of a computation; the seconds of one."""
+        now, free = 0.0, collections.Counter()  # of each torus axis: when it is free again
+        ends: dict[str, float] = {}  # when what was started ends, by every name that carries it
+        for i in self.module.computations.get(name, []):
+            transfers = self._transfers(i)
+            carried = max((ends.get(operand, 0.0) for operand in i.operands), default=0.0)
+            if carried and i.operation in ("get-tuple-element", "tuple", "bitcast"):
+                ends[i.name] = carried
+            elif _ends(i):
+                waited = max(0.0, carried - now)
+                self.cost.interconnect += waited * times
+                self.cost.hidden -= waited * times
+                now += waited
+            elif transfers and not _beside(i):
+                end, spent = now, 0.0
+                for inner in transfers:
+                    seconds, links = self._transfer(i, inner, times)
+                    spent += seconds
+                    end = max([end, *(free[link] for link in links)]) + seconds
+                    free |= dict.fromkeys(links, end)
+                if _starts(i):
+                    ends[i.name] = end
+                    self.cost.hidden += spent * times
+                else:
+                    self.cost.interconnect += (end - now) * times
+                    now = end
+            elif transfers:
+                ends[i.name] = carried
+                now += self._compute(i, times)
+            elif i.operation == "while":
+                body = i.attribute(r"body=%([\w.\-]+)")
+                trips = self.module.trip_count(i)
+                trips = self.dynamic_trips if trips is None else trips
+                now += trips * self._run(body, times * trips)
+            elif i.operation == "conditional":
+                now += self._run(self._usual(i), times)
+            elif i.operation == "call":
+                now += sum(self._run(called, times) for called in i.called)
+            else:
+                now += self._compute(i, times)
+        return now
+
+    def _usual(self, conditional: hlo.Instruction) -> str:
+        """The branch taken: the one without a kernel (the other is the guard's), or the longest."""
+        branches = [
+            (
+                any(i.operation == "custom-call" for i in self.module.computations[name]),
+                -len(self.module.computations[name]),
+                name,
+            )
+            for name in conditional.called
+        ]
+        return min(branches)[2]
+
+    def _transfers(self, i: hlo.Instruction) -> list[hlo.Instruction]:
+        """The collectives that `i` is, starts or holds."""
+        if i.collective:
+            return [i]
+        if i.operation not in ("fusion", "async-start", "call-start"):
+            return []
+        found = {}
+        for inner in self.module.inside(i):
+            if inner.collective:
+                found.setdefault((inner.collective, inner.attribute(r"channel_id=(\d+)")), inner)
+        return list(found.values())
+
+    def _transfer(self, outer, i: hlo.Instruction, times: float) -> tuple[float, list[int]]:
+        """Seconds of a collective, and the axes of `places` whose links it takes."""
+        members = hlo.group(i, len(self.places))
+        sizes = hlo.shape_bytes(i.shape)
+        size = max(sizes, default=0.0) if i.operation.endswith("-start") else sum(sizes)
+        if i.collective == "reduce-scatter":
+            size *= len(members)
+        seconds, sent = link_seconds(i.collective, size, members, self.places, self.topology)
+        axes = self.axes(members)
+        self.cost.wire[i.collective, axes] += sent * times
+        self.cost.top.append((seconds * times, times, outer.name, f"{i.collective} over {axes}"))
+        spots = self.places[list(members)]
+        return seconds, [n for n in range(spots.shape[1]) if len(np.unique(spots[:, n])) > 1]
+
+    def _compute(self, i: hlo.Instruction, times: float) -> float:
+        hardware: Hardware = self.topology.hardware
+        if i.operation == "custom-call":
+            target = i.attribute(r'custom_call_target="([^"]*)"')
+            if target != "tpu_custom_call":
+                return 0.0
+            seconds = self.kernel_seconds(i.name, i.text)
+            if seconds is None:
+                self.cost.unknown[i.name] = times
+                return 0.0
+            self.cost.attention += seconds * times
+            self.cost.top.append((seconds * times, times, i.name, "attention kernel"))
+            return seconds
+        cycles = i.cycles
+        if not cycles:
+            return 0.0
+        traffic = hlo.moved_bytes(self.module, self.shapes, i) / hardware.bandwidth
+        product = i.operation in ("dot", "convolution") or any(
+            inner.operation in ("dot", "convolution") for inner in self.module.inside(i)
+        )
+        if product and cycles / hardware.clock > traffic:
+            self.cost.matrix += cycles / hardware.clock * times
+            seconds, kind = cycles / hardware.clock, "matrix product"
+        else:
+            self.cost.memory += traffic * times
+            seconds, kind = traffic, "memory"
+        self.cost.top.append((seconds * times, times, i.name, kind))
+        return seconds
+
+
+def mesh_axes(sizes: dict[str, int]) -> Callable[[Sequence[int]], str]:
+    """Names of the mesh axes along which the devices of a group differ, e.g. 'fsdp x context'."""
+    shape = tuple(sizes.values())
+
+    def axes(members: Sequence[int]) -> str:
+        index = np.array(np.unravel_index(np.asarray(members), shape))
+        differ = [name for name, row in zip(sizes, index, strict=True) if len(np.unique(row)) > 1]
+        return " x ".join(differ) or "itself"
+
+    return axes
+
+
+def ideal_seconds(flops: float, topology: Topology) -> float:
+    """Seconds of `flops` at the peak of all devices."""
+    return flops / (topology.hardware.peak * topology.num_devices)
+
+
+def rounded(value: float) -> float:
+    """Three significant digits, for tables and JSON."""
+    if not value or not math.isfinite(value):
+        return value
+    return round(value, 2 - math.floor(math.log10(abs(value))))

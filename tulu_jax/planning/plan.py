@@ -1,0 +1,274 @@
+"""What a run costs on a slice, and the search for the mesh that suits it best."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from tulu_jax import preflight
+from tulu_jax.data import registry
+from tulu_jax.objectives import dpo
+from tulu_jax.planning import aot, cost, rows
+from tulu_jax.planning.topology import Topology
+from tulu_jax.recipe import TrainConfig
+
+SPARE = 0.05  # of HBM that a plan leaves
+POLICIES = ("save_projections", "nothing_saveable")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A run on a slice: its config, the compiled step or why there is none, and the whole run.
+
+    `updates` of training; `reference_seconds` is the pass of DPO over all pairs before it, a third
+    of a step for each update of the first epoch.
+    """
+
+    config: TrainConfig
+    topology: Topology
+    step: aot.Step | None
+    updates: int
+    reference_seconds: float
+    refused: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.step is not None and self.step.memory.spare >= 0
+
+    @property
+    def hours(self) -> float:
+        if self.step is None:
+            return math.nan
+        return (self.updates * self.step.cost.seconds + self.reference_seconds) / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: everything that the table shows, in bytes, seconds, FLOPs and hours."""
+        about = {
+            "topology": self.topology.name,
+            "chips": self.topology.num_chips,
+            "fits": self.fits,
+            "refused": self.refused,
+            "updates": self.updates,
+        }
+        if self.step is None:
+            return about
+        step = self.step
+        seconds = step.cost.seconds
+        return about | {
+            "mesh": step.mesh,
+            "micro_batch_size": self.config.micro_batch_size or self.config.batch_size,
+            "remat_policy": self.config.execution.remat_policy,
+            "bytes": dataclasses.asdict(step.memory),
+            "spare": step.memory.spare,
+            "seconds": {
+                "step": seconds,
+                "matrix": step.cost.matrix,
+                "attention": step.cost.attention,
+                "memory": step.cost.memory,
+                "interconnect": step.cost.interconnect,
+                "hidden_interconnect": step.cost.hidden,
+                "reference_pass": self.reference_seconds,
+            },
+            "binding": step.cost.binding,
+            "wire_bytes": {f"{k} over {a}": v for (k, a), v in step.cost.wire.items()},
+            "model_flops": step.model_flops,
+            "executed_flops": step.executed_flops,
+            "mfu": step.mfu,
+            "tokens_per_second": step.positions / seconds,
+            "tokens_per_second_per_chip": step.positions / seconds / self.topology.num_chips,
+            "examples_per_second": step.examples / seconds,
+            "hours": self.hours,
+            "chip_hours": self.hours * self.topology.num_chips,
+            "compile_seconds": step.compile_seconds,
+            "largest": step.cost.top[:20],
+        }
+
+
+def problems(config: TrainConfig, topology: Topology) -> Iterator[str]:
+    """What of the config's mesh, heads and batch the slice does not divide, and what would."""
+    for problem in preflight.mesh_problems(config, topology.num_devices):
+        yield f"{topology.name}: {problem}"
+
+
+def num_updates(config: TrainConfig) -> int:
+    """Updates of the whole run; of epochs by the published counts and mean lengths. Raises
+    `ValueError` for epochs of data without a published count."""
+    if config.num_steps:
+        return config.num_steps
+    count = registry.expected_examples(config.data.train)
+    if count is None:
+        raise ValueError(
+            f"{registry.name_of(config.data.train)!r} has no published number of examples, so its "
+            "epochs cannot be counted; give NUM_STEPS instead of NUM_EPOCHS for the dry run"
+        )
+    examples = config.batch_size * aot.documents(config).examples(config.data.max_length)
+    return max(1, math.floor(config.num_epochs * count / examples))
+
+
+def price(config: TrainConfig, topology: Topology, *, held: rows.Documents | None = None) -> Result:
+    """The run of `config` on `topology`, compiled; `refused` has the compiler's words if it does
+    not fit. Rows hold documents `held`, by default those of the recipe."""
+    updates, step, refused = num_updates(config), None, None
+    try:
+        step = aot.compile_step(config, topology, num_steps=updates, held=held)
+    except aot.DoesNotFit as error:
+        refused = str(error)
+    reference = 0.0
+    if step and isinstance(config.objective, dpo.DPOConfig) and config.objective.needs_reference:
+        passes = updates / (config.num_epochs or 1)
+        reference = step.cost.seconds / 3 * passes
+    return Result(
+        config=config,
+        topology=topology,
+        step=step,
+        updates=updates,
+        reference_seconds=reference,
+        refused=refused,
+    )
+
+
+def advice(result: Result) -> str:
+    """What to change in a run that does not fit."""
+    execution, config = result.config.execution, result.config
+    found = []
+    if not execution.remat or execution.remat_policy != "nothing_saveable":
+        found.append("remat_policy = 'nothing_saveable' keeps only the input of each layer")
+    if (config.micro_batch_size or config.batch_size) > 1:
+        found.append("a smaller micro_batch_size, or larger context and tensor")
+    if config.optimizer.mu_dtype == "float32":
+        found.append("OptimizerConfig.mu_dtype = 'bfloat16'")
+    if isinstance(config.objective, dpo.DPOConfig) and config.objective.reference == "resident":
+        found.append("DPOConfig.reference = 'cached'")
+    found.append("a larger slice (--topologies compares them); --plan searches all of this")
+    return "; ".join(found)
+
+
+def candidates(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]:
+    """Every mesh, micro-batch, policy and moment dtype that divides the slice and the run."""
+    sizes = [n for n in range(1, topology.num_devices + 1) if topology.num_devices % n == 0]
+    micros = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    for tensor, context in itertools.product(sizes, sizes):
+        if topology.num_devices % (tensor * context):
+            continue
+        left = topology.num_devices // (tensor * context)
+        if left % topology.slices:
+            continue
+        mesh = dataclasses.replace(
+            config.mesh,
+            data=topology.slices,
+            fsdp=left // topology.slices,
+            context=context,
+            tensor=tensor,
+            topology=topology.name,
+        )
+        for micro, policy, dtype in itertools.product(micros, POLICIES, ("float32", "bfloat16")):
+            candidate = dataclasses.replace(
+                config,
+                mesh=mesh,
+                micro_batch_size=micro,
+                execution=dataclasses.replace(config.execution, remat_policy=policy),
+                optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
+            )
+            if not list(preflight.mesh_problems(candidate, topology.num_devices)):
+                yield candidate
+
+
+def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
+    """Seconds of a step and bytes a device from shapes alone, to choose what is worth compiling.
+
+    Compute at 85 % of the peak; weights move once for each forward and backward of a micro-batch
+    and their gradients once; activations over `tensor` four times a layer and pass; nothing hides.
+    """
+    model, hardware = config.model, topology.hardware
+    sizes = config.mesh.sizes(topology.num_devices)
+    micro = config.micro_batch_size or config.batch_size
+    pieces = config.batch_size // micro
+    full = config.execution.remat_policy == "nothing_saveable"
+    flops = model.flops_per_token(1024) * config.batch_size * config.data.max_length
+    compute = cost.ideal_seconds(flops * (4 / 3 if full else 1), topology) / 0.85
+    shards = sizes["fsdp"] * sizes["context"]
+    weights = 2 * model.num_params / sizes["tensor"] * (shards - 1) / shards * 3 * pieces
+    tokens = config.batch_size * config.data.max_length / (sizes["data"] * shards)
+    passes = 4 if full else 3
+    activations = 2 * tokens * model.embed_dim * model.num_layers * 2 * passes
+    activations *= (sizes["tensor"] - 1) / sizes["tensor"]
+    links = 2 * hardware.link
+    moving = weights / (links * (hardware.dimensions - 1)) + activations / links
+    moments = {"float32": 4, "bfloat16": 2}[config.optimizer.mu_dtype]
+    state = model.num_params * (4 + 4 + moments + 4) / (shards * sizes["tensor"])
+    kept = _kept(config, sizes, micro)
+    gathered = 3 * 2 * model.embed_dim * model.mlp_dim / sizes["tensor"] * 2
+    heads = 8 * model.vocab_size * model.embed_dim
+    return compute + moving, state + kept + gathered + heads
+
+
+def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
+    model = config.model
+    tokens = micro * config.data.max_length / (sizes["data"] * sizes["fsdp"] * sizes["context"])
+    layer = 2 * tokens * model.embed_dim / sizes["tensor"]
+    if config.execution.remat_policy == "save_projections":
+        width = 2 * model.num_heads * model.head_dim + 2 * model.mlp_dim + model.embed_dim
+        layer += 2 * tokens * width / sizes["tensor"]
+        layer += (
+            4 * tokens * sizes["context"] * model.num_kv_heads * model.head_dim / sizes["tensor"]
+        )
+    return layer * model.num_layers
+
+
+def search(
+    config: TrainConfig, topology: Topology, *, compiles: int, out: epath.Path
+) -> list[Result]:
+    """The results of the `compiles` most promising candidates that were compiled, best first; the
+    fragment of the best is written to `out`. The same inputs give the same choice.
+
+    Raises `ValueError` if nothing divides the slice.
+    """
+    import tqdm
+
+    ranked = []
+    for number, candidate in enumerate(candidates(config, topology)):
+        seconds, size = guess(candidate, topology)
+        if size < topology.hardware.hbm * (1 - SPARE):
+            ranked.append((seconds, number, candidate))
+    if not ranked:
+        raise ValueError(
+            f"no mesh, micro-batch and rematerialisation fits {topology.name} by estimate; choose "
+            "a larger slice"
+        )
+    ranked.sort(key=lambda item: item[:2])
+    results = [
+        price(candidate, topology)
+        for _, _, candidate in tqdm.tqdm(ranked[:compiles], desc="plan", unit="compile")
+    ]
+    results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
+    if results[0].fits:
+        (out / "pod.gin").write_text(fragment(results[0]))
+    return results
+
+
+def fragment(result: Result) -> str:
+    """The pods/ fragment of a result's config."""
+    config, step = result.config, result.step
+    size = f"{config.model.num_params / 1e9:.0f}B"
+    return "\n".join(
+        [
+            f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
+            f"an update, MFU {step.mfu:.0%}, {step.memory.spare:.0%} of HBM to spare.",
+            "# Written by python -m tulu_jax.dryrun --plan.",
+            "from __gin__ import dynamic_registration",
+            "from tulu_jax import recipe",
+            "from tulu_jax.models import config",
+            "from tulu_jax.parallel import mesh",
+            "from tulu_jax.training import optim",
+            "",
+            f"mesh.MeshConfig.topology = {result.topology.name!r}",
+            *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
+            f"recipe.TrainConfig.micro_batch_size = {config.micro_batch_size}",
+            f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
+            f"optim.OptimizerConfig.mu_dtype = {config.optimizer.mu_dtype!r}",
+            "",
+        ]
+    )

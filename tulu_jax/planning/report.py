@@ -1,0 +1,141 @@
+"""The dry run's table and picture."""
+
+from etils import epath
+
+from tulu_jax.planning import plan
+
+GIB = 2**30
+
+
+def table(results: list[plan.Result]) -> str:
+    """One column a result: memory, time, the whole run, and what binds."""
+    columns = [_column(result) for result in results]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    for result in results:
+        if not result.fits:
+            lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
+            lines.append(f"  To change: {plan.advice(result)}")
+    return "\n".join(lines)
+
+
+def _column(result: plan.Result) -> dict[str, str]:
+    head = {
+        "slice": result.topology.name,
+        "cloud name": result.topology.accelerator_type,
+        "chips": f"{result.topology.num_chips}",
+        "fits": "yes" if result.fits else "NO",
+    }
+    if result.step is None:
+        return head
+    step, memory, cost = result.step, result.step.memory, result.step.cost
+    axes = " x ".join(f"{name} {size}" for name, size in step.mesh.items() if size > 1)
+    wire = {
+        f"GB sent, {kind} over {axes}": f"{size / 1e9:,.2f}"
+        for (kind, axes), size in sorted(cost.wire.items(), key=lambda item: -item[1])
+        if size > 1e7
+    }
+    return head | {
+        "mesh": axes or "1 device",
+        "micro-batch": f"{result.config.micro_batch_size or result.config.batch_size}",
+        "remat": result.config.execution.remat_policy,
+        "GiB a device: parameters": _gib(memory.params),
+        "  moments": _gib(memory.moments),
+        "  temporaries": _gib(memory.temporaries),
+        "    of them gradients": _gib(memory.gradients),
+        "    kept for backward": _gib(memory.kept),
+        "  code": _gib(memory.code),
+        "  peak / HBM": f"{_gib(memory.peak)} / {_gib(memory.hbm)}",
+        "  to spare": f"{memory.spare:.1%}",
+        "model PFLOP an update": f"{step.model_flops / 1e15:,.2f}",
+        "executed": f"{step.executed_flops / 1e15:,.2f}",
+        "seconds an update": f"{cost.seconds:.3f}",
+        "  matrix units": f"{cost.matrix:.3f}",
+        "  attention": f"{cost.attention:.3f}",
+        "  HBM": f"{cost.memory:.3f}",
+        "  interconnect, waited for": f"{cost.interconnect:.3f}",
+        "  interconnect, hidden": f"{cost.hidden:.3f}",
+        "binds": cost.binding,
+        **wire,
+        "MFU": f"{step.mfu:.1%}",
+        "tokens/s": f"{step.positions / cost.seconds:,.0f}",
+        "  a chip": f"{step.positions / cost.seconds / result.topology.num_chips:,.0f}",
+        "examples/s": f"{step.examples / cost.seconds:,.1f}",
+        "updates": f"{result.updates:,}",
+        "hours": f"{result.hours:.2f}",
+        "  reference pass": f"{result.reference_seconds / 3600:.2f}",
+        "chip-hours": f"{result.hours * result.topology.num_chips:,.0f}",
+        "compiled in, s": f"{step.compile_seconds:.0f}",
+    }
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def draw(results: list[plan.Result], path: epath.Path) -> None:
+    """A bar of memory and a bar of time for each result that compiled, as PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    compiled = [result for result in results if result.step]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.5 + 0.6 * max(1, len(compiled))))
+    names = [_name(result) for result in compiled]
+    memory = [result.step.memory for result in compiled]
+    _bars(
+        left,
+        names,
+        {
+            "parameters": [m.params / GIB for m in memory],
+            "moments": [m.moments / GIB for m in memory],
+            "kept for backward": [min(m.kept, m.temporaries) / GIB for m in memory],
+            "other temporaries": [max(0, m.temporaries - m.kept) / GIB for m in memory],
+            "code": [m.code / GIB for m in memory],
+        },
+        "GiB a device; the line is its HBM",
+    )
+    for n, m in enumerate(memory):
+        left.plot([m.hbm / GIB] * 2, [n - 0.4, n + 0.4], color="black")
+    costs = [result.step.cost for result in compiled]
+    _bars(
+        right,
+        names,
+        {
+            "matrix units": [c.matrix for c in costs],
+            "attention": [c.attention for c in costs],
+            "HBM": [c.memory for c in costs],
+            "interconnect": [c.interconnect for c in costs],
+        },
+        "predicted seconds an update",
+    )
+    figure.tight_layout()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _name(result: plan.Result) -> str:
+    return f"{result.topology.name}\nMFU {result.step.mfu:.0%}"
+
+
+def _bars(axes, names: list[str], parts: dict[str, list[float]], label: str) -> None:
+    start = [0.0] * len(names)
+    for part, sizes in parts.items():
+        axes.barh(range(len(names)), sizes, left=start, label=part)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.legend(fontsize="small")

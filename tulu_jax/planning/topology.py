@@ -1,0 +1,155 @@
+"""TPU slices by name, and what their links and memories do.
+
+A slice is written as the compiler takes it, 'v5p:4x8x8' (chips along each torus axis), and several
+slices as '2*v5e:16x16'. A jax device is a chip, on v3 one of its two cores.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+from tulu_jax import validation
+from tulu_jax.planning import schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device of a generation.
+
+    `clock` Hz, `peak` bfloat16 FLOP/s, `bandwidth` bytes/s of HBM, `hbm` bytes of it, `link`
+    bytes/s of one interconnect link in one direction as a device sees it. Peak, memory and
+    bandwidth are the published ones; links are those of "How to Scale Your Model" (Austin et al.
+    2025, part 2), which a v3 chip's two cores share. `wraps`: the torus axes close into rings where
+    their length is a multiple of this. `dcn`: bytes/s between slices.
+    """
+
+    dimensions: int
+    clock: float
+    peak: float
+    bandwidth: float
+    hbm: int
+    link: float
+    wraps: int
+    devices_per_chip: int = 1
+    dcn: float = 6.25e9
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+def _measured(chip: str, **rest) -> Hardware:
+    known = schedule.CHIPS[chip]
+    return Hardware(clock=known.clock, peak=known.peak, bandwidth=known.bandwidth, **rest)
+
+
+GIB = 2**30
+HARDWARE = {
+    "v3": Hardware(
+        dimensions=2, clock=0.94e9, peak=61.5e12, bandwidth=0.45e12, hbm=16 * GIB, link=50e9,
+        wraps=32, devices_per_chip=2, dcn=3e9,
+    ),
+    "v4": _measured(
+        "v4", dimensions=3, hbm=32 * GIB, link=45e9, wraps=4,
+        options=dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)),
+    ),
+    "v5e": _measured("v5e", dimensions=2, hbm=16 * GIB, link=45e9, wraps=16),
+    "v5p": _measured("v5p", dimensions=3, hbm=95 * GIB, link=90e9, wraps=4),
+    "v6e": _measured("v6e", dimensions=2, hbm=32 * GIB, link=90e9, wraps=16),
+}  # fmt: skip
+
+INSTALL = 'pip install "jax[tpu]"'
+# Where jax and libtpu believe that they are while they compile for devices that are not there.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` slices of `shape` chips of one generation, `chip`."""
+
+    chip: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def hardware(self) -> Hardware:
+        return HARDWARE[self.chip]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.hardware.devices_per_chip
+
+    @property
+    def name(self) -> str:
+        slices = f"{self.slices}*" if self.slices > 1 else ""
+        return f"{slices}{self.chip}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def accelerator_type(self) -> str:
+        """The cloud's name of one slice: cores for v3, v4 and v5p, chips for v5e and v6e."""
+        cores = 1 if self.chip in ("v5e", "v6e") else 2
+        return f"{self.chip}-{math.prod(self.shape) * cores}"
+
+    def devices(self) -> list:
+        """jax devices that can be compiled for. Raises `ValueError` if libtpu is not installed or
+        knows no such slice."""
+        from jax.experimental import topologies
+
+        options = dict(self.hardware.options)
+        if self.slices > 1 or options:
+            options["num_slices"] = self.slices
+        shape = "x".join(map(str, self.shape))
+        try:
+            description = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{self.chip}:{shape}", **options
+            )
+        except Exception as error:  # jax raises several kinds, with libtpu's text
+            if "libtpu" in str(error) and "No module" in str(error):
+                raise ValueError(f"compiling for a TPU needs libtpu: {INSTALL}") from error
+            raise ValueError(
+                f"libtpu has no topology {self.chip}:{shape}: {str(error).splitlines()[0]}"
+            ) from error
+        return description.devices
+
+
+def parse(name: str) -> Topology:
+    """The topology called `name`. Raises `ValueError` that lists what is known."""
+    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
+    example = "expected e.g. 'v5p:4x8x8' (chips along each axis) or '2*v5e:16x16' (two slices)"
+    if not found:
+        raise ValueError(f"topology {name!r}: {example}")
+    slices, chip, shape = int(found[1] or 1), found[2], tuple(map(int, found[3].split("x")))
+    if chip not in HARDWARE:
+        raise ValueError(
+            f"topology {name!r}: generation {chip!r} is unknown"
+            f"{validation.nearest(chip, HARDWARE)}; known are {sorted(HARDWARE)}; {example}"
+        )
+    dimensions = HARDWARE[chip].dimensions
+    if len(shape) != dimensions:
+        raise ValueError(
+            f"topology {name!r}: a {chip} slice has {dimensions} axes, found {len(shape)}; "
+            f"{example}"
+        )
+    if min(*shape, slices) < 1:
+        raise ValueError(f"topology {name!r}: every size is at least 1; {example}")
+    return Topology(chip, shape, slices)
+
+
+def enter() -> None:
+    """Makes this process one that compiles for absent devices; call it before jax is imported.
+
+    Raises `ValueError` with the command that installs libtpu where it is missing.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"compiling for a TPU needs libtpu, which is not installed: {INSTALL}")
+    os.environ.update(ENVIRONMENT)
