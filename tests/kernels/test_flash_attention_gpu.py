@@ -1,7 +1,12 @@
 """The GPU attention kernels against float64, in the interpreter (compiled where there is a GPU)."""
 
 import functools
+import importlib.util
 import inspect
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -167,10 +172,32 @@ def test_heads_and_dtypes_that_are_not_taken():
         flash.tile_of(128, jnp.dtype("float64"))
 
 
-@pytest.mark.skipif(
+lowers = pytest.mark.skipif(
     jax.__version_info__ > (0, 10, 2) and INTERPRET,
     reason="this jaxlib compiles Triton while it lowers, which needs the CUDA plugin",
 )
+
+
+@lowers
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: torch brings it on Linux",
+)
+def test_compiles_for_hopper_without_a_device():
+    """In a process of its own, because Triton and TensorFlow do not live in one."""
+    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "attention_gpu.py"
+    arguments = ["--capabilities", "90", "--shapes", "32/8 heads x 64"]
+    found = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=600
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert report["ok"] and len(report["kernels"]) == 3
+    for kernel in report["kernels"].values():
+        assert kernel["spilled"] == 0 and kernel["tensor core"] > 0 and kernel["async copies"] > 0
+
+
+@lowers
 @pytest.mark.parametrize("heads, kv_heads, head_dim, dtype, branched", [
     (32, 32, 128, "bfloat16", False),
     (64, 8, 128, "bfloat16", True),
