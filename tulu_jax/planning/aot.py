@@ -23,6 +23,7 @@ PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the t
 # Cycles of a whole 512 x 512 pair of blocks for one head on one core, forward and backward, as
 # `benchmarks/attention.py` counts them for the tuned tiles (docs/attention.md).
 ATTENTION_CYCLES = {
+    "v3": (8422 / 4, 5360),
     "v4": (4279 / 4, 5602 / 2),
     "v5e": (8389 / 8, 20687 / 8),
     "v5p": (8395 / 8, 10443 / 4),

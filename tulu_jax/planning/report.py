@@ -66,6 +66,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "  interconnect, waited for": f"{cost.interconnect:.3f}",
         "  interconnect, hidden": f"{cost.hidden:.3f}",
         "binds": cost.binding,
+        **({"kernels not counted": ", ".join(cost.unknown)} if cost.unknown else {}),
         **wire,
         "MFU": f"{step.mfu:.1%}",
         "tokens/s": f"{step.positions / cost.seconds:,.0f}",

@@ -43,9 +43,8 @@ def _measured(chip: str, **rest) -> Hardware:
 
 GIB = 2**30
 HARDWARE = {
-    "v3": Hardware(
-        dimensions=2, clock=0.94e9, peak=61.5e12, bandwidth=0.45e12, hbm=16 * GIB, link=50e9,
-        wraps=32, devices_per_chip=2, dcn=3e9,
+    "v3": _measured(
+        "v3", dimensions=2, hbm=16 * GIB, link=50e9, wraps=32, devices_per_chip=2, dcn=3e9
     ),
     "v4": _measured(
         "v4", dimensions=3, hbm=32 * GIB, link=45e9, wraps=4,
