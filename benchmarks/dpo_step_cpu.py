@@ -344,7 +344,13 @@ def trajectory(root: pathlib.Path, folder: str, updates: int) -> None:
     base = root / "models/stories260K-hf"
     data = data_config(root, "models/stories260K/tok512.model", 1024, f"{folder}/cache")
     config = train_config(
-        hf.read_config(base), data, f"{folder}/run", base=str(base), num_steps=updates, batch_size=2
+        hf.read_config(base),
+        data,
+        f"{folder}/run",
+        base=str(base),
+        batch_size=2,
+        num_steps=updates,
+        optimizer=optim.OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.1),
     )
     save_tokenizer(config, f"{folder}/hf")
     for file in base.iterdir():
@@ -353,7 +359,7 @@ def trajectory(root: pathlib.Path, folder: str, updates: int) -> None:
     gaps = np.abs(np.array(ours) - np.array(theirs))
     print(
         f"{updates} updates of {sum(pairs) / updates:.1f} pairs, learning rate "
-        f"{config.optimizer.learning_rate}, float32, trl {trl.__version__}"
+        f"{config.optimizer.learning_rate:g}, float32, trl {trl.__version__}"
     )
     print(f"{'update':>6} {'pairs':>6} {'ours':>10} {'TRL':>10} {'gap':>8}")
     for i in sorted({*range(0, updates, 7), int(gaps.argmax()), updates - 1}):
