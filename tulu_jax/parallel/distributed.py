@@ -66,7 +66,7 @@ def find(
 
 
 def has_tpu_chips() -> bool:
-    """Whether this is a TPU host: Google's PCI devices, and the files through which chips are used."""
+    """Whether this is a TPU host: PCI devices of Google, and files to use chips through."""
     nodes = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
     return bool(nodes) and any(pathlib.Path(v).read_text().strip() == GOOGLE for v in vendors)
