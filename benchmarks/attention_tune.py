@@ -1,9 +1,9 @@
 """Chooses the tiles of the attention kernel for each TPU generation, by scheduled cycles.
 
-    python benchmarks/attention_tune.py [--chips v4 v5e v5p v6e] [--wide] [--write]
+    python benchmarks/attention_tune.py [--chips v4 v6e] [--dtypes bfloat16] [--wide] [--write]
 
 Every candidate is compiled for the chip and counted on a causal row and on packed rows of documents
-of mean 1,000 tokens (32 heads x 8,192 x 128, bfloat16); the least sum wins. `--wide` tries more,
+of mean 1,000 tokens (32 heads x 8,192 x 128); the least sum wins. `--wide` tries more,
 `--write` replaces `tulu_jax/kernels/flash_attention_tuning.json`, whose versions say what it was
 made on. Needs the extra `tpu`.
 """
@@ -11,6 +11,7 @@ made on. Needs the extra `tpu`.
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import sys
@@ -25,6 +26,7 @@ from tulu_jax.kernels import flash_attention_tuning as tuning
 from tulu_jax.planning import schedule
 
 HEADS = 32
+DTYPES, STAGES = ("bfloat16", "float32"), ("forward", "backward")
 TARGET = f"{pathlib.Path(__file__).resolve()}:one_pass"
 
 
@@ -34,33 +36,42 @@ def tile(block, chunk, sub, heads, pipelined, transposed):
     )
 
 
-def candidates(chip, stage, wide):
+def candidates(chip, dtype, stage, wide):
     """Tiles worth a look: a wide matrix unit wants probabilities stationary, VMEM limits heads."""
-    turned = chip == "v6e"
-    most = {"v4": (4, 2), "v5e": (8, 8), "v5p": (8, 4), "v6e": (16, 8)}[chip][stage == "backward"]
-    # (chunk, sub, pipelined): v4 has no room for the pipeline's values in its backward pass.
-    few = [(512, 128, True), (256, 128, True)]
-    if turned:
-        few = [(512, 256, True), (256, 256, True)]
-    if chip == "v4":
-        few = [(512, 128, False), (256, 128, False)]
-    for chunk, sub, pipelined in few:
-        yield tile(512, chunk, sub, most, pipelined, turned)
+    turned = chip in ("v6e", "tpu7x")
+    backward = stage == "backward"
+    most = {
+        **{"v3": (4, 1), "v4": (4, 2), "v5e": (8, 8)},
+        **{"v5p": (8, 4), "v6e": (16, 8), "tpu7x": (8, 4)},
+    }[chip][backward]
+    if dtype == "float32" and chip != "v3":  # twice the bytes, six products for one
+        most = max(1, most // 2)
+    small = chip in ("v3", "v4")  # no room for the values of a pipeline
+    sub = 256 if turned else 128
+    for chunk in (512, 256):
+        yield tile(512, chunk, sub, most, not small, turned)
+    if dtype == "float32":  # no long pipeline: the text of six products a product
+        yield tile(512, 256, 256, max(1, most // 2), False, turned)
     if wide:
-        for heads in (most, most // 2):
+        for heads in sorted({most, max(1, most // 2)}, reverse=True):
             for chunk in (512, 256, 128):
                 for sub in (512, 256, 128):
                     for pipelined in (True, False):
                         yield tile(512, chunk, sub, heads, pipelined, turned)
-            yield tile(1024, 512, 256, heads // 2, turned, turned)
+            yield tile(1024, 512, 256, max(1, heads // 2), turned, turned)
             yield tile(256, 256, 128, heads, True, turned)
+            yield tile(256, 256, 128, 2 * heads, True, turned)
             yield tile(512, 512, 256, heads, True, not turned)
 
 
-def one_pass(stage, candidate, vmem, cores):
+def tiling_of(chip, dtype, chosen):
+    """The chip's tiling with one tile for both passes."""
+    return dataclasses.replace(tuning.tiling(chip, dtype), forward=chosen, backward=chosen)
+
+
+def one_pass(chip, dtype, stage, candidate):
     """A jitted pass of the kernel with this tile, and its abstract arguments."""
-    chosen = flash.Tile(**candidate)
-    tiling = flash.Tiling(forward=chosen, backward=chosen, vmem=vmem, cores=cores)
+    tiling = tiling_of(chip, dtype, flash.Tile(**candidate))
     ids = jax.ShapeDtypeStruct((1, attention.LENGTH), jnp.int32)
 
     def prepare(ids):
@@ -74,9 +85,10 @@ def one_pass(stage, candidate, vmem, cores):
         )
 
     shape = (1, HEADS, attention.LENGTH, attention.HEAD_DIM)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct(shape, dtype)
     stats = jax.ShapeDtypeStruct((1, HEADS, 2, attention.LENGTH), jnp.float32)
     static = flash.static_of(x, attention.HEAD_DIM, False)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32) if tiling.widened else x
     plan = jax.eval_shape(prepare, ids)
     if stage == "forward":
         run = lambda q, k, v, p: flash._forward(q, k, v, p, online=False, static=static)  # noqa: E731
@@ -85,38 +97,34 @@ def one_pass(stage, candidate, vmem, cores):
     return jax.jit(run), (x, x, x, stats, x, plan)
 
 
-def tune(chip, stage, wide, rows):
+def tune(chip, dtype, stage, wide, rows):
     """The best tile of a pass; prints what each took."""
-    base = tuning.tiling(chip, "bfloat16")
-    tiles = list(candidates(chip, stage, wide))
+    tiles = list(candidates(chip, dtype, stage, wide))
     requests = [
         schedule.Request(
             target=TARGET,
             arguments=dict(
-                stage=stage, candidate=dataclasses.asdict(t), vmem=base.vmem, cores=base.cores
+                chip=chip, dtype=dtype, stage=stage, candidate=dataclasses.asdict(candidate)
             ),
         )
-        for t in tiles
+        for candidate in tiles
     ]
     best, least = None, np.inf
-    for candidate, program in zip(
-        tiles, schedule.compile_for(chip, requests, timeout=7200), strict=True
-    ):
+    programs = schedule.compile_for(chip, requests, timeout=7200)
+    for candidate, program in zip(tiles, programs, strict=True):
         label = " ".join(f"{k} {v}" for k, v in dataclasses.asdict(candidate).items())
+        label = f"{chip} {dtype} {stage:8} {label}"
         if program.error:
-            print(f"{chip} {stage:8} {label}: {program.error.splitlines()[0][:90]}", flush=True)
+            print(f"{label}: {program.error.splitlines()[0][:90]}", flush=True)
             continue
-        tiling = flash.Tiling(
-            forward=candidate, backward=candidate, vmem=base.vmem, cores=base.cores
-        )
         (kernel,) = program.kernels.values()
         times = []
         for segments in (np.ones((1, attention.LENGTH), np.int32), rows):
-            counts, _ = attention.count_packed(tiling, segments)
+            counts, _ = attention.count_packed(tiling_of(chip, dtype, candidate), segments)
             times.append(
                 attention.kernel_milliseconds(chip, kernel, candidate, stage, HEADS, counts)
             )
-        print(f"{chip} {stage:8} {label}: causal {times[0]:.3f} packed {times[1]:.3f}", flush=True)
+        print(f"{label}: causal {times[0]:.3f} packed {times[1]:.3f}", flush=True)
         if sum(times) < least:
             best, least = candidate, sum(times)
     return best
@@ -124,17 +132,18 @@ def tune(chip, stage, wide, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", nargs="+", default=list(schedule.CHIPS), choices=schedule.CHIPS)
+    parser.add_argument("--chips", nargs="+", default=list(tuning.CORES), choices=tuning.CORES)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--wide", action="store_true", help="more candidates")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     options = parser.parse_args()
     table = json.loads(tuning.TABLE.read_text())
     rows = attention.packed_rows("mean 1,000")
-    for chip in options.chips:
-        for stage in ("forward", "backward"):
-            best = tune(chip, stage, options.wide, rows)
-            print(f"{chip} {stage}: {best}")
-            table["tiles"][chip]["bfloat16"][stage] = dataclasses.asdict(best)
+    for chip, dtype, stage in itertools.product(options.chips, options.dtypes, options.stages):
+        best = tune(chip, dtype, stage, options.wide, rows)
+        print(f"{chip} {dtype} {stage}: {best}", flush=True)
+        table["tiles"][chip][dtype][stage] = dataclasses.asdict(best)
     table["made_on"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     if options.write:
         tuning.TABLE.write_text(json.dumps(table, indent=1) + "\n")

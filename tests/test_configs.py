@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import pathlib
@@ -201,17 +202,32 @@ def test_workdir_and_bucket():
     assert config.workdir == "here"
 
 
-TOPOLOGIES = """
+PLACE = """
+import json, sys
 from jax.experimental import topologies
+from tulu_jax.parallel import mesh
+
 megacore = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
-for name, options in (("v3:8x16", {}), ("v4:4x4x4", megacore), ("v5p:2x4x4", {}), ("v6e:8x8", {})):
+for name, configs in json.load(sys.stdin).items():
+    options = megacore if name.startswith("v4") else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    for config in configs:
+        made = mesh.make(mesh.MeshConfig(**config), list(found.devices))
+        assert len(set(made.devices.flat)) == made.size
+        assert dict(made.shape).items() <= config.items()
     print(name, len(found.devices))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_devices_of_a_slice_are_those_of_the_compiler():
+def test_meshes_are_placed_on_the_devices_of_the_compiler():
+    """Every pod's mesh on its topology, as libtpu describes it."""
+    meshes = {}
+    for run in RUNS:
+        for pod in slices(run):
+            found = load(run, pod=pod).mesh
+            known = meshes.setdefault(found.topology, [])
+            known += [c] if (c := dataclasses.asdict(found)) not in known else []
     environment = os.environ | dict(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -220,11 +236,13 @@ def test_devices_of_a_slice_are_those_of_the_compiler():
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     done = subprocess.run(
-        [sys.executable, "-c", TOPOLOGIES], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", PLACE],
+        env=environment,
+        input=json.dumps(meshes),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 4
-    for line in lines:
-        name, devices = line.split()
-        assert mesh.slice_devices(name) == int(devices)
+    devices = dict(line.split() for line in done.stdout.split("\n")[:-1])
+    assert devices == {name: str(mesh.slice_devices(name)) for name in meshes}
+    assert len(devices) == 8

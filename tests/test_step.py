@@ -7,6 +7,7 @@ import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tulu_jax import step as step_lib
@@ -129,6 +130,50 @@ def test_paper_norm_averages_the_gradients_of_row_groups(tmp_path, micro):
     np.testing.assert_allclose(history[0], ((loss_a + loss_b) / 2, norm), rtol=1e-5)
     token = builders.replace(config, objective=sft.SFTConfig(vocab_chunk=32))
     assert abs(losses_and_state(token, batch, steps=1)[0][0][0] - history[0][0]) > 1e-4
+
+
+def original_dpo_loss(config, params, batch):
+    """The mean over the pairs of a micro-batch, from full logits of both sides (tulu2.md §3.4)."""
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in BY_POSITION}
+    logits = llama.logits(
+        config.model,
+        config.execution,
+        params,
+        tokens=flat["tokens"],
+        segment_ids=flat["segment_ids"],
+        positions=flat["positions"],
+    )
+    logps = jax.nn.log_softmax(logits)
+    logps = jnp.take_along_axis(logps, flat["targets"][..., None], axis=-1)[..., 0]
+    logps = jnp.where(flat["loss_mask"], logps, 0.0).sum(axis=-1).reshape(-1, 2)
+    ratios = logps - batch["ref_logps"]
+    return -jax.nn.log_sigmoid(config.objective.beta * (ratios[:, 0] - ratios[:, 1])).mean()
+
+
+BY_POSITION = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+
+
+@pytest.mark.parametrize("micro", [16, 4])
+def test_pairs_weigh_what_they_weigh_in_multi_steps(tmp_path, micro):
+    """The original: four micro-batches, as many pairs in each, through optax's MultiSteps. Its mean
+    of group means is the mean over the pairs of the update, whatever our micro-batches."""
+    config, _ = make(tmp_path, "dpo", batch_size=16, micro_batch_size=micro)
+    batch, steps = builders.dpo_batch(16, 32), 3
+    history, state = losses_and_state(config, batch, steps=steps)
+    optimizer = optax.MultiSteps(optim.make(config.optimizer, STEPS), every_k_schedule=4)
+    params = initial_state(config).params
+    opt_state = optimizer.init(params)
+    grad = jax.jit(jax.value_and_grad(functools.partial(original_dpo_loss, config)))
+    for loss, _ in history:
+        losses = []
+        for i in range(0, 16, 4):
+            value, grads = grad(params, {name: x[i : i + 4] for name, x in batch.items()})
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(value))
+        np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    assert int(state.step) == int(opt_state.gradient_step) == steps  # the schedule counts updates
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), state.params, params)
 
 
 MESHES = [

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 
@@ -52,6 +53,7 @@ def reference_key(config: TrainConfig, rows: loader.Rows, weights: str) -> dict[
         "template": data.chat,
         "max_length": str(data.max_length),
         "compute_dtype": config.execution.compute_dtype,
+        "log_softmax_dtype": config.objective.log_softmax_dtype,
         "data": rows.fingerprint,
     }
 
@@ -106,9 +108,12 @@ def reference_logps(
 
 
 def reference_cache(config: TrainConfig, split: str, rows: loader.Rows, weights: str):
-    """The cache of one split in the run's workdir."""
-    folder = epath.Path(config.workdir) / f"reference_{split}"
-    return reference.Cache(folder, reference_key(config, rows, weights))
+    """The cache of one split: in the run's workdir, or in `reference_dir` under its key's hash."""
+    key = reference_key(config, rows, weights)
+    if config.reference_dir is None:
+        return reference.Cache(epath.Path(config.workdir) / f"reference_{split}", key)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return reference.Cache(epath.Path(config.reference_dir) / digest, key)
 
 
 class Groups:

@@ -111,7 +111,8 @@ def _weights(config: TrainConfig) -> Iterator[str]:
     if not epath.Path(base).exists():
         yield f"base = {base!r} does not exist; expected a Hugging Face folder or a run's workdir"
     elif (epath.Path(base) / "config.json").exists():
-        yield from hf.check_weights(base, config.model)
+        for problem in hf.check_weights(base, config.model):
+            yield f"base = {base!r}: {problem}"
     else:
         checkpoints = checkpoint_lib.Checkpoints(base)
         step = checkpoints.latest_step()

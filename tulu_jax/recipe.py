@@ -21,7 +21,8 @@ class TrainConfig:
     `micro_batch_size` (None: all at once). Its length is `num_steps` updates or `num_epochs` passes
     over the data; exactly one is given. `base` is where the parameters come from: a Hugging Face
     folder, the workdir of another run, or None for random ones. `eval_every` None evaluates only at
-    the end.
+    the end. `reference_dir` is where runs share the cached reference of DPO, each under the
+    fingerprint of what its numbers depend on; None keeps it in the workdir.
     """
 
     model: LlamaConfig
@@ -34,6 +35,7 @@ class TrainConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     workdir: str
     base: str | None
+    reference_dir: str | None = None
     batch_size: int
     micro_batch_size: int | None = None
     num_steps: int | None = None
@@ -69,6 +71,20 @@ class TrainConfig:
         yield (
             not paper or self.data.packing == "none",
             "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
+        )
+        pairs = isinstance(self.objective, dpo.DPOConfig)
+        cached = pairs and self.objective.needs_reference and self.objective.reference == "cached"
+        yield (
+            self.reference_dir is None or cached,
+            f"reference_dir = {self.reference_dir!r} is for DPO with reference = 'cached'; this "
+            "run caches no reference",
+        )
+        rounded = pairs and self.objective.log_softmax_dtype == "bfloat16"
+        yield (
+            not rounded or self.execution.compute_dtype == "bfloat16",
+            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
+            f"as the original's did; compute_dtype = {self.execution.compute_dtype!r}. Set both, "
+            "or neither",
         )
 
     @property

@@ -28,6 +28,7 @@ PANELS = (
     ("log-probability of an answer", ("train/logps/*",)),
     ("log π − log π_ref (KL estimate)", ("train/kl", "eval/kl")),
     ("tokens of an answer", ("train/lengths/*",)),
+    ("share of pairs that were cut", ("train/truncated", "eval/truncated")),
     ("accuracy by source", ("eval/by_source/*/rewards/accuracies",)),
     ("accuracy by length", ("eval/by_length/*/rewards/accuracies",)),
     ("useful tokens/s", ("perf/nonpadding_tokens_per_second",)),

@@ -10,93 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import attention_cases as cases
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 
 INTERPRET = jax.default_backend() != "tpu"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Static sizes: everything else is drawn."""
-
-    queries: int = 300
-    keys: int = 300
-    offset: int = 0
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    dtype: str = "float32"
-    branched: bool = False
-    block: int = 128
-    chunk: int = 128
-    sub: int = 128
-    together: int = 2
-    pipelined: bool = True
-    transposed: bool = False
-
-    def tiling(self):
-        tile = flash.Tile(
-            block=self.block,
-            chunk=self.chunk,
-            sub=self.sub,
-            heads=self.together,
-            pipelined=self.pipelined,
-            transposed=self.transposed,
-        )
-        return flash.fit(
-            flash.Tiling(forward=tile, backward=tile, vmem=2**27, cores=1),
-            queries=self.queries,
-            keys=self.keys,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            itemsize=jnp.dtype(self.dtype).itemsize,
-        )
-
-
-CASES = (
-    Case(),
-    Case(branched=True, block=256, transposed=True, kv_heads=1, together=4),
-    Case(queries=200, offset=100, branched=True, kv_heads=1, pipelined=False),
-    Case(queries=130, offset=128, heads=3, kv_heads=1, together=3, transposed=True),
-    Case(queries=257, keys=257, head_dim=128, kv_heads=4, together=4, dtype="bfloat16"),
-    Case(queries=120, keys=120, head_dim=80, heads=2, dtype="bfloat16", transposed=True),
-)
-
-
-def visible(case, segments, branches):
-    """bool [B, T, S] of rows of S."""
-    rows = slice(case.offset, case.offset + case.queries)
-    positions = np.arange(case.keys)
-    seen = segments[:, rows, None] == segments[:, None]
-    seen &= (segments[:, rows, None] != 0) & (positions[None, None] <= positions[None, rows, None])
-    if branches is not None:
-        same = branches[:, rows, None] == branches[:, None]
-        seen &= (branches[:, None] == 0) | same
-    return seen
-
-
-def reference(q, k, v, d_out, seen):
-    """float64 outputs, log-sum-exps and the three gradients of sum(out · d_out)."""
-    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-    (B, N, _, H), K = q.shape, k.shape[1]
-    keys, values = (np.repeat(x, N // K, axis=1) for x in (k, v))
-    scores = np.where(seen[:, None], q @ keys.swapaxes(2, 3) / np.sqrt(H), -np.inf)
-    largest = np.maximum(scores.max(-1, keepdims=True), -1e300)
-    p = np.exp(scores - largest)
-    total = p.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        log_sum_exp = (largest + np.log(total))[..., 0]
-    p /= np.where(total > 0, total, 1)
-    out = p @ values
-    dp = d_out @ values.swapaxes(2, 3)
-    ds = p * (dp - (d_out * out).sum(-1, keepdims=True)) / np.sqrt(H)
-    grouped = (B, K, N // K, k.shape[2], H)
-    dk = (ds.swapaxes(2, 3) @ q).reshape(grouped).sum(2)
-    dv = (p.swapaxes(2, 3) @ d_out).reshape(grouped).sum(2)
-    return out, log_sum_exp, (ds @ keys, dk, dv)
 
 
 def plan_of(case, segments, branches):
@@ -125,76 +44,15 @@ def run(case, q, k, v, d_out, segments, branches):
     return out, log_sum_exp, pullback((d_out, jnp.zeros_like(log_sum_exp)))
 
 
-def draw_arrays(case, seed, rows=1):
-    rng = np.random.default_rng(seed)
-    N, K, H = case.heads, case.kv_heads, case.head_dim
-    shapes = [(N, case.queries), (K, case.keys), (K, case.keys), (N, case.queries)]
-    return [jnp.asarray(rng.normal(size=(rows, *x, H)), case.dtype) for x in shapes]
-
-
-@st.composite
-def layouts(draw, case):
-    """Segments of one row: single, many short, padding only, an end at a block edge ±1, or free;
-    an empty tail; numbers need not be in order."""
-    S, edge = case.keys, min(case.block, case.keys - 2)
-    lengths = draw(
-        st.one_of(
-            st.just([S]),
-            st.just([S // 2]),
-            st.just([7] * (S // 7)),
-            st.just([]),
-            st.sampled_from([[edge - 1, 40], [edge, 1], [edge + 1, S - edge - 1]]),
-            st.lists(st.integers(1, S), max_size=6),
-        )
-    )
-    numbers = draw(st.permutations(range(1, len(lengths) + 1)))
-    segments, branches, start = np.zeros((1, S), np.int32), np.zeros((1, S), np.int32), 0
-    for number, length in zip(numbers, lengths, strict=True):
-        stop = min(S, start + length)
-        segments[0, start:stop] = number
-        if case.branched:
-            cuts = sorted(draw(st.tuples(st.integers(start, stop), st.integers(start, stop))))
-            branches[0, cuts[0] : cuts[1]], branches[0, cuts[1] : stop] = 1, 2
-        start = stop
-    return segments, branches if case.branched else None
-
-
-def error(case, found, expected):
-    """Relative: of the largest element in float32. In bfloat16 of the norm: where a query sees one
-    key its gradient is 0, and what is found there is the rounding of the stored output."""
-    found, size = np.asarray(found, np.float64), np.abs(expected).max(initial=0)
-    if size < 1e-12:  # zero but for the rounding of float64
-        return np.abs(found).max(initial=0)
-    if case.dtype == "float32":
-        return np.abs(found - expected).max() / size
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-def tolerance(case):
-    return 5e-6 if case.dtype == "float32" else 1e-2
-
-
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("case", cases.CASES, ids=range(len(cases.CASES)))
 def test_matches_float64(case):
     @settings(max_examples=10, deadline=None)
     @given(st.data())
     def check(data):
-        segments, branches = data.draw(layouts(case))
-        arrays = draw_arrays(case, data.draw(st.integers(0, 2**31)))
-        out, log_sum_exp, grads = run(case, *arrays, segments, branches)
-        seen = visible(case, segments, branches)
-        expected_out, expected_lse, expected_grads = reference(*arrays, seen)
-        assert error(case, out, expected_out) < tolerance(case)
-        for name, found, expected in zip("qkv", grads, expected_grads, strict=True):
-            assert error(case, found, expected) < tolerance(case), name
-        nothing = ~seen.any(-1)[:, None] & np.ones_like(log_sum_exp, bool)
-        assert np.all(np.asarray(log_sum_exp)[nothing] == -np.inf)
-        limit = 2e-6 if case.dtype == "float32" else 2e-2
-        np.testing.assert_allclose(
-            log_sum_exp[~nothing], expected_lse[~nothing], rtol=limit, atol=limit
-        )
-        for x in (out, grads[0]):
-            assert not np.asarray(x, np.float32)[nothing].any()
+        segments, branches = data.draw(cases.layouts(case))
+        arrays = cases.draw_arrays(case, data.draw(st.integers(0, 2**31)))
+        found = run(case, *arrays, segments, branches)
+        cases.assert_matches_float64(case, arrays, segments, branches, found)
 
     check()
 
@@ -202,10 +60,10 @@ def test_matches_float64(case):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_the_list_holds_what_is_visible_and_meets_every_block(data):
-    case = data.draw(st.sampled_from(CASES))
-    segments, branches = data.draw(layouts(case))
+    case = data.draw(st.sampled_from(cases.CASES))
+    segments, branches = data.draw(cases.layouts(case))
     plan = jax.tree.map(np.asarray, listed(case, segments, branches))
-    seen = visible(case, segments, branches)[0]
+    seen = cases.visible(case, segments, branches)[0]
     block = case.tiling().forward.block
     padded = [-(-n // block) * block for n in seen.shape]
     seen = np.pad(seen, [(0, n - m) for n, m in zip(padded, seen.shape, strict=True)])
@@ -213,7 +71,7 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
     for pairs in (plan.forward, plan.backward):
         count = pairs.count[0]
         found = {
-            (i, j): flag & 3
+            (i, j): flag & flash.KIND
             for i, j, flag in zip(pairs.query[:count], pairs.key[:count], pairs.flag, strict=False)
         }
         assert len(found) == count  # none twice
@@ -223,15 +81,24 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
         assert whole == set(zip(*np.nonzero(tiles.all((2, 3))), strict=True))
         diagonal = {(i, j) for i, j in active - whole if i * block + case.offset == j * block}
         assert diagonal == {p for p, kind in found.items() if kind == flash.DIAGONAL}
+        for i, j in active - whole - diagonal:  # what its kind leaves out is not visible
+            left_out = tiles[i, j].copy()
+            for k, n, q, m in flash.chunks(int(found[i, j]), case.tiling().forward):
+                left_out[q : q + m, k : k + n] = False
+            assert not left_out.any()
+            halves = tiles[i, j, block // 2 :].any(), tiles[i, j, :, : block // 2].any()
+            if block == 256:  # and it leaves out what it can
+                assert (found[i, j] == flash.EDGE) == all(halves)
+                assert (found[i, j] == flash.CORNER) == (not any(halves))
         assert {i for i, _ in found} == set(range(tiles.shape[0]))
     assert {j for _, j in found} == set(range(tiles.shape[1]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: logits of thousands, the guard's branch
 def test_changing_one_segment_leaves_every_other_bit_identical(scale):
-    case = CASES[0]
+    case = cases.CASES[0]
     segments = np.repeat([1, 2, 3, 0], [90, 77, 120, 13])[None].astype(np.int32)
-    arrays = draw_arrays(case, 0)
+    arrays = cases.draw_arrays(case, 0)
     changed = [x.at[:, :, 90:167].multiply(scale).at[:, :, 90:167].add(0.5) for x in arrays]
     before, _, grads_before = run(case, *arrays, segments, None)
     after, _, grads_after = run(case, *changed, segments, None)
@@ -242,51 +109,45 @@ def test_changing_one_segment_leaves_every_other_bit_identical(scale):
         assert not np.array_equal(x[:, :, 90:167], y[:, :, 90:167])
 
 
-BREAKING = {
-    "logits of +300": lambda q, k: (q.at[..., 0].set(20.0), k.at[..., 0].set(120.0)),
-    "logits of -300": lambda q, k: (q.at[..., 0].set(20.0), k.at[..., 0].set(-120.0)),
-    "one enormous key": lambda q, k: (q, k.at[:, :, 5].multiply(1e4)),
-    "one row of queries": lambda q, k: (q.at[:, :, 7].multiply(1e4), k),
-}
-
-
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", BREAKING)
+@pytest.mark.parametrize("name", cases.BREAKING)
 def test_inputs_that_break_the_sum_without_a_maximum(name, transposed):
-    case = dataclasses.replace(CASES[0], transposed=transposed)
+    case = dataclasses.replace(cases.CASES[0], transposed=transposed)
     segments = np.repeat([1, 2, 0], [140, 100, 60])[None].astype(np.int32)
-    q, k, v, d_out = draw_arrays(case, 1)
-    q, k = BREAKING[name](q, k)
+    q, k, v, d_out = cases.draw_arrays(case, 1)
+    q, k = cases.BREAKING[name](q, k)
     static = flash.static_of(q, case.head_dim, INTERPRET)
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 84), (0, 0))) for x in (q, k, v)]
     plan = plan_of(case, segments, None)
     _, lse = flash._forward(*padded, plan, online=False, static=static)
     assert np.isinf(lse).any(), "the input does not break it"
     out, _, grads = run(case, q, k, v, d_out, segments, None)
-    expected_out, _, expected_grads = reference(q, k, v, d_out, visible(case, segments, None))
+    expected_out, _, expected_grads = cases.reference(
+        q, k, v, d_out, cases.visible(case, segments, None)
+    )
     # Logits of size L have rounding errors of L · 2^-24 · a few, and so have probabilities.
     scores = np.einsum("bnth,bnsh->bnts", q, np.repeat(k, 2, axis=1)) / 8
     limit = max(1e-5, 4 * 2.0**-24 * np.abs(scores).max())
     for found, expected in zip((out, *grads), (expected_out, *expected_grads), strict=True):
         assert np.isfinite(found).all()
-        assert error(case, found, expected) < limit
+        assert cases.error(case, found, expected) < limit
     assert not np.asarray(out)[:, :, segments[0] == 0].any()
 
 
 def test_overflow_of_the_values_alone_is_noticed():
     """Sums in range, products with the values not: every logit is 60, every value 1e35."""
-    case = CASES[0]
+    case = cases.CASES[0]
     segments = np.ones((1, case.keys), np.int32)
-    q, k, v, d_out = (jnp.zeros_like(x) for x in draw_arrays(case, 0))
+    q, k, v, d_out = (jnp.zeros_like(x) for x in cases.draw_arrays(case, 0))
     q, k = q.at[..., 0].set(8.0), k.at[..., 0].set(60.0)
     out, _, _ = run(case, q, k, v + 1e35, d_out, segments, None)
     np.testing.assert_allclose(out, np.full(out.shape, 1e35), rtol=1e-5)
 
 
 def test_gradient_of_the_log_sum_exp():
-    case = CASES[0]
+    case = cases.CASES[0]
     segments = np.repeat([1, 2], [140, 160])[None].astype(np.int32)
-    q, k, v, _ = draw_arrays(case, 2)
+    q, k, v, _ = cases.draw_arrays(case, 2)
     weights = jax.random.normal(jax.random.key(0), q.shape[:3])
     plan = plan_of(case, segments, None)
 
@@ -296,20 +157,20 @@ def test_gradient_of_the_log_sum_exp():
 
     def dense(q, k):
         scores = jnp.einsum("BNTH,BNSH->BNTS", q, jnp.repeat(k, 2, axis=1), precision="highest")
-        seen = visible(case, segments, None)[:, None]
+        seen = cases.visible(case, segments, None)[:, None]
         lse = jax.nn.logsumexp(jnp.where(seen, scores / 8, -jnp.inf), axis=-1)
         return (lse * weights).sum()
 
     for found, expected in zip(
         jax.jit(jax.grad(ours, (0, 1)))(q, k), jax.jit(jax.grad(dense, (0, 1)))(q, k), strict=True
     ):
-        assert error(case, found, np.asarray(expected, np.float64)) < 1e-5
+        assert cases.error(case, found, np.asarray(expected, np.float64)) < 1e-5
 
 
 def test_under_scan_and_checkpoint():
-    case = CASES[0]
+    case = cases.CASES[0]
     segments = np.repeat([1, 2], [140, 160])[None].astype(np.int32)
-    q, k, v, d_out = draw_arrays(case, 3)
+    q, k, v, d_out = cases.draw_arrays(case, 3)
 
     def loss(q, k, v, wrap):
         plan = plan_of(case, segments, None)
@@ -330,7 +191,7 @@ def test_under_scan_and_checkpoint():
 
 def arguments(**changes):
     """Arrays and a plan that fit together, but for `changes` of shapes."""
-    case = CASES[0]
+    case = cases.CASES[0]
     shapes = {
         "q": (1, case.heads, case.queries, 64),
         "k": (1, case.kv_heads, case.keys, 64),
@@ -355,7 +216,7 @@ def test_shapes_that_do_not_belong_together(changes, message):
 
 
 def test_ids_are_checked():
-    tiling = CASES[0].tiling()
+    tiling = cases.CASES[0].tiling()
     ids = jnp.ones((1, 300), jnp.int32)
     good = dict(segment_ids=ids, kv_segment_ids=ids, branches=None, kv_branches=None)
     for changes, message in (
@@ -376,7 +237,7 @@ def test_ids_are_checked():
 @pytest.mark.parametrize("chip", tuning.CORES)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (64, 8), (8, 1), (3, 3)])
 def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32") if chip != "v3" else ("bfloat16",):
         tiling = tuning.tiling(chip, dtype)
         found = flash.fit(
             tiling,

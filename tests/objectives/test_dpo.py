@@ -202,6 +202,33 @@ def test_every_loss_is_finite_with_rows_that_are_not_full(loss):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(packed[3]))
 
 
+def test_bfloat16_log_probabilities_are_float32_sums_of_rounded_ones():
+    """The original's arithmetic on plain rows; the reference is rounded alike: step 0 is ln 2."""
+    batch = builders.plain_rows(builders.random_pairs(5, 48), LENGTH)
+    config = dpo.DPOConfig(vocab_chunk=32, log_softmax_dtype="bfloat16")
+    run = builders.ExecutionConfig(compute_dtype="bfloat16", attention="xla", remat=False)
+    options = execution() | {"config": config, "execution": run}
+    score = jax.jit(lambda b: dpo.response_logps(params(), b, **options))
+    found = score(batch)
+    names = ("tokens", "segment_ids", "positions")
+    flat = {name: batch[name].reshape(-1, LENGTH) for name in names}
+    hidden = jax.jit(lambda: llama.hidden_states(builders.MODEL, run, params(), **flat))()
+    kernel = llama.unembedding(params()).astype(jnp.bfloat16)
+    with jax.disable_jit():
+        logps = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, kernel))
+        targets = batch["targets"].reshape(-1, LENGTH, 1)
+        logps = jnp.take_along_axis(logps, targets, axis=-1).reshape(5, 2, LENGTH)
+        expected = jnp.sum(jnp.where(batch["loss_mask"], logps.astype(jnp.float32), 0.0), axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    exact = jax.jit(
+        lambda b: dpo.response_logps(params(), b, **options | {"config": dpo.DPOConfig()})
+    )(batch)
+    assert float(jnp.abs(found - exact).max()) > 0.01
+    batch = dpo.add_weights({**batch, "ref_logps": found}, config)
+    value, _ = jax.jit(lambda b: dpo.loss(params(), b, **options))(batch)
+    assert np.float32(value) == np.float32(np.log(2))
+
+
 def test_beta_of_the_wrong_scale_warns_with_the_reason():
     with pytest.warns(UserWarning, match=r"means over tokens.*Tülu 3: 5"):
         dpo.DPOConfig(loss="sigmoid_norm", beta=0.1)

@@ -62,6 +62,39 @@ def test_token_logps_equal_full_logits(batch, length, chunk):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def as_the_original_reads(hidden, kernel, targets):
+    """bfloat16 logits, log-softmax of them as they are, gather; run operation by operation."""
+    with jax.disable_jit():
+        hidden, kernel = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+        logits = jnp.einsum("BTD,VD->BTV", hidden, kernel)
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        assert logps.dtype == jnp.bfloat16
+        picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    return picked.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_bfloat16_token_logps_round_where_the_original_does(chunk):
+    """Values and gradients of the original's lines, in one piece and in chunks."""
+    hidden, kernel, targets, weights = inputs(2, 13, embed=24, vocab=300)
+    expected, pull = jax.vjp(lambda h, k: as_the_original_reads(h, k, targets), hidden, kernel)
+
+    @jax.jit
+    def ours(h, k):
+        logps, pull = jax.vjp(lambda h, k: losses.bfloat16_token_logps(h, k, targets, chunk), h, k)
+        return logps, pull(weights)
+
+    logps, grads = ours(hidden, kernel)
+    np.testing.assert_array_equal(logps, expected)
+    exact = full_logps(hidden, kernel, targets)
+    assert float(jnp.abs(logps - exact).mean()) > 5e-3  # not the float32 of the default
+    for found, wanted, scale in zip(grads, pull(weights), (hidden, kernel), strict=True):
+        # products of bfloat16 numbers, rounded to 8 bits once a chunk
+        atol = 2**-7 * float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, atol=atol)
+        assert found.dtype == scale.dtype
+
+
 @pytest.mark.parametrize("loss", ["weighted_nll", "token_logps"])
 def test_full_float32_logits_never_exist(loss):
     """No array of the compiled gradient holds B·T·V elements; one chunk's worth does."""

@@ -39,11 +39,13 @@ LARGEST, SMALLEST = 2.0**100, 2.0**-40
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
-SMEM = 2**20  # bytes; the lists of pairs are kept there
 
-EMPTY, FULL, DIAGONAL, EDGE = 0, 1, 2, 3  # kinds of pairs, the two low bits of a flag
-FIRST, LAST = 4, 8  # first and last pair of the block that stays
-FIRST_QUERY, LAST_QUERY = 16, 32  # backward: first and last pair of the query block
+# Kinds of pairs, the low bits of a flag. A segment that reaches into a pair from outside it often
+# needs only the keys of the later half, the queries of the earlier half, or both.
+EMPTY, FULL, DIAGONAL, EDGE, LATER_KEYS, EARLIER_QUERIES, CORNER = range(7)
+KIND = 7
+FIRST, LAST = 8, 16  # first and last pair of the block that stays
+FIRST_QUERY, LAST_QUERY = 32, 64  # backward: first and last pair of the query block
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -69,12 +71,17 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Tiles of both passes for a chip with `vmem` bytes a core and so many cores a device."""
+    """Tiles of both passes for a chip with `vmem` and `smem` bytes a core (the latter for lists of
+    pairs) and so many cores a device. `widened` makes bfloat16 operands float32 in HBM, for a
+    chip that loads no others into its matrix unit; the products round them again.
+    """
 
     forward: Tile
     backward: Tile
     vmem: int
+    smem: int
     cores: int
+    widened: bool
 
 
 @functools.partial(
@@ -185,7 +192,7 @@ def fit(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(head_dim),
-        itemsize=itemsize,
+        itemsize=4 if tiling.widened else itemsize,
     )
     return dataclasses.replace(
         tiling,
@@ -239,33 +246,53 @@ def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
     )
 
 
-def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
-    """Every pair of `block` queries and keys in which anything is visible, and one for each block
-    that would otherwise not be met, so that its results are written."""
-    B, _, T = own.shape
-    S = key.shape[2]
-    i, j = T // block, S // block
-    position = query_offset + jnp.arange(T, dtype=jnp.int32)
+def count_visible(
+    own: Int[Array, "B T"],
+    prompt: Int[Array, "B T"] | None,
+    key: Int[Array, "B S"],
+    *,
+    position: Int[Array, "T"],
+    block_q: int,
+    block_k: int,
+) -> Int[Array, "B i j"]:
+    """How many (query, key) pairs of each pair of blocks are visible, from `codes`; the query t is
+    at `position[t]` of the keys."""
+    B, S = key.shape
 
-    def seen_of(rows):  # [B, j]: visible (query, key) pairs of one query block
+    def of_block(rows):  # [B, j]: of one query block
         own, prompt, position = rows
-        visible = key == own[:, :, None]
+        visible = key[:, None] == own[:, :, None]
         if prompt is not None:
-            visible |= key == prompt[:, :, None]
+            visible |= key[:, None] == prompt[:, :, None]
         visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
-        return visible.reshape(B, block, j, block).sum(axis=(1, 3), dtype=jnp.int32)
+        return visible.reshape(B, block_q, -1, block_k).sum(axis=(1, 3), dtype=jnp.int32)
 
     def blocks_first(x):
-        return None if x is None else x.reshape(B, i, block).swapaxes(0, 1)
+        return None if x is None else x.reshape(B, -1, block_q).swapaxes(0, 1)
 
     # A block at a time: [B, T, S] would be gigabytes for long rows.
-    rows = (blocks_first(own), blocks_first(prompt), position.reshape(i, block))
-    seen = lax.map(seen_of, rows).swapaxes(0, 1)
+    rows = (blocks_first(own), blocks_first(prompt), position.reshape(-1, block_q))
+    return lax.map(of_block, rows).swapaxes(0, 1)
+
+
+def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> Pairs:
+    """Every pair of `block` queries and keys in which anything is visible, and one for each block
+    that would otherwise not be met, so that its results are written."""
+    (B, T), S = own.shape, key.shape[1]
+    i, j, half = T // block, S // block, block // 2
+    position = query_offset + jnp.arange(T, dtype=jnp.int32)
+    quarters = count_visible(own, prompt, key, position=position, block_q=half, block_k=half)
+    quarters = quarters.reshape(B, i, 2, j, 2)
+    seen = quarters.sum(axis=(2, 4))
     starts = block * jnp.arange(j, dtype=jnp.int32)
     shift = position[None, ::block, None] - starts[None, None]
     active = seen > 0
     whole = seen == block * block
-    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, EDGE)), EMPTY)
+    early = quarters[:, :, 1].sum(axis=3) == 0  # nothing for the queries of the later half
+    late = quarters[..., 0].sum(axis=2) == 0  # nothing from the keys of the earlier half
+    part = jnp.where(early, EARLIER_QUERIES, jnp.where(late, LATER_KEYS, EDGE))
+    part = jnp.where(early & late, CORNER, part) if _halved(block) else EDGE
+    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, part)), EMPTY)
     first_key = (jnp.arange(j) == 0)[None, None]
     visited = active | (first_key & ~active.any(axis=2, keepdims=True))
     if by_key:
@@ -277,10 +304,11 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     else:
         bound = B * i * j
     scalars = (7 if by_key else 5) * 4 * (bound + 1)
-    if scalars > 0.9 * SMEM:
+    if scalars > 0.9 * smem:
         raise ValueError(
             f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
-            f"found {SMEM:,}. Use larger blocks, fewer rows or shorter ones"
+            f"found {smem:,}. Use larger blocks, fewer rows or shorter ones, or attention "
+            "'blockwise'"
         )
     if by_key:
         visited, kind = visited.swapaxes(1, 2), kind.swapaxes(1, 2)
@@ -288,21 +316,10 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool) -> Pairs:
     return _list(visited, kind, shift, by_key=by_key, bound=bound)
 
 
-def _codes(segments, branches, padding):
-    """One number for (segment, branch)."""
-    return jnp.where(segments == 0, padding, 3 * segments + branches).astype(jnp.int32)
-
-
-def prepare(
-    *,
-    segment_ids: Int[Array, "B T"],
-    kv_segment_ids: Int[Array, "B S"],
-    branches: Int[Array, "B T"] | None,
-    kv_branches: Int[Array, "B S"] | None,
-    query_offset: Int[Array, ""] | int,
-    tiling: Tiling,
-) -> Plan:
-    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+def codes(*, segment_ids, kv_segment_ids, branches, kv_branches, multiples):
+    """One number for (segment, branch): own and prompt codes of queries [B, T'] (the latter None
+    without branches) and codes of keys [B, S'], padded to `multiples` of queries and of keys. A key
+    is seen if its code equals either of the query's.
 
     Raises `ValueError` for segments or branches that are not integers or do not match in shape.
     """
@@ -319,26 +336,48 @@ def prepare(
             raise ValueError(f"{name} has shape {ids.shape}; expected {shape}")
     if (branches is None) != (kv_branches is None):
         raise ValueError("branches and kv_branches come together: found only one of them")
+
+    def code(segments, branches, padding, multiple):
+        found = jnp.where(segments == 0, padding, 3 * segments + branches).astype(jnp.int32)
+        n = found.shape[1]
+        return jnp.pad(found, ((0, 0), (0, _up(n, multiple) - n)), constant_values=padding)
+
+    own = code(segment_ids, 0 if branches is None else branches, NO_QUERY, multiples[0])
+    prompt = None if branches is None else code(segment_ids, 0, NO_QUERY, multiples[0])
+    key = code(kv_segment_ids, 0 if branches is None else kv_branches, NO_KEY, multiples[1])
+    return own, prompt, key
+
+
+def prepare(
+    *,
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    branches: Int[Array, "B T"] | None,
+    kv_branches: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    tiling: Tiling,
+) -> Plan:
+    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+
+    Raises `ValueError` for segments or branches that are not integers or do not match in shape.
+    """
     largest = math.lcm(tiling.forward.block, tiling.backward.block)
-    pad_T, pad_S = _up(T, largest) - T, _up(S, largest) - S
-    own = _codes(segment_ids, 0 if branches is None else branches, NO_QUERY)
-    key = _codes(kv_segment_ids, 0 if branches is None else kv_branches, NO_KEY)
-    prompt = None if branches is None else _codes(segment_ids, 0, NO_QUERY)
-    own, prompt = (
-        None if x is None else jnp.pad(x, ((0, 0), (0, pad_T)), constant_values=NO_QUERY)[:, None]
-        for x in (own, prompt)
+    own, prompt, key = found = codes(
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        branches=branches,
+        kv_branches=kv_branches,
+        multiples=(largest, largest),
     )
-    key = jnp.pad(key, ((0, 0), (0, pad_S)), constant_values=NO_KEY)[:, None]
-    codes = (own, prompt, key, query_offset)
     return Plan(
-        own=own,
-        prompt=prompt,
-        key=key,
-        forward=_pairs(tiling.forward.block, *codes, by_key=False),
-        backward=_pairs(tiling.backward.block, *codes, by_key=True),
+        own=own[:, None],
+        prompt=None if prompt is None else prompt[:, None],
+        key=key[:, None],
+        forward=_pairs(tiling.forward.block, *found, query_offset, by_key=False, smem=tiling.smem),
+        backward=_pairs(tiling.backward.block, *found, query_offset, by_key=True, smem=tiling.smem),
         tiling=tiling,
-        queries=T,
-        keys=S,
+        queries=segment_ids.shape[1],
+        keys=kv_segment_ids.shape[1],
     )
 
 
@@ -352,11 +391,26 @@ def _across(column, n):
     return jnp.tile(column, (1, n // LANES))
 
 
-def _chunks(kind, tile):
-    """(first key, keys, first query) of the products of a pair."""
+def _halved(block):
+    """Whether halves of such blocks are whole tiles of registers."""
+    return block % (2 * LANES) == 0
+
+
+def kinds(block: int) -> tuple[int, ...]:
+    """The kinds of pairs that kernels have bodies for, in the order of their program text."""
+    halves = (LATER_KEYS, EARLIER_QUERIES, CORNER) if _halved(block) else ()
+    return (FULL, DIAGONAL, EDGE, *halves)
+
+
+def chunks(kind: int, tile: Tile) -> list[tuple[int, int, int, int]]:
+    """(first key, keys, first query, queries) of the products of a pair."""
+    block, half = tile.block, tile.block // 2
     if kind == DIAGONAL:
-        return [(k, tile.sub, k) for k in range(0, tile.block, tile.sub)]
-    return [(k, tile.chunk, 0) for k in range(0, tile.block, tile.chunk)]
+        return [(k, tile.sub, k, block - k) for k in range(0, block, tile.sub)]
+    first = half if kind in (LATER_KEYS, CORNER) else 0
+    queries = half if kind in (EARLIER_QUERIES, CORNER) else block
+    size = min(tile.chunk, block - first)
+    return [(k, size, 0, queries) for k in range(first, block, size)]
 
 
 def _run(tile, kind, first, second, third):
@@ -366,7 +420,7 @@ def _run(tile, kind, first, second, third):
     the third of the one before that: what the matrix unit and the vector unit do at a time belongs
     to different items.
     """
-    items = [(chunk, head) for chunk in _chunks(kind, tile) for head in range(tile.heads)]
+    items = [(chunk, head) for chunk in chunks(kind, tile) for head in range(tile.heads)]
     if not tile.pipelined:
         for item in items:
             third(item, second(item, first(item)))
@@ -386,10 +440,10 @@ def _dot(a, b, dims, precision):
     return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _on_kinds(flag, body):
+def _on_kinds(flag, block, body):
     """Runs `body` as the kind of the pair says."""
-    for kind in (FULL, DIAGONAL, EDGE):
-        pl.when(flag & 3 == kind)(functools.partial(body, kind))
+    for kind in kinds(block):
+        pl.when(flag & KIND == kind)(functools.partial(body, kind))
 
 
 def _seen_by_rows(own, prompt, key, shift, q0):
@@ -441,25 +495,25 @@ def _forward_kernel(
 
     def pair(kind):
         def scores(item):
-            (k0, n, q0), h = item
-            keys, queries = pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+            (k0, n, q0, m), h = item
+            keys, queries = pl.ds(k0, n), pl.ds(q0, m)
             operands = scaled[h, queries], k[h // group, keys]
             s = _dot(*(operands[::-1] if turned else operands), NT, precision)
-            return s if kind == FULL else jnp.where(seen(k0, n, q0), s, MASKED)
+            return s if kind == FULL else jnp.where(seen(k0, n, q0, m), s, MASKED)
 
         @functools.cache
-        def seen(k0, n, q0):
-            queries = pl.ds(q0, tile.block - q0)
+        def seen(k0, n, q0, m):
+            queries = pl.ds(q0, m)
             code = _code(key_codes, key[t])[:, k0 : k0 + n]
             if turned:
-                rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+                rows = (x if x is None else x[:, q0 : q0 + m] for x in (own_code, prompt_code))
                 return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
             columns = (x if x is None else x[queries] for x in (own, prompt))
             return _seen_by_rows(*columns, code, shift, q0 - k0)
 
         def softmax(item, s):
-            (_, n, q0), h = item
-            queries = pl.ds(q0, tile.block - q0)
+            (_, n, q0, m), h = item
+            queries = pl.ds(q0, m)
             if turned:
                 p = jnp.exp2(s)
                 total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
@@ -479,8 +533,8 @@ def _forward_kernel(
             return p.astype(v.dtype)
 
         def accumulate(item, p):
-            (k0, n, q0), h = item
-            queries, values = pl.ds(q0, tile.block - q0), v[h // group, pl.ds(k0, n)]
+            (k0, n, q0, m), h = item
+            queries, values = pl.ds(q0, m), v[h // group, pl.ds(k0, n)]
             if turned:
                 acc[h, :, queries] += _dot(values.T, p, NN, precision)
             else:
@@ -488,7 +542,7 @@ def _forward_kernel(
 
         _run(tile, kind, scores, softmax, accumulate)
 
-    _on_kinds(flag, pair)
+    _on_kinds(flag, tile.block, pair)
 
     @pl.when(flag & LAST != 0)
     def _():
@@ -650,22 +704,22 @@ def _backward_kernel(
 
     def pair(kind):
         def at(item):
-            (k0, n, q0), h = item
-            return h, h // group, pl.ds(k0, n), pl.ds(q0, tile.block - q0)
+            (k0, n, q0, m), h = item
+            return h, h // group, pl.ds(k0, n), pl.ds(q0, m)
 
         @functools.cache
-        def seen(k0, n, q0):
-            rows = (x if x is None else x[:, q0:] for x in (own_code, prompt_code))
+        def seen(k0, n, q0, m):
+            rows = (x if x is None else x[:, q0 : q0 + m] for x in (own_code, prompt_code))
             return _seen_by_columns(*rows, key_column[pl.ds(k0, n)], shift, k0 - q0)
 
         @functools.cache
-        def scale_queries(h, q0):
-            x = q[h, pl.ds(q0, tile.block - q0)].astype(jnp.float32)
+        def scale_queries(h, q0, m):
+            x = q[h, pl.ds(q0, m)].astype(jnp.float32)
             return (x * (LOG2E * scale)).astype(q.dtype)
 
         def products(item):
             h, kv, keys, queries = at(item)
-            s = _dot(k[kv, keys], scale_queries(h, item[0][2]), NT, precision)  # [n, queries]
+            s = _dot(k[kv, keys], scale_queries(h, *item[0][2:]), NT, precision)  # [n, queries]
             dp = _dot(v[kv, keys], d_out[h, queries], NT, precision)
             return s if kind == FULL else jnp.where(seen(*item[0]), s, MASKED), dp
 
@@ -679,7 +733,7 @@ def _backward_kernel(
         def accumulate(item, gradients):
             h, kv, keys, queries = at(item)
             p, ds = gradients
-            qs = scale_queries(h, item[0][2])
+            qs = scale_queries(h, *item[0][2:])
             if turned:
                 dv_acc[kv, :, keys] += _dot(d_out[h, queries].T, p, NT, precision)
                 dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
@@ -690,7 +744,7 @@ def _backward_kernel(
 
         _run(tile, kind, products, gradients, accumulate)
 
-    _on_kinds(flag, pair)
+    _on_kinds(flag, tile.block, pair)
 
     @pl.when(flag & LAST_QUERY != 0)
     def _():
@@ -852,6 +906,9 @@ def flash_attention(
     pad_T, pad_S, pad_H = plan.own.shape[2] - T, plan.key.shape[2] - S, _head_dim(H) - H
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_T), (0, pad_H)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_S), (0, pad_H))) for x in (k, v))
-    out, lse = _attention(q, k, v, plan, static_of(q, H, interpret))
-    out, lse = out[:, :, :T, :H], lse[:, :, 0, :T]
+    dtype, static = q.dtype, static_of(q, H, interpret)
+    if plan.tiling.widened:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    out, lse = _attention(q, k, v, plan, static)
+    out, lse = out[:, :, :T, :H].astype(dtype), lse[:, :, 0, :T]
     return out, jnp.where(lse < UNSEEING, lse / LOG2E, -jnp.inf)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tulu_jax.kernels import flash_attention, flash_attention_tuning
+from tulu_jax.kernels import flash_attention, flash_attention_gpu, flash_attention_tuning
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.sharding import num_devices
 
@@ -26,16 +26,19 @@ BLOCK = 512  # query and key rows of one tile of the blockwise form
 TRIANGLE_BLOCK = 128  # query rows of one step of the triangular form
 LONGEST_TRIANGLE = 1024  # queries; beyond it the steps, unrolled, are too many to compile
 
-# Axes over which `pallas` lists the pairs of blocks: a list for each shard of rows and queries.
+# Axes over which kernels list what they need: a list for each shard of rows and queries.
 LISTS = (*sharding.AXIS_RULES["batch"], sharding.AXIS_RULES["length"])
+
+KERNELS = ("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret")
 
 Visibility = dict[str, Any]
 
 
-def choose(implementation: str, *, queries: int, keys: int, platform: str) -> str:
-    """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU that has bfloat16
-    products (v4 and later), 'triangular' for short rows on a CPU, else 'blockwise'. Any other name
-    is kept, but 'triangular' takes no offset and yields to 'auto' over a longer cache."""
+def choose(implementation: str, *, queries: int, keys: int, platform: str, dtype: jnp.dtype) -> str:
+    """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU whose kernel takes
+    `dtype`, 'pallas_gpu' on a GPU, 'triangular' for short rows on a CPU, else 'blockwise'. Any
+    other name is kept, but 'triangular' takes no offset and yields to 'auto' over a longer cache.
+    """
     if implementation == "triangular" and queries != keys:
         implementation = "auto"
     if implementation != "auto":
@@ -43,7 +46,10 @@ def choose(implementation: str, *, queries: int, keys: int, platform: str) -> st
     if queries == 1:
         return "xla"
     if platform == "tpu":
-        return "pallas" if flash_attention_tuning.chip(_device_kind()) else "blockwise"
+        taken = flash_attention_tuning.takes(_device_kind(), jnp.dtype(dtype).name)
+        return "pallas" if taken else "blockwise"
+    if platform == "gpu":
+        return "pallas_gpu"
     short = platform == "cpu" and queries == keys and queries <= LONGEST_TRIANGLE
     return "triangular" if short else "blockwise"
 
@@ -61,15 +67,16 @@ def prepare(
 ) -> Visibility:
     """What `attend` needs to know of a batch, made once and shared by all layers.
 
-    `heads` is (N, K, H) and `dtype` that of the queries, for 'pallas' to size its blocks.
+    `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks.
     `branches` None means that no segment branches. Raises `ValueError` for an implementation that
     does not exist or does not run here; nothing is substituted.
     """
-    if implementation in ("pallas", "pallas_interpret"):
-        tiling = _tiling(implementation, dtype)
+    if implementation in KERNELS:
+        interpret = implementation.endswith("_interpret")
+        kernel = _gpu if implementation.startswith("pallas_gpu") else _tpu
         ids = (segment_ids, kv_segment_ids, branches, kv_branches)
-        plan = _plan(ids, query_offset, tiling, heads, jnp.dtype(dtype).itemsize)
-        return {"plan": plan, "interpret": implementation == "pallas_interpret"}
+        plan = _plan(ids, query_offset, kernel(heads, jnp.dtype(dtype), interpret))
+        return {"plan": plan, "interpret": interpret}
     offset = jnp.asarray(query_offset, jnp.int32)
     ids = {
         "segments": segment_ids,
@@ -89,7 +96,7 @@ def prepare(
         return {"bias": bias, "seeing": (segment_ids != 0)[:, :, None, None]}
     raise ValueError(
         f"attention implementation {implementation!r} does not exist; expected 'auto', "
-        "'blockwise', 'pallas', 'triangular' or 'xla'"
+        "'blockwise', 'pallas', 'pallas_gpu', 'triangular' or 'xla'"
     )
 
 
@@ -101,7 +108,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32 statistics; the result has the dtype of `q`."""
     if "plan" in visibility:
-        return _pallas(q, k, v, visibility["plan"], visibility["interpret"])
+        return _kernel(q, k, v, visibility["plan"], visibility["interpret"])
     if "visible" in visibility:
         return _dense(q, k, v, visibility["visible"])
     if "bias" in visibility:
@@ -149,51 +156,73 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def _tiling(implementation: str, dtype: jnp.dtype) -> flash_attention.Tiling:
-    if implementation == "pallas_interpret":
-        return flash_attention_tuning.INTERPRETED
-    kind = _device_kind()
-    chip = flash_attention_tuning.chip(kind)
-    if chip is None:
-        raise ValueError(
-            f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v4 or "
-            "later. Use 'auto', 'blockwise' or 'xla'"
-        )
-    return flash_attention_tuning.tiling(chip, jnp.dtype(dtype).name)
-
-
-def _sharded(function, in_specs, out_specs):
-    """`function` on each device's shard of the ambient mesh, or as it is without one."""
-    if num_devices() == 1:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _plan(ids, query_offset, tiling, heads, itemsize):
-    """The pairs of blocks of each device, one behind the other on a leading axis over LISTS."""
+def _tpu(heads, dtype, interpret):
+    """`flash_attention.prepare` for heads and dtype of one device."""
+    tiling = flash_attention_tuning.INTERPRETED
+    if not interpret:
+        kind = _device_kind()
+        chip = flash_attention_tuning.chip(kind)
+        if chip is None:
+            raise ValueError(
+                f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v3 or "
+                "later. Use 'auto', 'blockwise' or 'xla'"
+            )
+        tiling = flash_attention_tuning.tiling(chip, dtype.name)
     N, K, H = heads
+    tensor = _size(sharding.AXIS_RULES["heads"])
+
+    def prepare(**ids):
+        fitted = flash_attention.fit(
+            tiling,
+            queries=ids["segment_ids"].shape[1],
+            keys=ids["kv_segment_ids"].shape[1],
+            heads=N // tensor,
+            kv_heads=K // tensor,
+            head_dim=H,
+            itemsize=dtype.itemsize,
+        )
+        return flash_attention.prepare(**ids, tiling=fitted)
+
+    return prepare
+
+
+def _gpu(heads, dtype, interpret):
+    """`flash_attention_gpu.prepare` for heads and dtype."""
+    if not interpret and not _has_triton():
+        raise ValueError(
+            f"attention implementation 'pallas_gpu' does not run on {_device_kind()!r}; expected "
+            "an NVIDIA GPU of compute capability 8.0 or later. Use 'blockwise' or 'xla'"
+        )
+    tile = flash_attention_gpu.tile_of(heads[2], dtype)
+    return functools.partial(flash_attention_gpu.prepare, tile=tile)
+
+
+def _has_triton() -> bool:
+    """Whether this process runs on NVIDIA GPUs with bfloat16 tensor cores."""
+    if jax.default_backend() != "gpu":
+        return False
+    major = jax.devices()[0].compute_capability.split(".")[0]  # 'gfx90a' on AMD
+    return major.isdigit() and int(major) >= 8
+
+
+def _size(axis: str) -> int:
+    """Devices along an axis of the ambient mesh; 1 without one and for one device's part."""
+    return 1 if num_devices() == 1 else jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def _plan(ids, query_offset, prepare):
+    """The lists of each device, one behind the other on a leading axis over LISTS."""
     divided = num_devices() > 1  # else this is one device's part, or there is one device
 
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
-        T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
-        tensor = sharding.axis_size("heads") if divided else 1
         if divided:
-            query_offset = query_offset + sharding.axis_index("length") * T
-        plan = flash_attention.prepare(
+            query_offset = query_offset + sharding.axis_index("length") * segment_ids.shape[1]
+        plan = prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
             branches=branches,
             kv_branches=kv_branches,
             query_offset=query_offset,
-            tiling=flash_attention.fit(
-                tiling,
-                queries=T,
-                keys=S,
-                heads=N // tensor,
-                kv_heads=K // tensor,
-                head_dim=H,
-                itemsize=itemsize,
-            ),
         )
         return jax.tree.map(lambda x: x[None], plan)
 
@@ -201,22 +230,26 @@ def _plan(ids, query_offset, tiling, heads, itemsize):
         return local(*ids, query_offset)
     queries, keys = sharding.spec("batch", "length"), sharding.spec("batch", None)
     specs = (queries, keys, queries, keys, PartitionSpec())
-    return _sharded(local, specs, PartitionSpec(LISTS))(*ids, jnp.asarray(query_offset, jnp.int32))
+    return sharding.per_device(local, specs, PartitionSpec(LISTS))(
+        *ids, jnp.asarray(query_offset, jnp.int32)
+    )
 
 
-def _pallas(q, k, v, plan, interpret):
-    """The TPU kernel on each device's rows, heads and queries, against all keys of the row."""
+def _kernel(q, k, v, plan, interpret):
+    """The plan's kernel on each device's rows, heads and queries, against all keys of a row."""
 
     def local(q, k, v, plan):
-        heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
         plan = jax.tree.map(lambda x: x[0], plan)
+        if isinstance(plan, flash_attention_gpu.Plan):
+            return flash_attention_gpu.flash_attention(q, k, v, plan, interpret=interpret)[0]
+        heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
         out, _ = flash_attention.flash_attention(*heads_first, plan, interpret=interpret)
         return out.swapaxes(1, 2)
 
     queries = sharding.spec("batch", "length", "heads", None)
     keys = sharding.spec("batch", None, "kv_heads", None)
     specs = (queries, keys, keys, PartitionSpec(LISTS))
-    return _sharded(local, specs, queries)(q, k, v, plan)
+    return sharding.per_device(local, specs, queries)(q, k, v, plan)
 
 
 def _visible(query_index, key_index, segments, kv_segments, branches, kv_branches):

@@ -4,7 +4,10 @@ import dataclasses
 
 from tulu_jax import validation
 
-ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpret")
+ATTENTION = (
+    *("auto", "xla", "triangular", "blockwise"),
+    *("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"),
+)
 REMAT_POLICIES = (
     "nothing_saveable",
     "save_projections",
@@ -75,10 +78,10 @@ class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
-    (memory-bounded), 'pallas' (TPU v4 and later), 'pallas_interpret' (the same run slowly anywhere,
-    for tests), or 'auto', which `attention.choose` explains. `remat` recomputes each layer in the
-    backward pass, keeping what `remat_policy` says: a name in `jax.checkpoint_policies`, or
-    'save_projections'.
+    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
+    'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
+    `attention.choose` explains. `remat` recomputes each layer in the backward pass, keeping what
+    `remat_policy` says: a name in `jax.checkpoint_policies`, or 'save_projections'.
     """
 
     compute_dtype: str = "bfloat16"

@@ -11,6 +11,7 @@ parallelism, Korthikanti et al. 2022).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -186,6 +187,7 @@ class Trunk(nnx.Module):
                     queries=tokens.shape[1],
                     keys=kv_segment_ids.shape[1],
                     platform=attention_lib.platform(),
+                    dtype=x.dtype,
                 ),
                 heads=(
                     self.config.num_heads // sharding.axis_size("heads"),
@@ -295,6 +297,32 @@ def unembedding(params: Params) -> Float[Array, "V D"]:
     if "lm_head" in params:
         return params["lm_head"]["kernel"].T
     return params["model"]["embed_tokens"]["embedding"]
+
+
+def over_positions(
+    score: Callable,
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    *rows,
+    add: bool,
+) -> jax.Array:
+    """`score(hidden, unembedding, *rows)` where each device has the positions that it holds of
+    `hidden` and of `rows` [B, T], and the whole unembedding, gathered in the dtype of `hidden`.
+
+    The result is [B, T] again, or with `add` a scalar, the sum over devices.
+    """
+
+    def local(hidden, unembedding, *rows):
+        whole = unembedding.astype(hidden.dtype)
+        for axis, name in enumerate(("vocab", "embed")):
+            whole = sharding.gather(whole, axis, name)
+        result = score(hidden, whole.astype(unembedding.dtype), *rows)
+        return sharding.total(result) if add else result
+
+    row = sharding.spec("batch", "positions")
+    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"))
+    run = sharding.per_device(local, (*specs, *[row] * len(rows)), jax.P() if add else row)
+    return run(hidden, unembedding, *rows)
 
 
 def logits(

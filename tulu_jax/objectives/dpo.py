@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from tulu_jax import validation
 from tulu_jax.models import llama
-from tulu_jax.models.config import ExecutionConfig, LlamaConfig
+from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
 from tulu_jax.objectives import losses, preference
 from tulu_jax.objectives.preference import CHOSEN, REJECTED
 
@@ -44,7 +44,8 @@ class DPOConfig:
     `label_smoothing` ε is the share of flipped labels that 'sigmoid' (conservative DPO), 'robust'
     and 'simpo' reckon with, `target_margin` the γ of 'simpo'. `reference`: 'cached' computes the
     reference's log-probabilities once, before training; 'resident' keeps a frozen copy of the first
-    parameters instead. `vocab_chunk` as in `SFTConfig`.
+    parameters instead. `log_softmax_dtype` 'bfloat16' is as the original computed it, see
+    `losses.bfloat16_token_logps`. `vocab_chunk` as in `SFTConfig`.
     """
 
     loss: str = "sigmoid"
@@ -52,6 +53,7 @@ class DPOConfig:
     label_smoothing: float = 0.0
     target_margin: float = 0.5
     reference: str = "cached"
+    log_softmax_dtype: str = "float32"
     vocab_chunk: int = 512
 
     def __post_init__(self):
@@ -60,6 +62,7 @@ class DPOConfig:
     def _rules(self):
         yield validation.one_of("loss", self.loss, preference.LOSSES)
         yield validation.one_of("reference", self.reference, REFERENCES)
+        yield validation.one_of("log_softmax_dtype", self.log_softmax_dtype, DTYPES)
         yield self.beta > 0, f"beta = {self.beta}: expected a positive number"
         smoothing = self.label_smoothing
         yield 0 <= smoothing < 0.5, f"label_smoothing = {smoothing}: expected 0 or more, below 0.5"
@@ -126,9 +129,9 @@ def response_logps(
         positions=flat["positions"],
         branches=batch.get("branches"),
     )
-    logps = losses.token_logps(
-        hidden, llama.unembedding(params), flat["targets"], config.vocab_chunk
-    )
+    paper = config.log_softmax_dtype == "bfloat16"
+    token_logps = losses.bfloat16_token_logps if paper else losses.token_logps
+    logps = token_logps(hidden, llama.unembedding(params), flat["targets"], config.vocab_chunk)
     return response_sums(logps.reshape(batch["tokens"].shape), batch)
 
 

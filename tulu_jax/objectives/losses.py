@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tulu_jax.parallel import sharding
+from tulu_jax.models import llama
 
 Metrics = dict[str, jax.Array]
 
@@ -80,22 +80,8 @@ def weighted_nll(
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
 
-    def local(hidden, unembedding, targets, weights):
-        return sharding.total(
-            _weighted_nll(hidden, _whole(unembedding, hidden.dtype), targets, weights, chunk)
-        )
-
-    rows = sharding.spec("batch", "positions")
-    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows, rows)
-    run = sharding.per_device(local, specs, jax.P())
-    return run(hidden, unembedding, targets, weights)
-
-
-def _whole(unembedding, dtype):
-    """The unembedding from its shards, in the dtype it multiplies in."""
-    for axis, name in enumerate(("vocab", "embed")):
-        unembedding = sharding.gather(unembedding.astype(dtype), axis, name)
-    return unembedding
+    score = functools.partial(_weighted_nll, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, weights, add=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -149,12 +135,8 @@ def token_logps(
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
 
-    def local(hidden, unembedding, targets):
-        return _token_logps(hidden, _whole(unembedding, hidden.dtype), targets, chunk)
-
-    rows = sharding.spec("batch", "positions")
-    specs = (sharding.spec("batch", "positions", None), sharding.spec("vocab", "embed"), rows)
-    return sharding.per_device(local, specs, rows)(hidden, unembedding, targets)
+    score = functools.partial(_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -191,3 +173,42 @@ def _token_logps_backward(chunk, residuals, d_logps):
 
 
 _token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+
+
+def bfloat16_token_logps(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+) -> Float[Array, "B T"]:
+    """log p(target) as the original's DPO has it: logits in bfloat16, log-softmax in that dtype.
+
+    Every operation rounds, as EasyLM's code reads (llama_train_dpo.py); sums over the vocabulary
+    are float32, rounded once. What XLA kept in float32 between operations that it fused on their
+    TPUs is unknown. The result is float32, for sums in float32.
+    """
+
+    score = functools.partial(_bfloat16_token_logps, chunk=chunk)
+    return llama.over_positions(score, hidden, unembedding, targets, add=False)
+
+
+def _bfloat16_token_logps(hidden, unembedding, targets, chunk):
+    @jax.checkpoint
+    def chunk_logps(h, t):
+        # The cast inside: a gradient of the unembedding is added up over chunks in its own dtype.
+        logits = jnp.einsum("BCD,VD->BCV", h, unembedding.astype(h.dtype))
+        logits = _bfloat16(logits.astype(jnp.float32))
+        largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        shifted = _bfloat16(logits - largest)
+        total = _bfloat16(_bfloat16(jnp.exp(shifted)).sum(axis=-1))
+        target = jnp.take_along_axis(shifted, t[..., None], axis=-1)[..., 0]
+        return _bfloat16(target - _bfloat16(jnp.log(total)))
+
+    chunks = (_to_chunks(hidden.astype(jnp.bfloat16), chunk), _to_chunks(targets, chunk))
+    _, logps = jax.lax.scan(lambda _, inputs: (None, chunk_logps(*inputs)), None, chunks)
+    return _from_chunks(logps, hidden.shape[1])
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """float32 `x` rounded to bfloat16, and so its gradient. XLA drops casts there and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

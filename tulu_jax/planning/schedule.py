@@ -37,6 +37,8 @@ class Chip:
 
 
 CHIPS = {
+    # A device is one of a chip's two cores.
+    "v3": Chip(topology="v3:2x2", clock=0.94e9, cores=1, peak=61.5e12, bandwidth=0.45e12),
     "v4": Chip(
         topology="v4:2x2x1",
         options=dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1),

@@ -6,6 +6,7 @@ so a killed pass goes on behind the last one.
 """
 
 import json
+import uuid
 from collections.abc import Sequence
 
 import jax
@@ -98,8 +99,8 @@ def _named(ids: Sequence[str]) -> str:
 
 
 def _write(path: epath.Path, write) -> None:
-    """Writes `path` under a temporary name, then renames it."""
-    temporary = path.parent / f".{path.name}.tmp"
+    """Writes `path` under a temporary name, which no other run has, then renames it."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     with temporary.open("wb") as file:
         write(file)
     temporary.replace(path)

@@ -1,0 +1,240 @@
+"""Every published run compiled for its slice: what fits, how long, how much; and against MaxText.
+
+    python benchmarks/pods.py                      # one run on two slices
+    python benchmarks/pods.py --all                # every file on every pod; goes on if stopped
+    python benchmarks/pods.py --calibrate=FOLDER   # published MaxText speeds against the estimate
+    python benchmarks/pods.py --vs=maxtext --maxtext=FOLDER
+    python benchmarks/pods.py --scaling            # 64, 256 and 1,024 chips, the same tokens a chip
+
+FOLDER holds what `benchmarks/maxtext_aot.py` wrote. Each compilation is a process of its own
+(`python -m tulu_jax.dryrun`); its result is kept below runs/pods, so that a stopped table goes on.
+The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import tqdm
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEPT = ROOT / "runs" / "pods"
+SHORT = [("sft_7b.gin", "v5p_64_7b_sft"), ("dpo_70b.gin", "v5p_512_70b_dpo")]
+SPARE, SECONDS, GIGABYTES = 0.05, 180, 12
+# tokens/s a chip or MFU that MaxText published, and the module of that run; the slice of its name.
+PUBLISHED = [
+    ("llama2_70b_v5p_512", "v5p:4x8x8", 0.654),
+    ("llama2_70b_v6e_256", "v6e:16x16", 0.438),
+    ("llama2_70b_v5e_256", "v5e:16x16", 0.57),
+    ("llama2_70b_v4_128", "v4:4x4x4", 0.57),
+]
+# jax's splash kernels, forward and backward, for 32 heads x 8,192 x 128, causal: milliseconds as
+# `benchmarks/attention.py` counts them.
+SPLASH = {"v4": (4.33, 14.40), "v5e": (4.29, 9.15), "v5p": (1.90, 7.91), "v6e": (2.54, 4.31)}
+
+
+def dry_run(name: str, pod: str | None, *arguments: str) -> dict:
+    """The dry run's first result, with the seconds and the GB that the process took."""
+    stem = "__".join([name.removesuffix(".gin"), pod or "own", *arguments]).replace("/", "_")
+    path = KEPT / f"{stem.replace('--', '').replace('*', 'x')}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    out = KEPT / "last"
+    command = [sys.executable, "-m", "tulu_jax.dryrun", f"--gin_file={name}", f"--out={out}"]
+    command += [f"--pod={pod}"] if pod else []
+    (out / "dryrun.json").unlink(missing_ok=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1) or not (out / "dryrun.json").exists():
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{said[-3000:]}")
+    result = json.loads((out / "dryrun.json").read_text())[0]
+    result |= {"file": name, "pod": pod, "process_seconds": time.perf_counter() - start}
+    result |= {"process_gb": usage.ru_maxrss * 1024 / 1e9}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    return result
+
+
+def runs() -> list[tuple[str, str]]:
+    """Every complete file of the paper with every pod that is sized for it."""
+    pods = sorted(path.stem for path in (ROOT / "configs" / "pods").glob("*.gin"))
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.gin")):
+        included = [pod for pod in pods if f"'pods/{pod}.gin'" in path.read_text()]
+        if included:
+            size = "_".join(included[0].split("_")[2:])
+            found += [(path.name, pod) for pod in pods if pod.endswith(f"_{size}")]
+    return found
+
+
+def row(result: dict) -> str:
+    """A line of the Markdown table."""
+    if "seconds" not in result:
+        return f"| {result['file']} | {result['topology']} | does not fit | | | | | | | | |"
+    mesh = " x ".join(f"{k} {v}" for k, v in result["mesh"].items() if v > 1)
+    return (
+        f"| {result['file']} | {result['topology']} | {mesh} | {result['remat_policy']} "
+        f"| {result['bytes']['peak'] / 2**30:.1f} / {result['bytes']['hbm'] / 2**30:.0f} "
+        f"({result['spare']:.0%}) | {result['seconds']['step']:.2f} | {result['mfu']:.0%} "
+        f"| {result['binding']} | {result['hours']:.1f} | {result['chip_hours']:,.0f} "
+        f"| {result['process_seconds']:.0f} s, {result['process_gb']:.1f} GB |"
+    )
+
+
+HEAD = (
+    "| file | slice | mesh | remat | GiB / HBM (spare) | s an update | MFU | binds | hours "
+    "| chip-hours | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(wanted: list[tuple[str, str]]) -> dict:
+    """Prints the table of `wanted` runs; how many fit with room, and in how long they compiled."""
+    results = [dry_run(*run) for run in tqdm.tqdm(wanted, desc="pods", unit="run")]
+    print("\n".join([HEAD, *map(row, results)]))
+    roomy = [r for r in results if r.get("spare", -1) >= SPARE]
+    slowest = max(r["process_seconds"] for r in results)
+    largest = max(r["process_gb"] for r in results)
+    return {
+        "name": "pods",
+        "ratio": len(roomy) / len(results),
+        "target": 1.0,
+        "ok": len(roomy) == len(results) and slowest < SECONDS and largest < GIGABYTES,
+        "slowest_seconds": slowest,
+        "largest_gb": largest,
+    }
+
+
+def maxtext(folder: pathlib.Path, stem: str, topology: str) -> tuple[float, dict, dict]:
+    """Predicted seconds of MaxText's step, by part, and what was compiled."""
+    from tulu_jax.planning import topology as topology_lib
+
+    topology_lib.enter()
+    import numpy as np
+
+    from tulu_jax.planning import cost, hlo
+
+    about = json.loads((folder / f"{stem}.json").read_text())
+    slice_ = topology_lib.parse(topology)
+    devices = slice_.devices()
+    places = np.array([[0, *d.coords[: len(slice_.shape)]] for d in devices])
+    length = int(about["settings"]["max_target_length"])
+    rows = about["tokens_per_device"] / length
+
+    def splash(name: str, text: str) -> float | None:
+        if not name.startswith("splash"):
+            return None
+        forward, backward = SPLASH[slice_.chip]
+        halves = 2 if "dq_" in name or ("dkv" in name and "splash_mha_dq_" in module_text) else 1
+        whole = forward if "fwd" in name else backward / halves
+        return whole / 1e3 * rows * 2 * (length / 8192) ** 2  # 64 heads
+
+    module_text = (folder / f"{stem}.hlo.txt").read_text()
+    estimate = cost.Estimator(
+        hlo.parse(module_text), slice_, places, cost.mesh_axes({"all": len(devices)}), splash, 1.0
+    ).estimate()
+    parts = {k: getattr(estimate, k) for k in ("matrix", "attention", "memory", "interconnect")}
+    return estimate.seconds, parts, about
+
+
+def calibrate(folder: pathlib.Path) -> dict:
+    """Predicts the runs that MaxText published, from its own compiled modules."""
+    from tulu_jax.models import config
+    from tulu_jax.planning import topology as topology_lib
+
+    errors = {}
+    print(
+        "MaxText, Llama-2-70B    published   predicted   error   matrix attention HBM interconnect"
+    )
+    for stem, topology, published in PUBLISHED:
+        if not (folder / f"{stem}.json").exists():
+            print(f"{stem:<24}{published:8.1%}   not compiled")
+            continue
+        seconds, parts, about = maxtext(folder, stem, topology)
+        hardware = topology_lib.parse(topology).hardware
+        model = config.named("llama2_70b")
+        length = int(about["settings"]["max_target_length"])
+        flops = model.flops_per_token(length) * about["tokens_per_device"]
+        mfu = flops / seconds / hardware.peak
+        errors[stem] = mfu / published - 1
+        print(
+            f"{stem:<24}{published:8.1%}{mfu:12.1%}{errors[stem]:+9.1%}   "
+            + " ".join(f"{value:.2f}" for value in parts.values())
+        )
+    worst = max(map(abs, errors.values()))
+    return {"name": "pods_calibration", "ratio": 1 + worst, "target": 1.15, "ok": worst < 0.15,
+            "errors": errors}  # fmt: skip
+
+
+def against_maxtext(folder: pathlib.Path) -> dict:
+    """Seconds per token a chip of a step of the same shape, ours over theirs."""
+    stem = "llama2_70b_v5p_512-max_target_length_8192-per_device_batch_size_1-remat_policy_full"
+    theirs, parts, about = maxtext(folder, stem, "v5p:4x8x8")
+    ours = dry_run("sft_70b.gin", "v5p_512_70b_wide", "--gin.BATCH_SIZE=256", "--whole_rows")
+    tokens = 256 * 8192 / 256
+    print(f"{'':<10} s a step  matrix attention    HBM interconnect  GiB temporaries")
+    for name, seconds, values, temporaries in (
+        ("MaxText", theirs, parts, about["bytes"]["temp"]),
+        ("tulu_jax", ours["seconds"]["step"], ours["seconds"], ours["bytes"]["temporaries"]),
+    ):
+        print(
+            f"{name:<10}{seconds:8.2f} {values['matrix']:8.2f} {values['attention']:8.2f} "
+            f"{values['memory']:7.2f} {values['interconnect']:9.2f} {temporaries / 2**30:15.1f}"
+        )
+    ratio = (theirs / about["tokens_per_device"]) / (ours["seconds"]["step"] / tokens)
+    return {"name": "pods_vs_maxtext", "ratio": ratio, "target": 1 / 0.85, "ok": ratio >= 1 / 0.85}
+
+
+def scaling() -> dict:
+    """Tokens/s a chip at 2,048 tokens a chip on 64, 256 and 1,024 chips of v5p."""
+    rates = {}
+    for topology, rows in (("v5p:4x4x4", 16), ("v5p:4x8x8", 64), ("v5p:8x8x16", 256)):
+        result = dry_run(
+            "sft_70b.gin", "v5p_weak_70b", f"--gin.BATCH_SIZE={rows}", f"--topology={topology}"
+        )
+        rates[result["chips"]] = result["tokens_per_second_per_chip"]
+        print(f"{topology:<12}{result['chips']:>6} chips {rates[result['chips']]:10,.0f} tokens/s")
+    ratio = min(rates.values()) / max(rates.values())
+    return {"name": "pods_weak_scaling", "ratio": ratio, "target": 0.9, "ok": ratio >= 0.9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", help="runs whose file or pod contains this", default=None)
+    parser.add_argument("--calibrate", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--vs", choices=["maxtext"])
+    parser.add_argument("--maxtext", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--scaling", action="store_true")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if options.calibrate:
+        result = calibrate(options.calibrate)
+    elif options.vs:
+        if options.maxtext is None:
+            parser.error("--vs=maxtext needs --maxtext=FOLDER (benchmarks/maxtext_aot.py)")
+        result = against_maxtext(options.maxtext)
+    elif options.scaling:
+        result = scaling()
+    else:
+        wanted = runs() if options.all or options.only else SHORT
+        if options.only:
+            wanted = [run for run in wanted if any(options.only in part for part in run)]
+        result = table(wanted)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
