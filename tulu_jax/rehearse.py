@@ -241,7 +241,7 @@ def _with_bar(
     """Shows the updates of a try until its end, or until one is reached, which it returns."""
     import tqdm
 
-    with tqdm.tqdm(total=STEPS, desc=name, unit="update") as bar:
+    with tqdm.tqdm(total=STEPS, desc=name, unit="update", mininterval=2.0) as bar:
 
         def look() -> bool:
             bar.update(max(losses(workdir), default=0) - bar.n)
