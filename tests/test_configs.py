@@ -99,7 +99,7 @@ def test_every_slice_divides_and_is_filled(run):
 
 def test_every_fragment_serves_a_run():
     used = {f"{s}_{suffix}" for run in RUNS for s in slices(run) for suffix in suffixes(run)}
-    assert used == set(PODS)
+    assert used == {pod for pod in PODS if not pod.endswith("_wide")}  # those are for benchmarks
 
 
 def suffixes(run):
