@@ -23,7 +23,11 @@ stop() {
 
 case "${1:-}" in
   install)
-    python3 -m venv .venv
+    for python in python3.13 python3.12 python3.11; do command -v "$python" >/dev/null && break; done
+    if ! command -v "$python" >/dev/null; then  # Ubuntu 22.04 of the TPU images has 3.10
+      sudo apt-get -qq update && sudo apt-get -qq install -y "$python" "$python-venv"
+    fi
+    "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu,gcs]'
     ;;
   start)

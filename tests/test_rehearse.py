@@ -7,22 +7,34 @@ import subprocess
 import sys
 
 import builders
+import gin
 import pytest
 
-from tulu_jax import rehearse
-from tulu_jax.data import tulu_tiny
+from tulu_jax import cli, preflight, rehearse
+from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.models import config as models
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import AXES, MeshConfig
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
+LOCAL = {"tulu_tiny_sft.gin", "tulu_tiny_dpo.gin"}
+COMPLETE = sorted(  # the others read a model's folder
+    path.name for path in (REPO / "configs").glob("*.gin") if "stories" not in path.name
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory, in whose ./cache the tokenizer is trained once."""
+    return tmp_path_factory.mktemp("rehearse")
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the tokenizer is trained in ./cache
-    return tmp_path
+def home(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    yield folder
+    gin.clear_config()
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 6])
@@ -53,6 +65,15 @@ def test_a_published_config_shrinks_to_a_mesh_that_fits(home, mesh, processes, d
     assert small.micro_batch_size % (sizes["data"] * sizes["fsdp"]) == 0
     assert small.data.train == ("tulu_tiny_preference" if dpo_stage else "tulu_tiny")
     assert small.objective == config.objective and small.optimizer == config.optimizer
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_every_published_file_can_be_rehearsed_with_four_processes(name):
+    config = cli.load(name, ["--gin.BUCKET='gs://b'"] if name not in LOCAL else [], workdir=None)
+    small = rehearse.shrink(config, processes=4, embedded=True)
+    devices = 4 * rehearse.devices_of_a_process(small, 4)
+    assert list(preflight.mesh_problems(small, devices)) == []
+    assert list(loader.problems(small.data, kind=config.data.kind)) == []
 
 
 def test_rows_that_are_there_are_kept(home):

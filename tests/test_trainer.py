@@ -133,6 +133,22 @@ def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole"), step
 
 
+def test_a_terminated_run_saves_and_goes_on_from_there(home, tmp_path):
+    """SIGTERM: the checkpoint is of the update it came in, and the curve goes on bit for bit."""
+    whole, workdir = tmp_path / "whole", tmp_path / "terminated"
+    finish(start(home, "tulu_tiny_sft", whole))
+    process = start(home, "tulu_tiny_sft", workdir)
+    while steps_logged(workdir) < 20:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    message = finish(process, code=75)
+    saved = max(saved_steps(workdir))
+    assert saved >= 20 and f"Stopped and saved: step {saved} in" in message
+    assert f"Resuming from step {saved}" in finish(start(home, "tulu_tiny_sft", workdir))
+    assert without_times(workdir) == without_times(whole)
+
+
 def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     """No file may grow past 8 kB, as on a full disk: the run stops, the old one restores."""
     workdir = tmp_path / "run"

@@ -44,11 +44,13 @@ TOLERANCE = 1e-4  # of a loss; the same program, and sums whose order is not fix
 def shrink(config: TrainConfig, *, processes: int, embedded: bool) -> TrainConfig:
     """`config` for a rehearsal: a model of two layers with its ratio of query to key heads, float32
     and XLA attention; mesh axes of 2 where they were larger, and more `fsdp` if the processes are
-    more; 24 updates of two rows a row shard at 128 tokens, from random weights; logs in the workdir
-    alone. With `embedded`, the rows and tokenizer of tulu_tiny."""
+    more; 24 updates of two rows a row shard at 128 tokens, from random weights; logs and
+    encoded rows on this machine alone. With `embedded`, the rows and tokenizer of tulu_tiny."""
     mesh = {axis: 1 if getattr(config.mesh, axis) == 1 else 2 for axis in mesh_lib.AXES}
     mesh["fsdp"] *= processes // math.gcd(math.prod(mesh.values()), processes)
-    data = dataclasses.replace(config.data, max_length=LENGTH, accept_counts=True, workers=1)
+    data = dataclasses.replace(
+        config.data, max_length=LENGTH, accept_counts=True, cache_dir="cache", workers=1
+    )
     vocab_size = config.model.vocab_size
     if embedded:
         from tulu_jax.data import tulu_tiny
@@ -178,7 +180,10 @@ class Rehearsal:
         codes = processes.codes()
         done = codes == [0] * self.count and max(losses(workdir), default=0) == STEPS
         where = "" if done else f" (exit codes {codes}; see {processes.logs[0].parent})"
-        return self.check(done, f"{name}: {self.count} processes trained to update {STEPS}{where}")
+        self.check(done, f"{name}: {self.count} processes trained to update {STEPS}{where}")
+        if not done:
+            print(_last(processes.logs[0]))
+        return done
 
     def kill_one(self, victim: int, step: int) -> bool:
         """Whether all others stop, naming the process that is killed behind update `step`."""
@@ -186,7 +191,7 @@ class Rehearsal:
         try:
             reached = _with_bar("killed", workdir, processes, until=step)
             if not self.check(reached, f"killed: {self.count} processes came to update {step}"):
-                print(f"      see {processes.logs[0].parent}")
+                print(f"      see {processes.logs[0].parent}: {_last(processes.logs[0])}")
                 return False
             processes.all[victim].send_signal(signal.SIGKILL)
             died = time.monotonic()
@@ -241,7 +246,7 @@ def _with_bar(
     """Shows the updates of a try until its end, or until one is reached, which it returns."""
     import tqdm
 
-    with tqdm.tqdm(total=STEPS, desc=name, unit="update") as bar:
+    with tqdm.tqdm(total=STEPS, desc=name, unit="update", mininterval=2.0) as bar:
 
         def look() -> bool:
             bar.update(max(losses(workdir), default=0) - bar.n)
@@ -270,7 +275,8 @@ def main(config: TrainConfig) -> None:
         arguments.append("--embedded")
     small = shrink(config, processes=_PROCESSES.value, embedded=embedded or bool(missing))
     print(f"{_PROCESSES.value} processes, mesh {small.mesh}, {small.model}")
-    root = pathlib.Path(cli.workdir() or f"{config.workdir}_rehearsal").absolute()
+    name = config.workdir.rstrip("/").split("/")[-1]
+    root = pathlib.Path(cli.workdir() or f"runs/{name}_rehearsal").absolute()
     for name in ("undisturbed", "disturbed"):
         shutil.rmtree(root / name, ignore_errors=True)
     passed = Rehearsal(small, root, arguments, _PROCESSES.value).run()

@@ -105,13 +105,13 @@ class Run:
         Raises `FloatingPointError` if the loss or a gradient is not finite, and
         `preemption.Preempted` after saving what a SIGTERM interrupts.
         """
-        notice = preemption.Notice()
         with jax.set_mesh(self.mesh):
             state, self.weights = self._start()
             if self.config_text and jax.process_index() == 0:
                 (epath.Path(self.config.workdir) / CONFIG_FILE).write_text(self.config_text)
             if self.objective is dpo:
                 self._attach_reference(state)
+            notice = preemption.Notice()
             try:
                 return self._loop(state, notice)
             finally:

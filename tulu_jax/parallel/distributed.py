@@ -24,6 +24,7 @@ from absl import logging
 from tulu_jax.parallel import lifeline
 
 PORT = 8482  # jax's own choice on TPUs; JAX_COORDINATOR_PORT overrides it
+GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 FLAGS = ("coordinator_address", "num_processes", "process_id")
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{key}"
@@ -65,8 +66,10 @@ def find(
 
 
 def has_tpu_chips() -> bool:
-    """Whether the devices of a TPU host are there."""
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+    """Whether this is a TPU host: PCI devices of Google, and files to use chips through."""
+    nodes = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
+    return bool(nodes) and any(pathlib.Path(v).read_text().strip() == GOOGLE for v in vendors)
 
 
 def _from_flags(flags: Mapping[str, str | int | None]) -> Processes | None:
