@@ -11,6 +11,8 @@ ATTENTION = (
 REMAT_POLICIES = (
     "nothing_saveable",
     "save_projections",
+    "save_gate",
+    "save_attention",
     "dots_with_no_batch_dims_saveable",
     "dots_saveable",
 )

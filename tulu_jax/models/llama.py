@@ -27,11 +27,13 @@ from tulu_jax.parallel import sharding
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
-# What the remat policy 'save_projections' keeps of each layer.
-SAVED = (
-    *("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse"),
-    *("residual", "gate", "up"),
-)
+# What the remat policies of these names keep of each layer.
+_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
+SAVED = {
+    "save_projections": (*_ATTENTION, "residual", "gate", "up"),
+    "save_gate": (*_ATTENTION, "residual", "gate"),
+    "save_attention": (*_ATTENTION, "residual"),
+}
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
 
 
@@ -211,10 +213,10 @@ class Trunk(nnx.Module):
 
 
 def _remat_policy(name: str):
-    """A policy of `jax.checkpoint_policies`, or 'save_projections': keep what matrix products made
+    """A policy of `jax.checkpoint_policies`, or one of SAVED: keep what those matrix products made
     (and what attention needs), recompute what lies between them."""
-    if name == "save_projections":
-        return jax.checkpoint_policies.save_only_these_names(*SAVED)
+    if name in SAVED:
+        return jax.checkpoint_policies.save_only_these_names(*SAVED[name])
     return getattr(jax.checkpoint_policies, name)
 
 

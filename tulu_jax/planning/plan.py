@@ -16,7 +16,7 @@ from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.05  # of HBM that a plan leaves
-POLICIES = ("save_projections", "nothing_saveable")
+POLICIES = ("save_projections", "save_gate", "save_attention", "nothing_saveable")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,9 +200,12 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     sizes = config.mesh.sizes(topology.num_devices)
     micro = config.micro_batch_size or config.batch_size
     pieces = config.batch_size // micro
-    full = config.execution.remat_policy == "nothing_saveable"
+    policy = config.execution.remat_policy
+    full = policy == "nothing_saveable"
     flops = model.flops_per_token(1024) * config.batch_size * config.data.max_length
-    compute = cost.ideal_seconds(flops * (4 / 3 if full else 1), topology) / 0.85
+    mlp = model.num_layers * model.embed_dim * model.mlp_dim / model.num_params  # of one product
+    again = {"nothing_saveable": 1.0, "save_attention": 2 * mlp, "save_gate": mlp}.get(policy, 0.0)
+    compute = cost.ideal_seconds(flops * (1 + again / 3), topology) / 0.85
     shards = sizes["fsdp"] * sizes["context"]
     weights = 2 * model.num_params / sizes["tensor"] * (shards - 1) / shards * 3 * pieces
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * shards)
@@ -223,8 +226,10 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
     model = config.model
     tokens = micro * config.data.max_length / (sizes["data"] * sizes["fsdp"] * sizes["context"])
     layer = 2 * tokens * model.embed_dim / sizes["tensor"]
-    if config.execution.remat_policy == "save_projections":
-        width = 2 * model.num_heads * model.head_dim + 2 * model.mlp_dim + model.embed_dim
+    policy = config.execution.remat_policy
+    if policy != "nothing_saveable":
+        products = {"save_projections": 2, "save_gate": 1, "save_attention": 0}[policy]
+        width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
         layer += (
             4 * tokens * sizes["context"] * model.num_kv_heads * model.head_dim / sizes["tensor"]
