@@ -43,7 +43,7 @@ def dry_run(name: str, pod: str | None, *arguments: str) -> dict:
     path = KEPT / f"{stem.replace('--', '').replace('*', 'x')}.json"
     if path.exists():
         return json.loads(path.read_text())
-    out = KEPT / "last"
+    out = KEPT / f"last_{os.getpid()}"
     command = [sys.executable, "-m", "tulu_jax.dryrun", f"--gin_file={name}", f"--out={out}"]
     command += [f"--pod={pod}"] if pod else []
     (out / "dryrun.json").unlink(missing_ok=True)

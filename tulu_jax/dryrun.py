@@ -1,7 +1,7 @@
 """`python -m tulu_jax.dryrun --gin_file=dpo_70b.gin`: compiles the run for its slice without one.
 
-Prints what fits, where the time goes and what the run will cost, and writes DIR/dryrun.json and
-DIR/dryrun.png. Exit status 1 means that the run does not fit; the last lines say what to change.
+Prints what fits, where the time goes and what the run will cost, and writes DIR/dryrun.json,
+DIR/dryrun.png and DIR/step.hlo.txt, the optimized program. Exit status 1 means that the run does not fit; the last lines say what to change.
 `--topologies=A,B,...` compares slices, each with the fragment of pods/ that goes with it or with
 this run's mesh; `--plan` searches the mesh, the micro-batch, rematerialisation and the optimizer's
 dtype for one slice and writes the fragment that wins.
@@ -53,6 +53,8 @@ def main(config: TrainConfig) -> None:
     print(report.table(results))
     (out / "dryrun.json").write_text(json.dumps([r.as_dict() for r in results], indent=1))
     report.draw(results, out / "dryrun.png")
+    if results[0].step:
+        (out / "step.hlo.txt").write_text(results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)
     if not any(result.fits for result in results):
         sys.exit(1)

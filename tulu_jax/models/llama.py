@@ -98,6 +98,7 @@ class SelfAttention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
             cache = {"k": k, "v": v}
         # Over `context` the queries stay sharded and keys and values are gathered.
+        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
         out = attention_lib.attend(q, k, v, visibility)
         return self.o_proj(out), cache
@@ -216,7 +217,10 @@ def _remat_policy(name: str):
     """A policy of `jax.checkpoint_policies`, or one of SAVED: keep what those matrix products made
     (and what attention needs), recompute what lies between them."""
     if name in SAVED:
-        return jax.checkpoint_policies.save_only_these_names(*SAVED[name])
+        # Keys and values gathered over `context` are gathered again: each device keeps its own.
+        own = {"attention_k": "key", "attention_v": "value"}
+        own = own if sharding.axis_size("length") > 1 else {}
+        return jax.checkpoint_policies.save_only_these_names(*(own.get(x, x) for x in SAVED[name]))
     return getattr(jax.checkpoint_policies, name)
 
 
