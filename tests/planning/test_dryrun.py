@@ -1,0 +1,69 @@
+"""`python -m tulu_jax.dryrun` as typed: the real compiler, a small model, a slice that is not there."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tulu_jax.planning import hlo
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
+)
+
+
+def dry_run(folder, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [sys.executable, "-m", "tulu_jax.dryrun", f"--out={folder}", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["tulu_tiny_sft.gin", "tulu_tiny_dpo.gin"])
+def test_a_step_is_compiled_and_reported(tmp_path, name):
+    process = dry_run(tmp_path, f"--gin_file={name}", "--topology=v5e:2x2")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "to spare" in process.stdout and "MFU" in process.stdout
+    (result,) = json.loads((tmp_path / "dryrun.json").read_text())
+    assert result["fits"] and result["spare"] > 0.9
+    assert result["seconds"]["step"] > 0 and 0 < result["mfu"] < 1
+    assert (tmp_path / "dryrun.png").read_bytes()[:4] == b"\x89PNG"
+    module = hlo.parse((tmp_path / "step.hlo.txt").read_text())
+    gathered = [i for body in module.computations.values() for i in body if i.collective]
+    assert any(i.collective == "all-gather" for i in gathered)
+    # Weights' gradients are reduce-scattered (or cut from an all-reduce by its fusion); what is
+    # all-reduced whole is norms and scalars.
+    for i in gathered:
+        if i.collective == "all-reduce" and not re.search(r"all-reduce-scatter", i.text):
+            assert sum(hlo.shape_bytes(i.shape)) < 1e6, i
+
+
+def test_what_does_not_fit_is_status_1_with_advice(tmp_path):
+    process = dry_run(
+        tmp_path, "--gin_file=tulu_tiny_sft.gin", "--topology=v5e:2x2", "--gin.BATCH_SIZE=262144"
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "does not fit" in process.stdout and "micro_batch_size" in process.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology=v9:4x4"], "generation 'v9' is unknown"),
+        ([], "names no topology"),
+        (["--topology=v5e:3x5"], "no topology v5e:3x5"),
+    ],
+)
+def test_misuse_is_status_2(tmp_path, arguments, said):
+    process = dry_run(tmp_path, "--gin_file=tulu_tiny_sft.gin", *arguments)
+    assert process.returncode == 2
+    assert said in process.stderr

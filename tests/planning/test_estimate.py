@@ -1,0 +1,154 @@
+"""The dry run's arithmetic: slices by name, programs as text, links, rows and candidates."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tulu_jax import cli
+from tulu_jax.planning import cost, hlo, plan, rows, topology
+
+PROGRAM = """HloModule jit_step
+
+%body (p: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
+  %p = (s32[], bf16[4,128]{1,0}) parameter(0)
+  %x = bf16[4,128]{1,0} get-tuple-element(%p), index=1
+  %start = (bf16[4,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %work = bf16[4,128]{1,0} fusion(%x), kind=kOutput, calls=%product, backend_config={"window_config":{"estimated_cycles":"150000"}}
+  %done = bf16[16,128]{1,0} all-gather-done(%start)
+  ROOT %out = (s32[], bf16[4,128]{1,0}) tuple(%p, %work)
+}
+
+%product (a: bf16[4,128]) -> bf16[4,128] {
+  %a = bf16[4,128]{1,0} parameter(0)
+  ROOT %d = bf16[4,128]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (x: bf16[4,128]) -> bf16[4,128] {
+  %x.1 = bf16[4,128]{1,0} parameter(0)
+  %loop = (s32[], bf16[4,128]{1,0}) while(%x.1), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  ROOT %sum = bf16[4,128]{1,0} all-reduce(%x.1), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+def line(n):
+    """n devices along one torus axis of a v5e slice."""
+    return np.array([[0, i, 0] for i in range(n)])
+
+
+def test_a_program_is_priced_by_its_schedule():
+    slice_ = topology.parse("v5e:4x1")
+    module = hlo.parse(PROGRAM)
+    result = cost.Estimator(
+        module,
+        slice_,
+        line(4),
+        cost.mesh_axes({"fsdp": 2, "tensor": 2}),
+        lambda name, text: None,
+        dynamic_trips=1.0,
+    ).estimate()
+    assert result.matrix == pytest.approx(10 * 150_000 / 1.5e9)
+    gather, sent = cost.link_seconds("all-gather", 16 * 128 * 2, range(4), line(4), slice_)
+    assert sent == 16 * 128 * 2 * 3 / 4
+    assert result.hidden == pytest.approx(10 * gather)  # shorter than the product beside it
+    reduce, _ = cost.link_seconds("all-reduce", 4 * 128 * 2, [0, 1], line(4), slice_)
+    assert result.interconnect == pytest.approx(reduce)
+    assert set(result.wire) == {("all-gather", "fsdp x tensor"), ("all-reduce", "tensor")}
+
+
+@pytest.mark.parametrize(
+    "text, members",
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}", [0, 2, 4, 6]),
+    ],
+)
+def test_groups_are_read_in_every_form(text, members):
+    instruction = hlo.Instruction("r", "f32[8]", "all-reduce", ("x",), f"all-reduce(%x), {text}")
+    found = hlo.group(instruction, 8)
+    assert len(found) == len(members)
+    if "device_ids" not in text:
+        assert list(found) == members
+
+
+def test_a_closed_ring_has_twice_the_links_of_a_line():
+    ring, part = topology.parse("v5e:16x16"), topology.parse("v5e:8x8")
+    size = 1e9
+    closed, _ = cost.link_seconds("all-gather", size, range(16), line(16), ring)
+    open_, _ = cost.link_seconds("all-gather", size, range(8), line(8), part)
+    assert closed == pytest.approx(size * 15 / 16 / 90e9, rel=1e-3)
+    assert open_ == pytest.approx(size * 7 / 8 / 45e9, rel=1e-3)
+    places = np.array([[i // 2, i % 2, 0] for i in range(4)])  # two slices
+    across, sent = cost.link_seconds(
+        "all-reduce", size, [0, 2], places, topology.parse("2*v5e:2x1")
+    )
+    assert sent == size and across == pytest.approx(size / part.hardware.dcn)
+
+
+def test_rows_count_pairs_of_blocks():
+    assert rows.WHOLE.pairs(8192, block=512, shards=1) == 16 * 17 / 2
+    assert rows.WHOLE.pairs(8192, block=512, shards=8) == 15 + 16  # the last shard's
+    assert rows.CONVERSATIONS.pairs(8192, block=512, shards=1) < 16 * 17 / 2
+    assert rows.PAIRS.examples(8192) == pytest.approx(10.6, abs=0.01)
+    assert rows.WHOLE.visible(8192) == 8192**2
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("v5x:4x4", "known are ['v3', 'v4', 'v5e', 'v5p', 'v6e']"),
+        ("v5p:4x4", "a v5p slice has 3 axes, found 2"),
+        ("v5p-512", "expected e.g. 'v5p:4x8x8'"),
+        ("v5e:0x4", "at least 1"),
+    ],
+)
+def test_unknown_slices_are_refused(name, said):
+    with pytest.raises(ValueError, match="topology") as refused:
+        topology.parse(name)
+    assert said in str(refused.value)
+
+
+def test_slices_are_counted_in_devices_and_named_as_the_cloud_does():
+    assert topology.parse("v3:16x16").num_devices == 512
+    assert topology.parse("2*v5e:16x16").num_devices == 512
+    names = {
+        "v3:16x16": "v3-512",
+        "v4:4x8x8": "v4-512",
+        "v5p:4x8x8": "v5p-512",
+        "v6e:8x8": "v6e-64",
+    }
+    assert {name: topology.parse(name).accelerator_type for name in names} == names
+
+
+def test_the_search_is_the_same_twice_and_divides():
+    config = cli.load("sft_7b.gin", workdir=None)
+    slice_ = topology.parse("v5e:8x8")
+    first, second = plan.ranked(config, slice_), plan.ranked(config, slice_)
+    assert first == second
+    best = first[0]
+    assert not list(plan.problems(best, slice_))
+    seconds = [plan.guess(candidate, slice_)[0] for candidate in first]
+    assert seconds == sorted(seconds)
+
+
+def test_nothing_fits_a_slice_that_is_too_small():
+    config = cli.load("sft_70b.gin", workdir=None)
+    with pytest.raises(ValueError, match="larger slice"):
+        plan.ranked(config, topology.parse("v5e:2x2"))
+
+
+def test_a_mesh_of_another_slice_gives_way():
+    config = cli.load("sft_70b.gin", workdir=None)
+    other = plan.suited(config, topology.parse("v5e:16x16"))
+    assert other.mesh.topology == "v5e:16x16"
+    same = plan.suited(config, topology.parse("v5p:4x8x8"))
+    assert same == config
+
+
+def test_updates_follow_the_published_counts():
+    config = cli.load("dpo_70b.gin", workdir=None)
+    assert plan.num_updates(config) == 5_846
+    assert plan.num_updates(dataclasses.replace(config, num_epochs=None, num_steps=7)) == 7
