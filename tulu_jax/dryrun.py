@@ -1,10 +1,11 @@
 """`python -m tulu_jax.dryrun --gin_file=dpo_70b.gin`: compiles the run for its slice without one.
 
 Prints what fits, where the time goes and what the run will cost, and writes DIR/dryrun.json,
-DIR/dryrun.png and DIR/step.hlo.txt, the optimized program. Exit status 1 means that the run does not fit; the last lines say what to change.
-`--topologies=A,B,...` compares slices, each with the fragment of pods/ that goes with it or with
-this run's mesh; `--plan` searches the mesh, the micro-batch, rematerialisation and the optimizer's
-dtype for one slice and writes the fragment that wins.
+DIR/dryrun.png and DIR/step.hlo.txt, the optimized program. Exit status 1 means that the run does
+not fit; the last lines say what to change. `--topologies=A,B,...` compares slices, each with this
+run's mesh where that fills it, else with the one that the planner's estimate prefers; `--plan`
+searches the mesh, the micro-batch, rematerialisation and the optimizer's dtype for one slice and
+writes the fragment that wins. `docs/pods.md` tells how the time is estimated.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`python -m tulu_jax.dryrun` as typed: the real compiler, a small model, a slice that is not there."""
+"""`python -m tulu_jax.dryrun` as typed: the real compiler, a small model, an absent slice."""
 
 import importlib.util
 import json

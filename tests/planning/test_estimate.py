@@ -1,4 +1,5 @@
 """The dry run's arithmetic: slices by name, programs as text, links, rows and candidates."""
+# ruff: noqa: E501 (a program's text)
 
 import dataclasses
 
@@ -49,10 +50,10 @@ def test_a_program_is_priced_by_its_schedule():
         dynamic_trips=1.0,
     ).estimate()
     assert result.matrix == pytest.approx(10 * 150_000 / 1.5e9)
-    gather, sent = cost.link_seconds("all-gather", 16 * 128 * 2, range(4), line(4), slice_)
+    gather, sent = cost.link_seconds("all-gather", 16 * 128 * 2.0, range(4), line(4), slice_)
     assert sent == 16 * 128 * 2 * 3 / 4
     assert result.hidden == pytest.approx(10 * gather)  # shorter than the product beside it
-    reduce, _ = cost.link_seconds("all-reduce", 4 * 128 * 2, [0, 1], line(4), slice_)
+    reduce, _ = cost.link_seconds("all-reduce", 4 * 128 * 2.0, [0, 1], line(4), slice_)
     assert result.interconnect == pytest.approx(reduce)
     assert set(result.wire) == {("all-gather", "fsdp x tensor"), ("all-reduce", "tensor")}
 
@@ -63,15 +64,12 @@ def test_a_program_is_priced_by_its_schedule():
         ("replica_groups={{0,2},{1,3}}", [0, 2]),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}", [0, 4, 1, 5]),
     ],
 )
 def test_groups_are_read_in_every_form(text, members):
     instruction = hlo.Instruction("r", "f32[8]", "all-reduce", ("x",), f"all-reduce(%x), {text}")
-    found = hlo.group(instruction, 8)
-    assert len(found) == len(members)
-    if "device_ids" not in text:
-        assert list(found) == members
+    assert list(hlo.group(instruction, 8)) == members
 
 
 def test_a_closed_ring_has_twice_the_links_of_a_line():
@@ -79,8 +77,8 @@ def test_a_closed_ring_has_twice_the_links_of_a_line():
     size = 1e9
     closed, _ = cost.link_seconds("all-gather", size, range(16), line(16), ring)
     open_, _ = cost.link_seconds("all-gather", size, range(8), line(8), part)
-    assert closed == pytest.approx(size * 15 / 16 / 90e9, rel=1e-3)
-    assert open_ == pytest.approx(size * 7 / 8 / 45e9, rel=1e-3)
+    assert closed == pytest.approx(size * 15 / 16 / 90e9 + 15e-6)
+    assert open_ == pytest.approx(size * 7 / 8 / 45e9 + 7e-6)
     places = np.array([[i // 2, i % 2, 0] for i in range(4)])  # two slices
     across, sent = cost.link_seconds(
         "all-reduce", size, [0, 2], places, topology.parse("2*v5e:2x1")

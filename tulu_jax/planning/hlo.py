@@ -160,18 +160,18 @@ def group(instruction: Instruction, num_devices: int) -> Sequence[int]:
         ids = ids.transpose([int(n) for n in tiled[4].split(",")]) if tiled[4] else ids
         return ids.reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
     mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}"
-        r"(?:,?\s*device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?",
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{([^}]*)\}",
         instruction.text,
     )
     if mesh:
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         ids = np.arange(num_devices)
-        if mesh[3]:
-            ids = ids.reshape([int(n) for n in mesh[3].split(",")])
-            ids = ids.transpose([int(n) for n in mesh[4].split(",")])
+        if mesh[2]:
+            ids = ids.reshape([int(n) for n in mesh[2].split(",")])
+            ids = ids.transpose([int(n) for n in mesh[3].split(",")])
         ids = ids.reshape(tuple(sizes.values()))
-        chosen = re.findall(r"'(\w+)'", mesh[2])
+        chosen = re.findall(r"'(\w+)'", mesh[4])
         index = tuple(slice(None) if name in chosen else 0 for name in sizes)
         return ids[index].reshape(-1).tolist()
     return list(range(num_devices))

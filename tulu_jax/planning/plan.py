@@ -103,7 +103,7 @@ def num_updates(config: TrainConfig) -> int:
             "epochs cannot be counted; give NUM_STEPS instead of NUM_EPOCHS for the dry run"
         )
     rows_per_epoch = (count or 0) / aot.documents(config).examples(config.data.max_length)
-    return config.num_updates(rows_per_epoch)
+    return config.num_updates(round(rows_per_epoch))
 
 
 def suited(config: TrainConfig, topology: Topology) -> TrainConfig:

@@ -14,7 +14,7 @@ class Documents:
     of their logarithms; None for one document as long as the row.
 
     For conversations of the V2 mixture the mean is the published 1,097 and the spread that of the
-    quartiles 230 and 1,464; a packed pair of UltraFeedback has 773 (10.6 in a row of 8,192,
+    quartiles 230 and 1,464; a packed pair of UltraFeedback has 773 (10.6 to a row of 8,192,
     `benchmarks/dpo_packing.py`).
     """
 
@@ -65,4 +65,4 @@ def _rows(documents: Documents, length: int) -> tuple[tuple[int, ...], ...]:
 
 WHOLE = Documents(None)
 CONVERSATIONS = Documents(1097.0, 1.37)
-PAIRS = Documents(773.0, 0.5)
+PAIRS = Documents(8192 / 10.6, 0.5)
