@@ -17,6 +17,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import tqdm
@@ -43,10 +44,9 @@ def dry_run(name: str, pod: str | None, *arguments: str) -> dict:
     path = KEPT / f"{stem.replace('--', '').replace('*', 'x')}.json"
     if path.exists():
         return json.loads(path.read_text())
-    out = KEPT / f"last_{os.getpid()}"
+    out = pathlib.Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "tulu_jax.dryrun", f"--gin_file={name}", f"--out={out}"]
     command += [f"--pod={pod}"] if pod else []
-    (out / "dryrun.json").unlink(missing_ok=True)
     start = time.perf_counter()
     process = subprocess.Popen(
         [*command, *arguments],

@@ -6,6 +6,7 @@ transposition of that gather, activations move only where this file's functions 
 it, for optimizer, decoding and metrics, XLA places what the tables say.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -101,15 +102,41 @@ def gather(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
     group over three torus dimensions has none and XLA would sum zero-padded copies.
     """
     for name in reversed(_bound(logical_axis)):
-        x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+        x = _gather(x, name, axis)
     return x
 
 
 def scatter_sum(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
     """Sum of the devices' `x`, of which each keeps its shard of `axis`; cotangents are gathered."""
     for name in _bound(logical_axis):
-        x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+        x = _scatter(x, name, axis)
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, name, axis):
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scatter(x, name, axis):
+    """Of two devices each sends the half that the other keeps; XLA would send all of both."""
+    if jax.lax.axis_size(name) > 2:
+        return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    size, index = x.shape[axis] // 2, jax.lax.axis_index(name)
+    kept = jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+    sent = jax.lax.dynamic_slice_in_dim(x, (1 - index) * size, size, axis)
+    return kept + jax.lax.ppermute(sent, name, [(0, 1), (1, 0)])
+
+
+_gather.defvjp(
+    lambda x, name, axis: (_gather(x, name, axis), None),
+    lambda name, axis, _, cotangent: (_scatter(cotangent, name, axis),),
+)
+_scatter.defvjp(
+    lambda x, name, axis: (_scatter(x, name, axis), None),
+    lambda name, axis, _, cotangent: (_gather(cotangent, name, axis),),
+)
 
 
 def own(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
