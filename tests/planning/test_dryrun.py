@@ -47,9 +47,26 @@ def test_a_step_is_compiled_and_reported(tmp_path, name):
             assert sum(hlo.shape_bytes(i.shape)) < 1e6, i
 
 
+def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path):
+    fragments = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        process = dry_run(
+            folder,
+            "--gin_file=tulu_tiny_sft.gin",
+            "--topology=v5e:2x2",
+            "--plan",
+            "--compiles=2",
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        fragments.append((folder / "pod.gin").read_text())
+        assert len(json.loads((folder / "dryrun.json").read_text())) == 2
+    assert fragments[0] == fragments[1]
+    assert "mesh.MeshConfig.topology = 'v5e:2x2'" in fragments[0]
+
+
 def test_what_does_not_fit_is_status_1_with_advice(tmp_path):
     process = dry_run(
-        tmp_path, "--gin_file=tulu_tiny_sft.gin", "--topology=v5e:2x2", "--gin.BATCH_SIZE=262144"
+        tmp_path, "--gin_file=tulu_tiny_sft.gin", "--topology=v5e:2x2", "--gin.BATCH_SIZE=32768"
     )
     assert process.returncode == 1, process.stdout + process.stderr
     assert "does not fit" in process.stdout and "micro_batch_size" in process.stdout

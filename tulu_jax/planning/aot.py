@@ -156,8 +156,7 @@ def compile_step(
         places(mesh, topology),
         cost.mesh_axes(dict(mesh.shape)),
         kernel_seconds=lambda name, text: attention_seconds(name, text, config, topology, held),
-        dynamic_trips=held.pairs(config.data.max_length, block=ATTENTION_BLOCK, shards=1)
-        / max(1, config.data.max_length // ATTENTION_BLOCK),
+        dynamic_trips=_key_blocks(config.data.max_length, held),
     )
     return Step(
         topology=topology,
@@ -171,6 +170,12 @@ def compile_step(
         compile_seconds=seconds,
         text=text,
     )
+
+
+def _key_blocks(length: int, held: rows.Documents) -> float:
+    """Mean number of key blocks that a query block of the blockwise form sees."""
+    block = min(ATTENTION_BLOCK, length)
+    return held.pairs(length, block=block, shards=1) / (length // block)
 
 
 def places(mesh: jax.sharding.Mesh, topology: Topology) -> np.ndarray:

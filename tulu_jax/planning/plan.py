@@ -208,6 +208,8 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     compute = cost.ideal_seconds(flops * (1 + again / 3), topology) / 0.85
     shards = sizes["fsdp"] * sizes["context"]
     weights = 2 * model.num_params / sizes["tensor"] * (shards - 1) / shards * 3 * pieces
+    if sizes["fsdp"] > math.prod(sorted(topology.shape)[-2:]):
+        weights *= 1.5  # a group over three torus axes sums gradients whole instead of scattering
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * shards)
     passes = 4 if full else 3
     activations = 2 * tokens * model.embed_dim * model.num_layers * 2 * passes
@@ -275,7 +277,8 @@ def search(
 def fragment(result: Result) -> str:
     """The pods/ fragment of a result's config."""
     config, step = result.config, result.step
-    size = f"{config.model.num_params / 1e9:.0f}B"
+    millions = config.model.num_params / 1e6
+    size = f"{millions / 1e3:.0f}B" if millions >= 1e3 else f"{millions:.0f}M"
     return "\n".join(
         [
             f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
