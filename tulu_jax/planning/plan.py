@@ -114,8 +114,10 @@ def suited(config: TrainConfig, topology: Topology) -> TrainConfig:
     if config.mesh.topology == topology.name:
         return config
     try:
-        config.mesh.sizes(topology.num_devices)
+        data = config.mesh.sizes(topology.num_devices)["data"]
     except ValueError:
+        return ranked(config, topology)[0]
+    if data % topology.slices or list(problems(config, topology)):
         return ranked(config, topology)[0]
     return dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, topology=topology.name)
