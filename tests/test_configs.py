@@ -245,4 +245,4 @@ def test_meshes_are_placed_on_the_devices_of_the_compiler():
     assert done.returncode == 0, done.stderr[-2000:]
     devices = dict(line.split() for line in done.stdout.split("\n")[:-1])
     assert devices == {name: str(mesh.slice_devices(name)) for name in meshes}
-    assert len(devices) == 8
+    assert len(devices) == 9

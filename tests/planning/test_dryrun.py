@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_status_1_with_advice(tmp_path):
     [
         (["--topology=v9:4x4"], "generation 'v9' is unknown"),
         ([], "names no topology"),
-        (["--topology=v5e:3x5"], "no topology v5e:3x5"),
+        (["--topology=v5e:3x5"], "no mesh, micro-batch and rematerialisation fits v5e:3x5"),
     ],
 )
 def test_misuse_is_status_2(tmp_path, arguments, said):
