@@ -17,6 +17,7 @@ from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
 from tulu_jax.objectives import dpo, sft
 from tulu_jax.parallel import mesh
+from tulu_jax.planning import schedule
 from tulu_jax.training import optim
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -228,13 +229,7 @@ def test_meshes_are_placed_on_the_devices_of_the_compiler():
             found = load(run, pod=pod).mesh
             known = meshes.setdefault(found.topology, [])
             known += [c] if (c := dataclasses.asdict(found)) not in known else []
-    environment = os.environ | dict(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v4-8",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
+    environment = os.environ | schedule.ENVIRONMENT
     done = subprocess.run(
         [sys.executable, "-c", PLACE],
         env=environment,

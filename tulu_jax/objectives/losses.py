@@ -79,7 +79,6 @@ def weighted_nll(
     Under differentiation the forward pass already makes both gradients, chunk by chunk, because the
     weights are known: three vocabulary matrix multiplications in all and no recomputed logits.
     """
-
     score = functools.partial(_weighted_nll, chunk=chunk)
     return llama.over_positions(score, hidden, unembedding, targets, weights, add=True)
 
@@ -134,7 +133,6 @@ def token_logps(
     chunk: int,
 ) -> Float[Array, "B T"]:
     """log p(target) of every position, float32; the backward pass recomputes the logits."""
-
     score = functools.partial(_token_logps, chunk=chunk)
     return llama.over_positions(score, hidden, unembedding, targets, add=False)
 
@@ -187,7 +185,6 @@ def bfloat16_token_logps(
     are float32, rounded once. What XLA kept in float32 between operations that it fused on their
     TPUs is unknown. The result is float32, for sums in float32.
     """
-
     score = functools.partial(_bfloat16_token_logps, chunk=chunk)
     return llama.over_positions(score, hidden, unembedding, targets, add=False)
 

@@ -148,7 +148,10 @@ def compile_step(
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     module = hlo.parse(text)
-    attention = _attention_flops(config, held)
+    row_count = math.prod(batch["tokens"].shape[:-1])
+    attention = _attention_flops(config, row_count, held)
+    # Products of a pair of blocks: 2 forward and 5 backward where 6 are the model's.
+    again = 2 if config.execution.remat_policy == "nothing_saveable" else 0
     examples = config.batch_size * held.examples(config.data.max_length)
     estimator = cost.Estimator(
         module,
@@ -163,8 +166,9 @@ def compile_step(
         mesh=dict(mesh.shape),
         memory=_memory(config, state, module, compiled.memory_analysis(), topology),
         cost=estimator.estimate(),
-        model_flops=_model_flops(config, attention),
-        executed_flops=executed + attention * (4.5 / 3),
+        model_flops=config.model.flops_per_token(0) * row_count * config.data.max_length
+        + attention,
+        executed_flops=executed + attention * (7 + again) / 6,
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
         compile_seconds=seconds,
@@ -186,20 +190,11 @@ def places(mesh: jax.sharding.Mesh, topology: Topology) -> np.ndarray:
     )
 
 
-def _attention_flops(config: TrainConfig, held: rows.Documents) -> float:
+def _attention_flops(config: TrainConfig, row_count: int, held: rows.Documents) -> float:
     """Model FLOPs of attention in an update: 6·L·N·H times the squared lengths of documents."""
     model = config.model
-    visible = held.visible(config.data.max_length) * config.batch_size
-    if isinstance(config.objective, dpo.DPOConfig) and config.data.packing == "none":
-        visible *= 2
+    visible = held.visible(config.data.max_length) * row_count
     return 6.0 * model.num_layers * model.num_heads * model.head_dim * visible
-
-
-def _model_flops(config: TrainConfig, attention: float) -> float:
-    positions = config.batch_size * config.data.max_length
-    if isinstance(config.objective, dpo.DPOConfig) and config.data.packing == "none":
-        positions *= 2
-    return config.model.flops_per_token(0) * positions + attention
 
 
 def attention_seconds(

@@ -11,7 +11,6 @@ input pipeline, and compute and transfers that contend for HBM.
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -204,9 +203,10 @@ class Estimator:
         """Seconds of a collective, and the axes of `places` whose links it takes."""
         members = hlo.group(i, len(self.places))
         sizes = hlo.shape_bytes(i.shape)
-        size = max(sizes, default=0.0) if i.operation.endswith("-start") else sum(sizes)
-        if i.collective == "reduce-scatter":
-            size *= len(members)
+        if i.operation.endswith("-start"):  # its shape holds what goes in beside what comes out
+            size = max(sizes, default=0.0)
+        else:
+            size = sum(sizes) * (len(members) if i.collective == "reduce-scatter" else 1)
         seconds, sent = link_seconds(i.collective, size, members, self.places, self.topology)
         axes = self.axes(members)
         self.cost.wire[i.collective, axes] += sent * times
@@ -259,10 +259,3 @@ def mesh_axes(sizes: dict[str, int]) -> Callable[[Sequence[int]], str]:
 def ideal_seconds(flops: float, topology: Topology) -> float:
     """Seconds of `flops` at the peak of all devices."""
     return flops / (topology.hardware.peak * topology.num_devices)
-
-
-def rounded(value: float) -> float:
-    """Three significant digits, for tables and JSON."""
-    if not value or not math.isfinite(value):
-        return value
-    return round(value, 2 - math.floor(math.log10(abs(value))))

@@ -235,9 +235,7 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
         products = {"save_projections": 2, "save_gate": 1, "save_attention": 0}[policy]
         width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
-        layer += (
-            4 * tokens * sizes["context"] * model.num_kv_heads * model.head_dim / sizes["tensor"]
-        )
+        layer += 4 * tokens * model.num_kv_heads * model.head_dim / sizes["tensor"]
     return layer * model.num_layers
 
 

@@ -168,6 +168,16 @@ class Program:
     error: str | None
 
 
+# Where jax and libtpu believe that they are while they compile for devices that are not there.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file is taken
+}
+
+
 def child_environment(dumps: str, flags: Sequence[str]) -> dict[str, str]:
     """Environment in which jax compiles for TPUs that are not there and dumps what it made."""
     flags = [
@@ -178,14 +188,7 @@ def child_environment(dumps: str, flags: Sequence[str]) -> dict[str, str]:
         "--xla_jf_debug_level=1",
         f"--xla_jf_dump_llo_pass_label_regex=({'|'.join(PASSES)})",
     ]
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v4-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file is taken
-        "LIBTPU_INIT_ARGS": " ".join(flags),
-    }
+    return os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": " ".join(flags)}
 
 
 def compile_for(

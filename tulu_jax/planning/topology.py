@@ -5,11 +5,16 @@ slices as '2*v5e:16x16'. A jax device is a chip, on v3 one of its two cores.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
 
+import jax
+from jax.experimental import topologies
+
 from tulu_jax import validation
+from tulu_jax.parallel import mesh
 from tulu_jax.planning import schedule
 
 
@@ -31,7 +36,6 @@ class Hardware:
     hbm: int
     link: float
     wraps: int
-    devices_per_chip: int = 1
     dcn: float = 6.25e9
     options: dict = dataclasses.field(default_factory=dict)
 
@@ -44,7 +48,7 @@ def _measured(chip: str, **rest) -> Hardware:
 GIB = 2**30
 HARDWARE = {
     "v3": _measured(
-        "v3", dimensions=2, hbm=16 * GIB, link=50e9, wraps=32, devices_per_chip=2, dcn=3e9
+        "v3", dimensions=2, hbm=16 * GIB, link=50e9, wraps=32, dcn=3e9
     ),
     "v4": _measured(
         "v4", dimensions=3, hbm=32 * GIB, link=45e9, wraps=4,
@@ -56,14 +60,6 @@ HARDWARE = {
 }  # fmt: skip
 
 INSTALL = 'pip install "jax[tpu]"'
-# Where jax and libtpu believe that they are while they compile for devices that are not there.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        return self.num_chips * self.hardware.devices_per_chip
+        return mesh.slice_devices(self.name)
 
     @property
     def name(self) -> str:
@@ -100,8 +96,6 @@ class Topology:
     def devices(self) -> list:
         """jax devices that can be compiled for. Raises `ValueError` if libtpu is not installed or
         knows no such slice."""
-        from jax.experimental import topologies
-
         options = dict(self.hardware.options)
         if self.slices > 1 or options:
             options["num_slices"] = self.slices
@@ -143,12 +137,11 @@ def parse(name: str) -> Topology:
 
 
 def enter() -> None:
-    """Makes this process one that compiles for absent devices; call it before jax is imported.
+    """Makes this process one that compiles for absent devices; call it before jax uses any.
 
     Raises `ValueError` with the command that installs libtpu where it is missing.
     """
-    import importlib.util
-
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"compiling for a TPU needs libtpu, which is not installed: {INSTALL}")
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(schedule.ENVIRONMENT)
+    jax.config.update("jax_platforms", schedule.ENVIRONMENT["JAX_PLATFORMS"])  # jax is imported
