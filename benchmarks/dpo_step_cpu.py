@@ -8,9 +8,12 @@ AdamW with clip 1.0, and reference log-probabilities that were computed before. 
 of `step.py` on packed rows. TRL's is `DPOTrainer.train` without gradient checkpointing, with the
 fused AdamW, on the pairs of the same update, sorted by length and padded in micro-batches, of which
 it gets the best of the numbers in `MICRO_BATCHES`. (Its padding-free form is disabled in 1.16.)
+With glibc's own settings torch's large arrays are mapped anew at each use, which costs TRL much of
+its update where page faults are slow; `--keep_memory` is its best case, and no trainer's default.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -119,6 +122,13 @@ def trl_dataset(rows: loader.Rows, pairs, ref_logps: np.ndarray | None) -> datas
             example |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps, strict=True))
         examples.append(example)
     return datasets.Dataset.from_list(examples)
+
+
+def keep_memory() -> None:
+    """Memory freed by either side stays in the process, by glibc's mallopt."""
+    mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)
 
 
 class TRL(trl.DPOTrainer):
@@ -373,9 +383,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_root", default=str(pathlib.Path("..", "shared", "data")))
     parser.add_argument("--trajectory", action="store_true", help="compare losses, not speed")
+    parser.add_argument("--keep_memory", action="store_true", help="glibc keeps freed memory")
     parser.add_argument("--rounds", type=int, default=9, help="timed updates")
     parser.add_argument("--updates", type=int, default=50, help="of the trajectory")
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        keep_memory()
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -104,14 +104,22 @@ def table(wanted: list[tuple[str, str]]) -> dict:
     """Prints the table of `wanted` runs; how many fit with room, and in how long they compiled."""
     results = [dry_run(*run) for run in tqdm.tqdm(wanted, desc="pods", unit="run")]
     print("\n".join([HEAD, *map(row, results)]))
+    for result in results:
+        for fault in result.get("faults", []):
+            print(f"{result['file']} on {result['topology']}: {fault}")
     roomy = [r for r in results if r.get("spare", -1) >= SPARE]
+    faulty = [r for r in results if r.get("faults")]
     slowest = max(r["process_seconds"] for r in results)
     largest = max(r["process_gb"] for r in results)
     return {
         "name": "pods",
         "ratio": len(roomy) / len(results),
         "target": 1.0,
-        "ok": len(roomy) == len(results) and slowest < SECONDS and largest < GIGABYTES,
+        "ok": len(roomy) == len(results)
+        and not faulty
+        and slowest < SECONDS
+        and largest < GIGABYTES,
+        "faulty": len(faulty),
         "slowest_seconds": slowest,
         "largest_gb": largest,
     }

@@ -188,6 +188,26 @@ BRANCHES = np.array([[0] * 4 + [1] * 6 + [2] * 4 + [0] * 3 + [1] * 2 + [2] * 3 +
 KERNELS = ("pallas_interpret", "pallas_gpu_interpret")
 
 
+def test_blockwise_attention_looks_at_tiles_with_a_visible_key_only():
+    """The other answer of a pair is a tile nobody needs, and so is padding."""
+    segments = np.array([[1] * 12 + [2] * 8 + [0] * 4])
+    branches = np.array([[0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [0] * 4])
+    with unittest.mock.patch.object(attention_lib, "BLOCK", 4):
+        tiles = attention_lib.prepare(
+            segment_ids=jnp.asarray(segments),
+            kv_segment_ids=jnp.asarray(segments),
+            branches=jnp.asarray(branches),
+            kv_branches=jnp.asarray(branches),
+            query_offset=0,
+            implementation="blockwise",
+            heads=(1, 1, 8),
+            dtype=jnp.float32,
+        )["tiles"]
+    order, counts = np.asarray(tiles["order"]), np.asarray(tiles["counts"])
+    seen = [order[i, : counts[i]].tolist() for i in range(6)]
+    assert seen == [[0], [0, 1], [0, 2], [3], [3, 4], []]
+
+
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *KERNELS])
 def test_answers_of_a_pair_do_not_see_each_other(implementation):
     """Every implementation against float64, with branches; an offset where it takes one."""

@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 
-from tulu_jax.planning import hlo
+from tulu_jax.planning import aot, hlo
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
@@ -40,11 +40,27 @@ def test_a_step_is_compiled_and_reported(tmp_path, name):
     module = hlo.parse((tmp_path / "step.hlo.txt").read_text())
     gathered = [i for body in module.computations.values() for i in body if i.collective]
     assert any(i.collective == "all-gather" for i in gathered)
-    # Weights' gradients are reduce-scattered (or cut from an all-reduce by its fusion); what is
-    # all-reduced whole is norms and scalars.
-    for i in gathered:
-        if i.collective == "all-reduce" and not re.search(r"all-reduce-scatter", i.text):
-            assert sum(hlo.shape_bytes(i.shape)) < 1e6, i
+    # `faults` looks for what is large on a pod; here everything above a megabyte counts as that.
+    assert result["faults"] == []
+    with unittest.mock.patch.object(aot, "LARGEST_SUM", 1e6):
+        assert aot.faults(module, result["mesh"], {}) == []
+
+
+def test_what_a_divided_step_should_not_have_is_found():
+    module = hlo.parse(
+        """ENTRY %main (p: bf16[80,512,64]) -> bf16[80,8192,64] {
+  %p = bf16[80,512,64] parameter(0)
+  %sum = f32[4096,8192] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %over_data = f32[4096,8192] all-reduce(%p), replica_groups={{0,4}}, to_apply=%add
+  ROOT %whole = bf16[80,8192,64] all-gather(%p), replica_groups={{0,1,2,3}}
+}
+"""
+    )
+    found = aot.faults(module, {"data": 2, "fsdp": 4}, {"model/layers/w": (80, 8192, 64)})
+    assert found == [
+        "sum sums 134 MB whole over fsdp",
+        "whole holds model/layers/w [80, 8192, 64] whole",
+    ]
 
 
 def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path):

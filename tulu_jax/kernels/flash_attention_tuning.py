@@ -1,7 +1,7 @@
 """Tiles of `flash_attention` for each TPU generation and dtype.
 
 The table beside this file was chosen by `benchmarks/attention_tune.py`, which compiles and counts;
-"made_on" in it says with which versions. tpu7x has v6e's tiles, which were not counted there.
+"made_on" in it says with which versions.
 """
 
 import json
@@ -41,7 +41,7 @@ def takes(device_kind: str, dtype: str) -> bool:
 
 
 def _tiles(name):
-    return json.loads(TABLE.read_text())["tiles"]["v6e" if name == "tpu7x" else name]
+    return json.loads(TABLE.read_text())["tiles"][name]
 
 
 def tiling(name: str, dtype: str) -> Tiling:

@@ -85,7 +85,7 @@ def prepare(
         "kv_branches": kv_branches,
     }
     if implementation == "blockwise":
-        return {"ids": ids, "offset": offset}
+        return {"tiles": _list_tiles(offset, **ids)}
     T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
     visible = _visible(offset + jnp.arange(T), jnp.arange(S), **ids)
     if implementation == "xla":
@@ -113,7 +113,7 @@ def attend(
         return _dense(q, k, v, visibility["visible"])
     if "bias" in visibility:
         return jnp.where(visibility["seeing"], _triangular(q, k, v, visibility["bias"]), 0)
-    return _blockwise(q, k, v, visibility["ids"], visibility["offset"])
+    return _blockwise(q, k, v, visibility["tiles"])
 
 
 def attention(
@@ -376,73 +376,73 @@ def _pad(x, length):
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def _blockwise(q, k, v, ids, query_offset):
+def _in_blocks(x):
+    """[blocks, B, block, ...] of [B, T, ...], with zeros appended."""
+    block = min(BLOCK, x.shape[1])
+    x = _pad(x, -(-x.shape[1] // block) * block)
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _list_tiles(offset, **ids):
+    """The ids in blocks, and which key blocks each query block has to look at: `order` int32
+    [query blocks, key blocks], of which the first `counts` [query blocks] hold a visible key."""
+    ids = {name: None if x is None else _in_blocks(x) for name, x in ids.items()}
+    blocks_k = ids["kv_segments"].shape[0]
+
+    def needed(i):
+        def holds(j):
+            return _tile_visible(i, j, ids, offset).any()
+
+        holding = jax.vmap(holds)(jnp.arange(blocks_k))
+        return jnp.argsort(~holding), holding.sum()
+
+    order, counts = jax.lax.map(needed, jnp.arange(ids["segments"].shape[0]))
+    return {"ids": ids, "offset": offset, "order": order, "counts": counts}
+
+
+def _blockwise(q, k, v, tiles):
     """Tiles of BLOCK x BLOCK with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
 
-    Memory is one tile of scores a head. Tiles that are later than the query block, or earlier than
-    every segment in it, are not computed.
+    Memory is one tile of scores a head. Tiles without a visible key are not computed.
     """
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    block_q, block_k = min(BLOCK, T), min(BLOCK, S)
-    padded_T, padded_S = -(-T // block_q) * block_q, -(-S // block_k) * block_k
-    # [blocks, B, K, G, block, H] and [blocks, B, K, block, H]
-    q = _pad(q, padded_T).reshape(B, -1, block_q, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
-    k, v = (
-        _pad(x, padded_S).reshape(B, -1, block_k, K, H).transpose(1, 0, 3, 2, 4) for x in (k, v)
-    )
-    sizes = {
-        "segments": (padded_T, block_q),
-        "kv_segments": (padded_S, block_k),
-        "branches": (padded_T, block_q),
-        "kv_branches": (padded_S, block_k),
-    }
-    ids = {
-        name: None if x is None else _pad(x, length).reshape(B, -1, block).swapaxes(0, 1)
-        for (name, x), (length, block) in zip(ids.items(), sizes.values(), strict=True)
-    }
-    out = _tiles(q, k, v, ids, query_offset)
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, padded_T, N, H)[:, :T]
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q = _in_blocks(q.reshape(B, T, K, N // K, H)).transpose(0, 1, 3, 4, 2, 5)
+    k, v = (_in_blocks(x).swapaxes(2, 3) for x in (k, v))  # [blocks, B, K, block, H]
+    out = _tiles(q, k, v, tiles)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
 @jax.custom_vjp
-def _tiles(q, k, v, ids, query_offset):
-    return _tiles_forward(q, k, v, ids, query_offset)[0]
+def _tiles(q, k, v, tiles):
+    return _tiles_forward(q, k, v, tiles)[0]
 
 
-def _tile_scores(i, j, q_i, k_j, ids, query_offset):
-    """Masked float32 scores [B, K, G, block_q, block_k] of one tile, and the mask."""
-    block_q, block_k = q_i.shape[3], k_j.shape[2]
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_i, k_j, preferred_element_type=jnp.float32)
-    visible = _visible(
-        query_offset + i * block_q + jnp.arange(block_q),
+def _tile_visible(i, j, ids, offset):
+    """`_visible` [B, block_q, block_k] of query block `i` and key block `j`."""
+    block_q, block_k = ids["segments"].shape[2], ids["kv_segments"].shape[2]
+    return _visible(
+        offset + i * block_q + jnp.arange(block_q),
         j * block_k + jnp.arange(block_k),
         segments=ids["segments"][i],
         kv_segments=ids["kv_segments"][j],
         branches=None if ids["branches"] is None else ids["branches"][i],
         kv_branches=None if ids["kv_branches"] is None else ids["kv_branches"][j],
-    )[:, None, None]
+    )
+
+
+def _tile_scores(i, j, q_i, k_j, tiles):
+    """Masked float32 scores [B, K, G, block_q, block_k] of one tile, and the mask."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_i, k_j, preferred_element_type=jnp.float32)
+    visible = _tile_visible(i, j, tiles["ids"], tiles["offset"])[:, None, None]
     return jnp.where(visible, scores * q_i.shape[-1] ** -0.5, MASKED), visible
 
 
-def _key_range(i, block_q, segment_ids, kv_segment_ids, query_offset):
-    """First and past-the-last key block that query block `i` can see."""
-    blocks_k, _, block_k = kv_segment_ids.shape
-    last = (query_offset + (i + 1) * block_q - 1) // block_k
-    segments = segment_ids[i][:, :, None]  # [B, block_q, 1]
-    shared = kv_segment_ids.swapaxes(0, 1).reshape(segments.shape[0], 1, -1)
-    lowest = jnp.min(jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments), axis=1)
-    highest = jnp.max(segments, axis=1)
-    inside = (shared[:, 0] >= lowest) & (shared[:, 0] <= highest) & (shared[:, 0] != 0)
-    inside = jnp.any(inside, axis=0).reshape(blocks_k, block_k).any(axis=1)
-    first = jnp.argmax(inside)
-    return first, jnp.where(inside.any(), jnp.minimum(last + 1, blocks_k), first)
-
-
-def _tiles_forward(q, k, v, ids, query_offset):
+def _tiles_forward(q, k, v, tiles):
     def query_block(i):
-        def key_block(j, carry):
+        def key_block(n, carry):
             acc, largest, total = carry
-            scores, visible = _tile_scores(i, j, q[i], k[j], ids, query_offset)
+            j = tiles["order"][i, n]
+            scores, visible = _tile_scores(i, j, q[i], k[j], tiles)
             new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
             exp = jnp.where(visible, jnp.exp(scores - new_largest), 0.0)
             decay = jnp.exp(largest - new_largest)
@@ -457,17 +457,20 @@ def _tiles_forward(q, k, v, ids, query_offset):
             jnp.full((*shape[:-1], 1), MASKED, jnp.float32),
             jnp.zeros((*shape[:-1], 1), jnp.float32),
         )
-        first, last = _key_range(i, shape[3], ids["segments"], ids["kv_segments"], query_offset)
-        acc, largest, total = jax.lax.fori_loop(first, last, key_block, start)
+        acc, largest, total = jax.lax.fori_loop(0, tiles["counts"][i], key_block, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (acc / total).astype(q.dtype), largest + jnp.log(total)
 
+    names = ("attention_q", "attention_k", "attention_v")
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), names, strict=True))
     out, log_sum_exp = jax.lax.map(query_block, jnp.arange(q.shape[0]))
-    return out, (q, k, v, ids, query_offset, out, log_sum_exp)
+    out = checkpoint_name(out, "attention_out")
+    log_sum_exp = checkpoint_name(log_sum_exp, "attention_lse")
+    return out, (q, k, v, tiles, out, log_sum_exp)
 
 
 def _tiles_backward(residuals, d_out):
-    q, k, v, ids, query_offset, out, log_sum_exp = residuals
+    q, k, v, tiles, out, log_sum_exp = residuals
     f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
 
@@ -476,27 +479,28 @@ def _tiles_backward(residuals, d_out):
         # sum_s p·dp of softmax's backward, from the outputs alone
         delta = (d_out[i].astype(jnp.float32) * out[i].astype(jnp.float32)).sum(-1, keepdims=True)
 
-        def key_block(j, carry):
+        def key_block(n, carry):
             dq, dk, dv = carry
-            scores, visible = _tile_scores(i, j, q[i], k[j], ids, query_offset)
+            j = tiles["order"][i, n]
+            scores, visible = _tile_scores(i, j, q[i], k[j], tiles)
             p = jnp.where(visible, jnp.exp(scores - log_sum_exp[i]), 0.0)
             dp = f32("BKGTH,BKSH->BKGTS", d_out_i, v[j])
             ds = (p * (dp - delta) * scale).astype(q.dtype)
             dq = dq + f32("BKGTS,BKSH->BKGTH", ds, k[j])
-            dk = dk.at[j].add(f32("BKGTS,BKGTH->BKSH", ds, q[i]))
-            dv = dv.at[j].add(f32("BKGTS,BKGTH->BKSH", p.astype(v.dtype), d_out_i))
+            # The small operand on the left: XLA:CPU runs the other order several times slower.
+            dk = dk.at[j].add(f32("BKGTH,BKGTS->BKHS", q[i], ds))
+            dv = dv.at[j].add(f32("BKGTH,BKGTS->BKHS", d_out_i, p.astype(v.dtype)))
             return dq, dk, dv
 
-        first, last = _key_range(i, q.shape[4], ids["segments"], ids["kv_segments"], query_offset)
-        dq, dk, dv = jax.lax.fori_loop(
-            first, last, key_block, (jnp.zeros(q.shape[1:], jnp.float32), *dk_dv)
-        )
+        start = (jnp.zeros(q.shape[1:], jnp.float32), *dk_dv)
+        dq, dk, dv = jax.lax.fori_loop(0, tiles["counts"][i], key_block, start)
         return (dk, dv), dq.astype(q.dtype)
 
-    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (dk, dv), dq = jax.lax.scan(query_block, zeros, jnp.arange(q.shape[0]))
-    integers = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (ids, query_offset))
-    return (dq, dk.astype(k.dtype), dv.astype(v.dtype), *integers)
+    zeros = jnp.zeros((*k.shape[:-2], k.shape[-1], k.shape[-2]), jnp.float32)
+    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(q.shape[0]))
+    dk, dv = dk.swapaxes(-1, -2), dv.swapaxes(-1, -2)
+    integers = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tiles)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), integers
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)

@@ -30,6 +30,7 @@ ATTENTION_CYCLES = {
     "v6e": (6621 / 16, 8640 / 8),
 }
 ATTENTION_BLOCK = 512
+LARGEST_SUM = 64e6  # bytes that a step may all-reduce at once: norms' gradients and scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class Memory:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """One compiled train step: memory, cost, FLOPs of all devices, and the seconds it took to
-    compile. `positions` and `examples` are those of an update."""
+    compile. `positions` and `examples` are those of an update; `faults` are what a divided step
+    should not have."""
 
     topology: Topology
     mesh: dict[str, int]
@@ -66,6 +68,7 @@ class Step:
     positions: int
     examples: float
     compile_seconds: float
+    faults: list[str]
     text: str
 
     @property
@@ -172,8 +175,45 @@ def compile_step(
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
         compile_seconds=seconds,
+        faults=faults(module, dict(mesh.shape), _divided(config, mesh, state)),
         text=text,
     )
+
+
+def _divided(config: TrainConfig, mesh, state) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of arrays of which no device should hold more than its part: stacked parameters
+    and the residual."""
+    whole = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        if len(leaf.shape) > 2 and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+    }
+    rows = config.micro_batch_size or config.batch_size
+    residual = (rows, config.data.max_length, config.model.embed_dim)
+    spec = jax.NamedSharding(mesh, sharding.spec("batch", "positions", None))
+    if rows > 1 and spec.shard_shape(residual) != residual:
+        whole["residual"] = residual
+    return whole
+
+
+def faults(
+    module: hlo.Module, mesh: dict[str, int], divided: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """Large sums over devices that are not scattered, and whole copies of `divided` arrays.
+
+    Gradients are summed whole only over `data`, which does not divide what they belong to.
+    """
+    axes, found = cost.mesh_axes(mesh), []
+    for i in (i for body in module.computations.values() for i in body):
+        size = sum(hlo.shape_bytes(i.shape))
+        if i.collective == "all-reduce" and size > LARGEST_SUM and "-scatter" not in i.text:
+            over = axes(hlo.group(i, math.prod(mesh.values())))
+            if over != "data":
+                found.append(f"{i.name} sums {size / 1e6:,.0f} MB whole over {over}")
+        for name, shape in divided.items():
+            if f"[{','.join(map(str, shape))}]" in i.shape:
+                found.append(f"{i.name} holds {name} {list(shape)} whole")
+    return list(dict.fromkeys(found))
 
 
 def _key_blocks(length: int, held: rows.Documents) -> float:

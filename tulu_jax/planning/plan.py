@@ -63,6 +63,7 @@ class Result:
             "remat_policy": self.config.execution.remat_policy,
             "bytes": dataclasses.asdict(step.memory),
             "spare": step.memory.spare,
+            "faults": step.faults,
             "seconds": {
                 "step": seconds,
                 "matrix": step.cost.matrix,

@@ -26,6 +26,8 @@ def table(results: list[plan.Result]) -> str:
         if not result.fits:
             lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
             lines.append(f"  To change: {plan.advice(result)}")
+        faults = result.step.faults if result.step else []
+        lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults[:8]]
     return "\n".join(lines)
 
 
