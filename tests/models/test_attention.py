@@ -201,7 +201,7 @@ def test_blockwise_attention_looks_at_tiles_with_a_visible_key_only():
             query_offset=0,
             implementation="blockwise",
             heads=(1, 1, 8),
-            dtype=jnp.float32,
+            dtype=jnp.dtype("float32"),
         )["tiles"]
     order, counts = np.asarray(tiles["order"]), np.asarray(tiles["counts"])
     seen = [order[i, : counts[i]].tolist() for i in range(6)]

@@ -11,7 +11,7 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     *("collective-permute", "ragged-all-to-all"),
 )
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_BYTES = {"pred": 1.0, "s4": 0.5, "u4": 0.5, "s64": 8.0, "u64": 8.0, "f64": 8.0, "c64": 8.0}
 
 
 def _element_bytes(kind: str) -> float:
