@@ -120,9 +120,14 @@ def _gather(x, name, axis):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _scatter(x, name, axis):
-    """Of two devices each sends the half that the other keeps; XLA would send all of both."""
+    """Of two devices each sends the half that the other keeps; XLA would send all of both.
+
+    The barrier keeps XLA from making one slice of a half and of the shard that an earlier axis
+    left, without which it no longer knows that axis's sum for a scatter and sums it whole.
+    """
     if jax.lax.axis_size(name) > 2:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    x = jax.lax.optimization_barrier(x)
     size, index = x.shape[axis] // 2, jax.lax.axis_index(name)
     kept = jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
     sent = jax.lax.dynamic_slice_in_dim(x, (1 - index) * size, size, axis)
