@@ -119,7 +119,7 @@ def test_extreme_logits(name):
     out, _, grads = run(case, q, k, v, d_out, segments, None)
     seen = cases.visible(case, segments, None)
     expected_out, _, expected_grads = cases.reference(q, k, v, d_out, seen)
-    # Logits of size L, sums of H products, are off by about L · 2^-24 · √H, and so are probabilities.
+    # Logits of size L, sums of H products, are off by about L · 2^-24 · √H, and so probabilities.
     # How much of it shows depends on the order in which this machine's CPU adds them.
     scores = np.einsum("bnth,bnsh->bnts", q, np.repeat(k, 2, axis=1)) / 8
     limit = max(1e-5, np.sqrt(case.head_dim) * 2.0**-24 * np.abs(scores).max())

@@ -26,7 +26,8 @@ from typing import Any
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """One device. `clock` in Hz and `peak` in FLOP/s are the published ones (v6e's and tpu7x's
-    clocks are what their peaks imply), `bandwidth` in bytes/s of HBM is of one device with all its `cores`."""
+    clocks are what their peaks imply), `bandwidth` in bytes/s of HBM is of one device with all its
+    `cores`."""
 
     topology: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -51,9 +52,7 @@ CHIPS = {
     "v5p": Chip(topology="v5p:2x2x1", clock=1.75e9, cores=2, peak=459e12, bandwidth=2.46e12),
     "v6e": Chip(topology="v6e:2x2", clock=1.75e9, cores=1, peak=918e12, bandwidth=1.64e12),
     # A device is one of a chip's two cores.
-    "tpu7x": Chip(
-        topology="tpu7x:2x2x1", clock=2.2e9, cores=1, peak=1153.5e12, bandwidth=3.69e12
-    ),
+    "tpu7x": Chip(topology="tpu7x:2x2x1", clock=2.2e9, cores=1, peak=1153.5e12, bandwidth=3.69e12),
 }
 
 PASSES = {
