@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
-import unittest.mock
 
 import pytest
 
@@ -40,10 +40,12 @@ def test_a_step_is_compiled_and_reported(tmp_path, name):
     module = hlo.parse((tmp_path / "step.hlo.txt").read_text())
     gathered = [i for body in module.computations.values() for i in body if i.collective]
     assert any(i.collective == "all-gather" for i in gathered)
-    # `faults` looks for what is large on a pod; here everything above a megabyte counts as that.
+    # Weights' gradients are reduce-scattered (or cut from an all-reduce by its fusion); what is
+    # all-reduced whole is norms and scalars.
+    for i in gathered:
+        if i.collective == "all-reduce" and not re.search(r"all-reduce-scatter", i.text):
+            assert sum(hlo.shape_bytes(i.shape)) < 1e6, i
     assert result["faults"] == []
-    with unittest.mock.patch.object(aot, "LARGEST_SUM", 1e6):
-        assert aot.faults(module, result["mesh"], {}) == []
 
 
 def test_what_a_divided_step_should_not_have_is_found():

@@ -206,7 +206,11 @@ def faults(
     axes, found = cost.mesh_axes(mesh), []
     for i in (i for body in module.computations.values() for i in body):
         size = sum(hlo.shape_bytes(i.shape))
-        if i.collective == "all-reduce" and size > LARGEST_SUM and "-scatter" not in i.text:
+        if (
+            i.collective == "all-reduce"
+            and size > LARGEST_SUM
+            and "all-reduce-scatter" not in i.text
+        ):
             over = axes(hlo.group(i, math.prod(mesh.values())))
             if over != "data":
                 found.append(f"{i.name} sums {size / 1e6:,.0f} MB whole over {over}")

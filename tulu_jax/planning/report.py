@@ -27,7 +27,7 @@ def table(results: list[plan.Result]) -> str:
             lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
             lines.append(f"  To change: {plan.advice(result)}")
         faults = result.step.faults if result.step else []
-        lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults[:8]]
+        lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults]
     return "\n".join(lines)
 
 
