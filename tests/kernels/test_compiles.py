@@ -58,7 +58,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("chip", ["v3", "v4", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("chip", ["v3", "v4", "v5e", "v5p", "v6e", "tpu7x"])
 def test_compiles_and_uses_every_core(chip):
     requests = [
         schedule.Request(

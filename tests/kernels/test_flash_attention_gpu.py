@@ -115,7 +115,7 @@ def test_extreme_logits(name):
     case = cases.CASES[0]
     segments = np.repeat([1, 2, 0], [140, 100, 60])[None].astype(np.int32)
     q, k, v, d_out = cases.draw_arrays(case, 1)
-    # In steps of 1/32 the 64 products of a logit of 300 have one float32 sum, in whatever order this
+    # In steps of 1/32 the 64 products of a logit of 300 have one float32 sum, in whatever order a
     # machine adds them: else 2,400 and 63 small terms are off by up to 18 of the roundings below.
     q, k = cases.BREAKING[name](jnp.round(q * 32) / 32, jnp.round(k * 32) / 32)
     out, _, grads = run(case, q, k, v, d_out, segments, None)

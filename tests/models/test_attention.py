@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.test_util import check_grads
 
 from tulu_jax.models import attention as attention_lib
+from tulu_jax.models import xla_attention
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 
@@ -77,7 +78,7 @@ def value_and_grads(q, k, v, weights, segments, implementation, block):
         return (out * weights).sum(), out
 
     sizes = {"BLOCK": block, "TRIANGLE_BLOCK": block}
-    with unittest.mock.patch.multiple(attention_lib, **sizes):
+    with unittest.mock.patch.multiple(xla_attention, **sizes):
         (_, out), grads = jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     return out, grads
 
@@ -192,7 +193,7 @@ def test_blockwise_attention_looks_at_tiles_with_a_visible_key_only():
     """The other answer of a pair is a tile nobody needs, and so is padding."""
     segments = np.array([[1] * 12 + [2] * 8 + [0] * 4])
     branches = np.array([[0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [0] * 4])
-    with unittest.mock.patch.object(attention_lib, "BLOCK", 4):
+    with unittest.mock.patch.object(xla_attention, "BLOCK", 4):
         tiles = attention_lib.prepare(
             segment_ids=jnp.asarray(segments),
             kv_segment_ids=jnp.asarray(segments),
@@ -228,7 +229,7 @@ def test_answers_of_a_pair_do_not_see_each_other(implementation):
             implementation=implementation,
         )
 
-    with unittest.mock.patch.multiple(attention_lib, BLOCK=8, TRIANGLE_BLOCK=8):
+    with unittest.mock.patch.multiple(xla_attention, BLOCK=8, TRIANGLE_BLOCK=8):
         found = run(q[:, offset:], k, v)
     expected = reference(q[:, offset:], k, v, PAIRS[:, offset:], PAIRS, offset, BRANCHES)
     np.testing.assert_allclose(found, expected, atol=5e-6)
