@@ -26,6 +26,7 @@ import numpy as np
 from tulu_jax.data import packing
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
+from tulu_jax.planning import attention as counting
 from tulu_jax.planning import schedule
 
 LENGTH, HEAD_DIM = 8192, 128
@@ -183,21 +184,6 @@ def public_milliseconds(chip, program, N, K, block):
     return times["forward"], times["backward"], glue
 
 
-def kernel_milliseconds(chip, kernel, tile, stage, heads, counts):
-    """One of our kernels for these lists, a row on average."""
-    chip, count = schedule.CHIPS[chip], counts[stage]
-    scale = heads / tile.heads / chip.cores
-    side = ["first", "last"]
-    if stage == "backward":
-        side[1:1] = ["first_query", "last_query"]
-    cycles = kernel.cycles(
-        steps=count["steps"] * scale,
-        compute=[count["kinds"][kind] * scale for kind in flash.kinds(tile.block)],
-        side=[count[name] * scale for name in side],
-    )
-    return 1e3 * cycles / chip.clock
-
-
 def transfer_milliseconds(chip, tiling, heads, kv_heads, counts):
     """What the windows of our kernels take from and to HBM, if nothing overlapped: a check that
     transfers hide behind the cycles counted."""
@@ -222,13 +208,13 @@ def our_milliseconds(chip, program, tiling, heads, counts):
         if "online" not in name:
             stage = "backward" if "backward" in name else "forward"
             tile = getattr(tiling, stage)
-            times[stage] = kernel_milliseconds(chip, kernel, tile, stage, heads, counts)
+            times[stage] = counting.milliseconds(chip, kernel, tile, stage, heads, counts)
     glue = 1e3 * program.glue_bytes / schedule.CHIPS[chip].bandwidth
     return times["forward"], times["backward"], glue
 
 
 def count_pairs(tiling, segments, branches):
-    """Mean over the rows [R, T] of what each pass's list holds, and executed over useful work."""
+    """`counting.count_packed` of any rows [R, T], from the lists themselves."""
     prepare = _prepare(tiling.forward.block, tiling.backward.block, branches is not None)
     means = {}
     for stage in ("forward", "backward"):
@@ -238,68 +224,13 @@ def count_pairs(tiling, segments, branches):
             pairs = getattr(plan, stage)
             found.append(np.asarray(pairs.flag)[: int(pairs.count[0])])
         flags, rows = np.concatenate(found), len(segments)
-        means[stage] = {name: (flags & bit != 0).sum() / rows for name, bit in BITS.items()}
+        means[stage] = {
+            name: (flags & bit != 0).sum() / rows for name, bit in counting.FLAGS.items()
+        }
         means[stage]["steps"] = len(flags) / rows
         kinds = flash.kinds(getattr(tiling, stage).block)
         means[stage]["kinds"] = {n: (flags & flash.KIND == n).sum() / rows for n in kinds}
-    return means, waste(tiling, means, useful(segments, branches))
-
-
-BITS = {
-    "first": flash.FIRST,
-    "last": flash.LAST,
-    "first_query": flash.FIRST_QUERY,
-    "last_query": flash.LAST_QUERY,
-}
-
-
-def count_packed(tiling, segments):
-    """`count_pairs` of many rows of consecutive segments, from where the segments begin and end."""
-    means, rows = {}, len(segments)
-    for stage in ("forward", "backward"):
-        block = getattr(tiling, stage).block
-        # Later and earlier halves of a block see each other as blocks do.
-        halves = segments.reshape(rows, -1, 2, block // 2)
-        high = halves.max(3)  # [R, blocks, 2]
-        low = np.where(halves > 0, halves, high[..., None] + 1).min(3)
-        uniform = (halves == high[..., None]).all((2, 3)) & (high[..., 0] == high[..., 1])
-        number = high.max(2)
-        earlier = np.tri(number.shape[1], k=-1, dtype=bool)[None]
-        # Segments are consecutive: a later half sees an earlier one if its first is their last.
-        seen = low[:, :, None, :, None] <= high[:, None, :, None, :]
-        seen &= (high > 0)[:, :, None, :, None] & (high > 0)[:, None, :, None, :]
-        seen &= earlier[..., None, None]  # [R, i, j, query half, key half]
-        active = seen.any((3, 4))
-        full = active & (uniform & (number > 0))[:, :, None] & uniform[:, None]
-        full &= number[:, :, None] == number[:, None]
-        early, late = ~seen[..., 1, :].any(3), ~seen[..., 0].any(3)
-        edge = active & ~full
-        if len(flash.kinds(block)) == 3:
-            early, late = np.zeros_like(early), np.zeros_like(late)
-        kinds = {
-            flash.FULL: full,
-            flash.DIAGONAL: number > 0,
-            flash.EDGE: edge & ~early & ~late,
-            flash.LATER_KEYS: edge & late & ~early,
-            flash.EARLIER_QUERIES: edge & early & ~late,
-            flash.CORNER: edge & early & late,
-        }
-        kinds = {n: x.sum() / rows for n, x in kinds.items()}
-        empty = number.shape[1] - kinds[flash.DIAGONAL]
-        means[stage] = dict.fromkeys(BITS, number.shape[1])
-        means[stage]["steps"] = sum(kinds.values()) + empty * (2 if stage == "backward" else 1)
-        means[stage]["kinds"] = kinds
-    return means, waste(tiling, means, useful(segments, None))
-
-
-def waste(tiling, means, useful):
-    """Executed multiply-adds over useful ones, both passes."""
-    executed = 0
-    for stage, weight in (("forward", 2 / 7), ("backward", 5 / 7)):  # products of each pass
-        tile = getattr(tiling, stage)
-        for kind, times in means[stage]["kinds"].items():
-            executed += weight * times * sum(n * m for _, n, _, m in flash.chunks(kind, tile))
-    return executed / useful
+    return means
 
 
 @functools.cache
@@ -462,8 +393,10 @@ def measure(chip, shape, sweep):
         ("preference pairs", branched, pairs, branches, PREFERENCE_TARGET),
     ):
         many = len(segments) > 1
-        counts, wasted = (
-            count_packed(tiling, segments) if many else count_pairs(tiling, segments, branch)
+        counts = (
+            counting.count_packed(tiling, segments)
+            if many
+            else count_pairs(tiling, segments, branch)
         )
         times = our_milliseconds(chip, program, tiling, N, counts)
         lines.append((f"ours {tiling.forward.block}/{tiling.backward.block}", name, *times))
@@ -477,7 +410,7 @@ def measure(chip, shape, sweep):
             "ratio": ratio,
             "target": target,
             "hbm": transfer_milliseconds(chip, tiling, N, K, counts),
-            "executed_over_useful": wasted,
+            "executed_over_useful": counting.executed(tiling, counts) / useful(segments, branch),
             "public_executed_over_useful": executed / useful(segments, branch),
         }
     return lines, ratios, {n: k for n, k in plain.kernels.items() if "online" not in n}

@@ -13,21 +13,18 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import pathlib
 import sys
 
 import attention
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
+from tulu_jax.planning import attention as counting
 from tulu_jax.planning import schedule
 
 HEADS = 32
 DTYPES, STAGES = ("bfloat16", "float32"), ("forward", "backward")
-TARGET = f"{pathlib.Path(__file__).resolve()}:one_pass"
 
 
 def tile(block, chunk, sub, heads, pipelined, transposed):
@@ -69,46 +66,14 @@ def tiling_of(chip, dtype, chosen):
     return dataclasses.replace(tuning.tiling(chip, dtype), forward=chosen, backward=chosen)
 
 
-def one_pass(chip, dtype, stage, candidate):
-    """A jitted pass of the kernel with this tile, and its abstract arguments."""
-    tiling = tiling_of(chip, dtype, flash.Tile(**candidate))
-    ids = jax.ShapeDtypeStruct((1, attention.LENGTH), jnp.int32)
-
-    def prepare(ids):
-        return flash.prepare(
-            segment_ids=ids,
-            kv_segment_ids=ids,
-            branches=None,
-            kv_branches=None,
-            query_offset=0,
-            tiling=tiling,
-        )
-
-    shape = (1, HEADS, attention.LENGTH, attention.HEAD_DIM)
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    stats = jax.ShapeDtypeStruct((1, HEADS, 2, attention.LENGTH), jnp.float32)
-    static = flash.static_of(x, attention.HEAD_DIM, False)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32) if tiling.widened else x
-    plan = jax.eval_shape(prepare, ids)
-    if stage == "forward":
-        run = lambda q, k, v, p: flash._forward(q, k, v, p, online=False, static=static)  # noqa: E731
-        return jax.jit(run), (x, x, x, plan)
-    run = lambda q, k, v, s, d, p: flash._backward(q, k, v, s, d, p, static)  # noqa: E731
-    return jax.jit(run), (x, x, x, stats, x, plan)
-
-
 def tune(chip, dtype, stage, wide, rows):
     """The best tile of a pass; prints what each took."""
     tiles = list(candidates(chip, dtype, stage, wide))
-    requests = [
-        schedule.Request(
-            target=TARGET,
-            arguments=dict(
-                chip=chip, dtype=dtype, stage=stage, candidate=dataclasses.asdict(candidate)
-            ),
-        )
-        for candidate in tiles
-    ]
+    length, head_dim = attention.LENGTH, attention.HEAD_DIM
+    shape = counting.Shape(
+        heads=HEADS, kv_heads=HEADS, head_dim=head_dim, queries=length, keys=length, dtype=dtype
+    )
+    requests = [counting.request(chip, shape, stage, candidate) for candidate in tiles]
     best, least = None, np.inf
     programs = schedule.compile_for(chip, requests, timeout=7200)
     for candidate, program in zip(tiles, programs, strict=True):
@@ -120,10 +85,8 @@ def tune(chip, dtype, stage, wide, rows):
         (kernel,) = program.kernels.values()
         times = []
         for segments in (np.ones((1, attention.LENGTH), np.int32), rows):
-            counts, _ = attention.count_packed(tiling_of(chip, dtype, candidate), segments)
-            times.append(
-                attention.kernel_milliseconds(chip, kernel, candidate, stage, HEADS, counts)
-            )
+            counts = counting.count_packed(tiling_of(chip, dtype, candidate), segments)
+            times.append(counting.milliseconds(chip, kernel, candidate, stage, HEADS, counts))
         print(f"{label}: causal {times[0]:.3f} packed {times[1]:.3f}", flush=True)
         if sum(times) < least:
             best, least = candidate, sum(times)

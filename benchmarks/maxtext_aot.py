@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--no_flags", action="store_true", help="libtpu's own defaults")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may follow --out
     topology, settings, flags, source = RECIPES[arguments.recipe]
     flags = "" if arguments.no_flags else flags
     chosen = dict(setting.split("=", 1) for setting in [*settings.split(), *arguments.settings])

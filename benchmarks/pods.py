@@ -8,6 +8,7 @@
 
 FOLDER holds what `benchmarks/maxtext_aot.py` wrote. Each compilation is a process of its own
 (`python -m tulu_jax.dryrun`); its result is kept below runs/pods, so that a stopped table goes on.
+Runs that differ in their data alone, as the ablations do, share a compilation.
 The last line is JSON.
 """
 
@@ -80,17 +81,44 @@ def runs() -> list[tuple[str, str]]:
     return found
 
 
+def dry_runs(wanted: list[tuple[str, str]]) -> list[dict]:
+    """The dry runs of `wanted`, one for those whose steps differ in nothing that is compiled."""
+    import gin
+
+    from tulu_jax import cli
+    from tulu_jax.planning import plan
+
+    results, compiled = [], {}
+    for name, pod in tqdm.tqdm(wanted, desc="pods", unit="run"):
+        gin.clear_config()
+        config = cli.load(name, pod=pod, workdir="unused")
+        sizes = (config.data.max_length, config.data.packing, config.batch_size, config.num_epochs)
+        rest = (config.micro_batch_size, config.param_dtype, config.model, config.mesh)
+        step = repr((*sizes, *rest, config.execution, config.objective, config.optimizer))
+        if step not in compiled:
+            compiled[step] = dry_run(name, pod)
+        result = compiled[step] | {"file": name, "same_as": compiled[step]["file"]}
+        if "hours" in result:
+            scale = plan.num_updates(config) / result["updates"]
+            result |= {key: result[key] * scale for key in ("updates", "hours", "chip_hours")}
+        results.append(result)
+    return results
+
+
 def row(result: dict) -> str:
     """A line of the Markdown table."""
     if "seconds" not in result:
         return f"| {result['file']} | {result['topology']} | does not fit | | | | | | | | |"
     mesh = " x ".join(f"{k} {v}" for k, v in result["mesh"].items() if v > 1)
+    compiled = f"{result['process_seconds']:.0f} s, {result['process_gb']:.1f} GB"
+    if result["same_as"] != result["file"]:
+        compiled = f"as {result['same_as']}"
     return (
         f"| {result['file']} | {result['topology']} | {mesh} | {result['remat_policy']} "
         f"| {result['bytes']['peak'] / 2**30:.1f} / {result['bytes']['hbm'] / 2**30:.0f} "
         f"({result['spare']:.0%}) | {result['seconds']['step']:.2f} | {result['mfu']:.0%} "
         f"| {result['binding']} | {result['hours']:.1f} | {result['chip_hours']:,.0f} "
-        f"| {result['process_seconds']:.0f} s, {result['process_gb']:.1f} GB |"
+        f"| {compiled} |"
     )
 
 
@@ -102,7 +130,7 @@ HEAD = (
 
 def table(wanted: list[tuple[str, str]]) -> dict:
     """Prints the table of `wanted` runs; how many fit with room, and in how long they compiled."""
-    results = [dry_run(*run) for run in tqdm.tqdm(wanted, desc="pods", unit="run")]
+    results = dry_runs(wanted)
     print("\n".join([HEAD, *map(row, results)]))
     for result in results:
         for fault in result.get("faults", []):

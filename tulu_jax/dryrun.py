@@ -4,8 +4,8 @@ Prints what fits, where the time goes and what the run will cost, and writes DIR
 DIR/dryrun.png and DIR/step.hlo.txt, the optimized program. Exit status 1 means that the run does
 not fit; the last lines say what to change. `--topologies=A,B,...` compares slices, each with this
 run's mesh where that fills it, else with the one that the planner's estimate prefers; `--plan`
-searches the mesh, the micro-batch, rematerialisation and the optimizer's dtype for one slice and
-writes the fragment that wins. `docs/pods.md` tells how the time is estimated.
+searches the mesh, the micro-batch, rematerialisation, the optimizer's dtype and attention's blocks
+for one slice and writes the fragment that wins. `docs/pods.md` tells how the time is estimated.
 """
 
 import json

@@ -4,6 +4,7 @@ The table beside this file was chosen by `benchmarks/attention_tune.py`, which c
 "made_on" in it says with which versions.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -60,6 +61,15 @@ def tiling(name: str, dtype: str) -> Tiling:
         smem=SMEM[name],
         cores=CORES[name],
         widened=name == "v3",
+    )
+
+
+def with_block(tiling: Tiling, block: int) -> Tiling:
+    """`tiling` with blocks of `block` queries and keys in both passes, before `fit`."""
+    return dataclasses.replace(
+        tiling,
+        forward=dataclasses.replace(tiling.forward, block=block),
+        backward=dataclasses.replace(tiling.backward, block=block),
     )
 
 

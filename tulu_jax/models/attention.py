@@ -60,18 +60,22 @@ def prepare(
     implementation: str,
     heads: tuple[int, int, int],
     dtype: jnp.dtype,
+    block: int | None = None,
 ) -> Visibility:
     """What `attend` needs to know of a batch, made once and shared by all layers.
 
-    `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks.
+    `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks; `block`
+    is the TPU kernel's, None for the tuned one.
     `branches` None means that no segment branches. Raises `ValueError` for an implementation that
     does not exist or does not run here; nothing is substituted.
     """
     if implementation in KERNELS:
         interpret = implementation.endswith("_interpret")
-        kernel = _gpu if implementation.startswith("pallas_gpu") else _tpu
-        ids = (segment_ids, kv_segment_ids, branches, kv_branches)
-        plan = _plan(ids, query_offset, kernel(heads, jnp.dtype(dtype), interpret))
+        if implementation.startswith("pallas_gpu"):
+            lists = _gpu(heads, jnp.dtype(dtype), interpret)
+        else:
+            lists = _tpu(heads, jnp.dtype(dtype), interpret, block)
+        plan = _plan((segment_ids, kv_segment_ids, branches, kv_branches), query_offset, lists)
         return {"plan": plan, "interpret": interpret}
     offset = jnp.asarray(query_offset, jnp.int32)
     ids = {
@@ -153,7 +157,7 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def _tpu(heads, dtype, interpret):
+def _tpu(heads, dtype, interpret, block):
     """`flash_attention.prepare` for heads and dtype of one device."""
     tiling = flash_attention_tuning.INTERPRETED
     if not interpret:
@@ -165,6 +169,8 @@ def _tpu(heads, dtype, interpret):
                 "later. Use 'auto', 'blockwise' or 'xla'"
             )
         tiling = flash_attention_tuning.tiling(chip, dtype.name)
+    if block is not None:
+        tiling = flash_attention_tuning.with_block(tiling, block)
     N, K, H = heads
     tensor = _size(sharding.AXIS_RULES["heads"])
 

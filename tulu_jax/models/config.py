@@ -8,6 +8,7 @@ ATTENTION = (
     *("auto", "xla", "triangular", "blockwise"),
     *("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"),
 )
+ATTENTION_BLOCKS = (128, 256, 512, 1024)
 REMAT_POLICIES = (
     "nothing_saveable",
     "save_projections",
@@ -82,12 +83,15 @@ class ExecutionConfig:
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
     (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
     'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
-    `attention.choose` explains. `remat` recomputes each layer in the backward pass, keeping what
-    `remat_policy` says: a name in `jax.checkpoint_policies`, or 'save_projections'.
+    `attention.choose` explains. `attention_block` is the queries and keys of a block of the TPU
+    kernel: None takes what was tuned for the chip. `remat` recomputes each layer in the backward
+    pass, keeping what `remat_policy` says: a name in `jax.checkpoint_policies`, or
+    'save_projections'.
     """
 
     compute_dtype: str = "bfloat16"
     attention: str = "auto"
+    attention_block: int | None = None
     remat: bool = True
     remat_policy: str = "nothing_saveable"
 
@@ -97,6 +101,11 @@ class ExecutionConfig:
             lambda: [
                 validation.one_of("compute_dtype", self.compute_dtype, DTYPES),
                 validation.one_of("attention", self.attention, ATTENTION),
+                (
+                    self.attention_block in (None, *ATTENTION_BLOCKS),
+                    f"attention_block = {self.attention_block}: expected None or one of "
+                    f"{ATTENTION_BLOCKS}",
+                ),
                 validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES),
             ],
         )

@@ -198,6 +198,7 @@ class Trunk(nnx.Module):
                     self.config.head_dim,
                 ),
                 dtype=x.dtype,
+                block=self.execution.attention_block,
             ),
             query_offset=query_offset,
         )
@@ -319,9 +320,7 @@ def over_positions(
     """
 
     def local(hidden, unembedding, *rows):
-        whole = unembedding.astype(hidden.dtype)
-        for axis, name in enumerate(("vocab", "embed")):
-            whole = sharding.gather(whole, axis, name)
+        whole = sharding.whole(unembedding.astype(hidden.dtype), "model/embed_tokens/embedding")
         result = score(hidden, whole.astype(unembedding.dtype), *rows)
         return sharding.total(result) if add else result
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Every parameter path matches exactly one line; there is no catch-all.
@@ -120,13 +122,21 @@ def _gather(x, name, axis):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _scatter(x, name, axis):
-    """Of two devices each sends the half that the other keeps; XLA would send all of both.
+    """Where that costs no copy the shards lead in memory: from other layouts XLA may sum all of `x`
+    on every device and then cut.
 
-    The barrier keeps XLA from making one slice of a half and of the shard that an earlier axis
-    left, without which it no longer knows that axis's sum for a scatter and sums it whole.
+    Of two devices each sends the half that the other keeps; XLA would send all of both. The barrier
+    keeps XLA from making one slice of a half and of the shard that an earlier axis left, without
+    which it no longer knows that axis's sum for a scatter.
     """
-    if jax.lax.axis_size(name) > 2:
+    devices = jax.lax.axis_size(name)
+    if devices > 2 and math.prod(x.shape[:axis]) > 1:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    if devices > 2:
+        kept = x.shape[:axis] + (x.shape[axis] // devices,) + x.shape[axis + 1 :]
+        shards = x.reshape(devices, kept[axis], -1)
+        shards = with_layout_constraint(shards, Layout((0, 1, 2)))
+        return jax.lax.psum_scatter(shards, name).reshape(kept)
     x = jax.lax.optimization_barrier(x)
     size, index = x.shape[axis] // 2, jax.lax.axis_index(name)
     kept = jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
@@ -158,7 +168,7 @@ def whole(param: jax.Array, name: str, *, but: tuple[str, ...] = ()) -> jax.Arra
     axes = [axis for axis in param_axes(name) if axis != "layers"]
     for dimension, axis in enumerate(axes):
         if axis not in but:
-            param = gather(param, dimension, axis)
+            param = jnp.moveaxis(gather(jnp.moveaxis(param, dimension, 0), 0, axis), 0, dimension)
     return param
 
 

@@ -30,7 +30,7 @@ ATTENTION_CYCLES = {
     "v6e": (6621 / 16, 8640 / 8),
 }
 ATTENTION_BLOCK = 512
-LARGEST_SUM = 64e6  # bytes that a step may all-reduce at once: norms' gradients and scalars
+LARGEST_SUM = 8e6  # bytes that a step may all-reduce at once: norms' gradients and scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def compile_step(
         topology,
         places(mesh, topology),
         cost.mesh_axes(dict(mesh.shape)),
-        kernel_seconds=lambda name, text: attention_seconds(name, text, config, topology, held),
+        kernel_seconds=lambda name, text: _kernel_seconds(name, text, config, topology, held),
         dynamic_trips=_key_blocks(config.data.max_length, held),
     )
     return Step(
@@ -206,11 +206,7 @@ def faults(
     axes, found = cost.mesh_axes(mesh), []
     for i in (i for body in module.computations.values() for i in body):
         size = sum(hlo.shape_bytes(i.shape))
-        if (
-            i.collective == "all-reduce"
-            and size > LARGEST_SUM
-            and "all-reduce-scatter" not in i.text
-        ):
+        if i.collective == "all-reduce" and size > LARGEST_SUM:
             over = axes(hlo.group(i, math.prod(mesh.values())))
             if over != "data":
                 found.append(f"{i.name} sums {size / 1e6:,.0f} MB whole over {over}")
@@ -241,22 +237,40 @@ def _attention_flops(config: TrainConfig, row_count: int, held: rows.Documents) 
     return 6.0 * model.num_layers * model.num_heads * model.head_dim * visible
 
 
-def attention_seconds(
+def _kernel_seconds(
     name: str, text: str, config: TrainConfig, topology: Topology, held: rows.Documents
 ) -> float | None:
-    """Seconds of one call of the attention kernel on the device with the most pairs of blocks."""
-    found = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),(\d+)\]", text)
-    if not name.startswith("flash_") or topology.chip not in ATTENTION_CYCLES or not found:
+    """`attention_seconds` of the kernel `name` of a compiled step; None for another kernel."""
+    found = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),\d+\]", text)
+    if not name.startswith("flash_") or not found:
         return None
-    B, N, T, H = map(int, found.groups())
+    B, N, T = map(int, found.groups())
+    return attention_seconds(config, topology, held, (B, N), T, backward="backward" in name)
+
+
+def attention_seconds(
+    config: TrainConfig,
+    topology: Topology,
+    held: rows.Documents,
+    shape: tuple[int, int],
+    queries: int,
+    *,
+    backward: bool,
+) -> float | None:
+    """Seconds of one call of the attention kernel on the device with the most pairs of blocks.
+
+    `shape` is the rows and heads of a device and `queries` its part of a row; None where the kernel
+    was not counted for the chip.
+    """
+    if topology.chip not in ATTENTION_CYCLES:
+        return None
     length = config.data.max_length
-    shards = max(1, length // T)
-    block = min(ATTENTION_BLOCK, T)
-    pairs = held.pairs(length, block=block, shards=shards)
-    cycles = ATTENTION_CYCLES[topology.chip]["backward" in name]
+    block = min(ATTENTION_BLOCK, queries)
+    pairs = held.pairs(length, block=block, shards=max(1, length // queries))
+    cycles = ATTENTION_CYCLES[topology.chip][backward]
     cores = flash_attention_tuning.CORES[topology.chip]
-    scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, H / 128)
-    return B * N * pairs * cycles * scale / cores / topology.hardware.clock
+    scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, config.model.head_dim / 128)
+    return math.prod(shape) * pairs * cycles * scale / cores / topology.hardware.clock
 
 
 def flops(jaxpr) -> float:

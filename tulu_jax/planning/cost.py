@@ -206,7 +206,7 @@ class Estimator:
         if i.operation.endswith("-start"):  # its shape holds what goes in beside what comes out
             size = max(sizes, default=0.0)
         else:
-            size = sum(sizes) * (len(members) if i.collective == "reduce-scatter" else 1)
+            size = sum(sizes) * (len(members) if i.operation == "reduce-scatter" else 1)
         seconds, sent = link_seconds(i.collective, size, members, self.places, self.topology)
         axes = self.axes(members)
         self.cost.wire[i.collective, axes] += sent * times

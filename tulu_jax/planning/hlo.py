@@ -34,7 +34,11 @@ def shape_bytes(shape: str, *, hbm: bool = False) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`text` is what follows the shape: operation, operands, attributes."""
+    """`text` is what follows the shape: operation, operands, attributes.
+
+    TPUs scatter a sum by a fusion of an all-reduce and a slice, called all-reduce-scatter, which
+    sends what a reduce-scatter does; the operation of that all-reduce is "all-reduce-scatter" here.
+    """
 
     name: str
     shape: str
@@ -46,6 +50,7 @@ class Instruction:
     def collective(self) -> str | None:
         """The collective that this is or starts."""
         base = self.operation.removesuffix("-start")
+        base = "reduce-scatter" if base == "all-reduce-scatter" else base
         return base if base in COLLECTIVES else None
 
     @property
@@ -126,9 +131,10 @@ def parse(text: str) -> Module:
         if operation:
             arguments = re.sub(r"/\*.*?\*/", "", operation[2].split(")")[0])
             operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-            computations[current].append(
-                Instruction(found[1], shape, operation[1], operands, rest.strip())
-            )
+            kind = operation[1]
+            if kind == "all-reduce" and current.startswith("all-reduce-scatter"):
+                kind = "all-reduce-scatter"
+            computations[current].append(Instruction(found[1], shape, kind, operands, rest.strip()))
     return Module(computations, entry)
 
 

@@ -1,17 +1,20 @@
 """What a run costs on a slice, and the search for the mesh that suits it best."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from tulu_jax import preflight
 from tulu_jax.data import registry
 from tulu_jax.objectives import dpo
-from tulu_jax.planning import aot, cost, rows
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.planning import aot, attention, cost, rows
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
@@ -24,7 +27,8 @@ class Result:
     """A run on a slice: its config, the compiled step or why there is none, and the whole run.
 
     `updates` of training; `reference_seconds` is the pass of DPO over all pairs before it, a third
-    of a step for each update of the first epoch.
+    of a step for each update of the first epoch. `attention_milliseconds` are those of a row by
+    size of block, where a search counted them.
     """
 
     config: TrainConfig
@@ -33,6 +37,7 @@ class Result:
     updates: int
     reference_seconds: float
     refused: str | None = None
+    attention_milliseconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -84,6 +89,8 @@ class Result:
             "hours": self.hours,
             "chip_hours": self.hours * self.topology.num_chips,
             "compile_seconds": step.compile_seconds,
+            "attention_block": self.config.execution.attention_block,
+            "attention_milliseconds": self.attention_milliseconds,
             "largest": step.cost.top[:20],
         }
 
@@ -163,8 +170,9 @@ def advice(result: Result) -> str:
     return "; ".join(found)
 
 
-def candidates(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]:
-    """Every mesh, micro-batch, policy and moment dtype that divides the slice and the run."""
+def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainConfig]]:
+    """Every mesh and micro-batch that divides the slice and the run, each with what may be kept of
+    a layer and of the optimizer: what costs least time first, a smaller moment last."""
     sizes = [n for n in range(1, topology.num_devices + 1) if topology.num_devices % n == 0]
     micros = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     for tensor, context in itertools.product(sizes, sizes):
@@ -181,25 +189,29 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]
             tensor=tensor,
             topology=topology.name,
         )
-        for micro, policy, dtype in itertools.product(micros, POLICIES, ("float32", "bfloat16")):
-            candidate = dataclasses.replace(
-                config,
-                mesh=mesh,
-                micro_batch_size=micro,
-                execution=dataclasses.replace(config.execution, remat_policy=policy),
-                optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
-            )
-            if not list(preflight.mesh_problems(candidate, topology.num_devices)):
-                yield candidate
+        for micro in micros:
+            found = [
+                dataclasses.replace(
+                    config,
+                    mesh=mesh,
+                    micro_batch_size=micro,
+                    execution=dataclasses.replace(config.execution, remat_policy=policy),
+                    optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
+                )
+                for dtype, policy in itertools.product(("float32", "bfloat16"), POLICIES)
+            ]
+            if not list(preflight.mesh_problems(found[0], topology.num_devices)):
+                yield found
 
 
 def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     """Seconds of a step and bytes a device from shapes alone, to choose what is worth compiling.
 
-    Compute at 85 % of the peak; weights move once for each forward and backward of a micro-batch
-    and their gradients once; activations over `tensor` four times a layer and pass; nothing hides.
+    Products at 85 % of the peak; on the links that each mesh axis has, weights move once for each
+    forward and backward of a micro-batch and their gradients once, activations over `tensor` for
+    each product's input and output, keys and values over `context`; nothing hides.
     """
-    model, hardware = config.model, topology.hardware
+    model = config.model
     sizes = config.mesh.sizes(topology.num_devices)
     micro = config.micro_batch_size or config.batch_size
     pieces = config.batch_size // micro
@@ -210,21 +222,54 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     again = {"nothing_saveable": 1.0, "save_attention": 2 * mlp, "save_gate": mlp}.get(policy, 0.0)
     compute = cost.ideal_seconds(flops * (1 + again / 3), topology) / 0.85
     shards = sizes["fsdp"] * sizes["context"]
-    weights = 2 * model.num_params / sizes["tensor"] * (shards - 1) / shards * 3 * pieces
+    seconds = _link_seconds(topology, tuple(sizes.items()))
+    weights = 2 * model.num_params / sizes["tensor"]  # bytes, whole over fsdp x context
+    fetched = weights * seconds["fsdp"] + weights / sizes["fsdp"] * seconds["context"]
     if sizes["fsdp"] > math.prod(sorted(topology.shape)[-2:]):
-        weights *= 1.5  # a group over three torus axes sums gradients whole instead of scattering
-    tokens = config.batch_size * config.data.max_length / (sizes["data"] * shards)
-    passes = 4 if full else 3
-    activations = 2 * tokens * model.embed_dim * model.num_layers * 2 * passes
-    activations *= (sizes["tensor"] - 1) / sizes["tensor"]
-    links = 2 * hardware.link
-    moving = weights / (links * (hardware.dimensions - 1)) + activations / links
+        fetched *= 1.5  # a group over three torus axes sums gradients whole instead of scattering
+    tokens = config.batch_size * config.data.max_length / (sizes["data"] * sizes["fsdp"])
+    activations = 2 * tokens / sizes["context"] * model.embed_dim * model.num_layers
+    activations *= (11 if full else 10) * seconds["tensor"]
+    width = 2 * model.num_kv_heads * model.head_dim / sizes["tensor"]
+    keys = 2 * tokens * width * model.num_layers * 3 * seconds["context"]
+    moving = fetched * 3 * pieces + activations + keys
+    rows_and_heads = (
+        max(1, config.batch_size // (sizes["data"] * sizes["fsdp"])),
+        model.num_heads // sizes["tensor"],
+    )
+    kernel = functools.partial(
+        aot.attention_seconds,
+        config,
+        topology,
+        aot.documents(config),
+        rows_and_heads,
+        config.data.max_length // sizes["context"],
+    )
+    attention = (1 + full) * (kernel(backward=False) or 0.0) + (kernel(backward=True) or 0.0)
+    compute += model.num_layers * attention
     moments = {"float32": 4, "bfloat16": 2}[config.optimizer.mu_dtype]
     state = model.num_params * (4 + 4 + moments + 4) / (shards * sizes["tensor"])
     kept = _kept(config, sizes, micro)
     gathered = 3 * 2 * model.embed_dim * model.mlp_dim / sizes["tensor"] * 2
     heads = 8 * model.vocab_size * model.embed_dim
     return compute + moving, state + kept + gathered + heads
+
+
+@functools.cache
+def _link_seconds(topology: Topology, sizes: tuple[tuple[str, int], ...]) -> dict[str, float]:
+    """Seconds that each axis of a mesh needs to gather a byte, the largest of its groups."""
+    names, shape = zip(*sizes, strict=True)
+    made = mesh_lib.make(mesh_lib.MeshConfig(**dict(sizes)), topology.devices())
+    places, ids = aot.places(made, topology), np.arange(topology.num_devices).reshape(shape)
+    size = 1e9
+    found = {}
+    for axis, name in enumerate(names):
+        groups = np.moveaxis(ids, axis, -1).reshape(-1, shape[axis])
+        found[name] = max(
+            cost.link_seconds("all-gather", size, group, places, topology)[0] / size
+            for group in groups[:: max(1, len(groups) // 8)].tolist()
+        )
+    return found
 
 
 def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
@@ -241,12 +286,15 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
 
 
 def ranked(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
-    """Candidates that fit by estimate, the fastest first. Raises `ValueError` if there is none."""
-    found = []
-    for number, candidate in enumerate(candidates(config, topology)):
-        seconds, size = guess(candidate, topology)
-        if size < topology.hardware.hbm * (1 - SPARE):
-            found.append((seconds, number, candidate))
+    """Of each mesh and micro-batch what fits by estimate, the fastest first. Raises `ValueError` if
+    nothing does."""
+    found, room = [], topology.hardware.hbm * (1 - SPARE)
+    for number, alike in enumerate(candidates(config, topology)):
+        for candidate in alike:
+            seconds, size = guess(candidate, topology)
+            if size < room:
+                found.append((seconds, number, candidate))
+                break
     if not found:
         raise ValueError(
             f"no mesh, micro-batch and rematerialisation fits {topology.name} by estimate; choose "
@@ -259,7 +307,8 @@ def search(
     config: TrainConfig, topology: Topology, *, compiles: int, out: epath.Path
 ) -> list[Result]:
     """The results of the `compiles` most promising candidates that were compiled, best first; the
-    fragment of the best is written to `out`. The same inputs give the same choice.
+    fragment of the best, with the attention blocks that count least for its part of a row, is
+    written to `out`. The same inputs give the same choice.
 
     Raises `ValueError` if nothing divides the slice.
     """
@@ -271,8 +320,36 @@ def search(
     ]
     results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
     if results[0].fits:
+        results[0] = with_best_blocks(results[0])
         (out / "pod.gin").write_text(fragment(results[0]))
     return results
+
+
+def with_best_blocks(result: Result) -> Result:
+    """`result` with its attention kernel counted for every size of block, compiled again if another
+    than the tuned size counts least. Where the kernel does not run it is as it was."""
+    config, sizes = result.config, result.step.mesh
+    model, execution = config.model, config.execution
+    if execution.attention not in ("auto", "pallas"):
+        return result
+    shape = attention.Shape(
+        heads=model.num_heads // sizes["tensor"],
+        kv_heads=model.num_kv_heads // sizes["tensor"],
+        head_dim=model.head_dim,
+        queries=config.data.max_length // sizes["context"],
+        keys=config.data.max_length,
+        dtype=execution.compute_dtype,
+    )
+    try:
+        counted = attention.block_milliseconds(result.topology.chip, shape, aot.documents(config))
+    except ValueError:  # no tiles for this dtype: the kernel is not chosen
+        return result
+    best = min(counted, key=counted.get, default=None)
+    if best not in (None, next(iter(counted))):
+        execution = dataclasses.replace(execution, attention_block=best)
+        again = price(dataclasses.replace(config, execution=execution), result.topology)
+        result = again if again.fits else result
+    return dataclasses.replace(result, attention_milliseconds=counted)
 
 
 def fragment(result: Result) -> str:
@@ -280,22 +357,24 @@ def fragment(result: Result) -> str:
     config, step = result.config, result.step
     millions = config.model.num_params / 1e6
     size = f"{millions / 1e3:.0f}B" if millions >= 1e3 else f"{millions:.0f}M"
-    return "\n".join(
-        [
-            f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
-            f"an update, MFU {step.mfu:.0%}, {step.memory.spare:.0%} of HBM to spare.",
-            "# Written by python -m tulu_jax.dryrun --plan.",
-            "from __gin__ import dynamic_registration",
-            "from tulu_jax import recipe",
-            "from tulu_jax.models import config",
-            "from tulu_jax.parallel import mesh",
-            "from tulu_jax.training import optim",
-            "",
-            f"mesh.MeshConfig.topology = {result.topology.name!r}",
-            *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
-            f"recipe.TrainConfig.micro_batch_size = {config.micro_batch_size}",
-            f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
-            f"optim.OptimizerConfig.mu_dtype = {config.optimizer.mu_dtype!r}",
-            "",
-        ]
-    )
+    whole = config.micro_batch_size == config.batch_size
+    lines = [
+        f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
+        f"an update, MFU {step.mfu:.0%}, {step.memory.spare:.0%} of HBM to spare.",
+        "# Written by python -m tulu_jax.dryrun --plan.",
+        "from __gin__ import dynamic_registration",
+        "from tulu_jax import recipe",
+        "from tulu_jax.models import config",
+        "from tulu_jax.parallel import mesh",
+        "from tulu_jax.training import optim",
+        "",
+        f"mesh.MeshConfig.topology = {result.topology.name!r}",
+        *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
+        "recipe.TrainConfig.micro_batch_size = "
+        f"{'%BATCH_SIZE' if whole else config.micro_batch_size}",
+        f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
+        f"config.ExecutionConfig.attention_block = {config.execution.attention_block}",
+        f"optim.OptimizerConfig.mu_dtype = {config.optimizer.mu_dtype!r}",
+        "",
+    ]
+    return "\n".join(lines)

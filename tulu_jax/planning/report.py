@@ -79,6 +79,10 @@ def _column(result: plan.Result) -> dict[str, str]:
         "  reference pass": f"{result.reference_seconds / 3600:.2f}",
         "chip-hours": f"{result.hours * result.topology.num_chips:,.0f}",
         "compiled in, s": f"{step.compile_seconds:.0f}",
+        **{
+            f"attention of a row in blocks of {block}, ms": f"{milliseconds:.3f}"
+            for block, milliseconds in result.attention_milliseconds.items()
+        },
     }
 
 

@@ -36,14 +36,19 @@ class Documents:
     def pairs(self, length: int, *, block: int, shards: int) -> float:
         """Pairs of blocks of a row that the most loaded of `shards` devices, each with an equal run
         of queries, has to work; the mean over rows."""
-        counts = []
-        for row in self.rows(length):
-            segment = np.repeat(np.arange(len(row)), row)
-            first, last = segment[::block], segment[block - 1 :: block]
-            queries, keys = np.arange(len(first))[:, None], np.arange(len(first))[None]
-            seen = (keys <= queries) & (last[keys] >= first[queries])
-            counts.append(seen.sum(axis=1).reshape(shards, -1).sum(axis=1).max())
-        return float(np.mean(counts))
+        return _pairs(self, length, block, shards)
+
+
+@functools.cache
+def _pairs(documents: Documents, length: int, block: int, shards: int) -> float:
+    counts = []
+    for row in documents.rows(length):
+        segment = np.repeat(np.arange(len(row)), row)
+        first, last = segment[::block], segment[block - 1 :: block]
+        queries, keys = np.arange(len(first))[:, None], np.arange(len(first))[None]
+        seen = (keys <= queries) & (last[keys] >= first[queries])
+        counts.append(seen.sum(axis=1).reshape(shards, -1).sum(axis=1).max())
+    return float(np.mean(counts))
 
 
 @functools.cache
