@@ -161,7 +161,7 @@ def test_another_runs_pod_is_taken_by_its_whole_name():
         (
             ["--gin.BATCH_SIZE=6"],
             "v5p_512",
-            "a multiple of 4, or data x fsdp of which 1 or 2 would",
+            "a multiple of 16, or data x fsdp of which 1 or 2 would",
         ),
         (
             ["--gin.MAX_LENGTH=6000"],
