@@ -24,7 +24,7 @@ from tulu_jax.planning import attention as counting
 from tulu_jax.planning import schedule
 
 HEADS = 32
-DTYPES, STAGES = ("bfloat16", "float32"), ("forward", "backward")
+DTYPES = ("bfloat16", "float32")
 
 
 def tile(block, chunk, sub, heads, pipelined, transposed):
@@ -97,7 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chips", nargs="+", default=list(tuning.CORES), choices=tuning.CORES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--stages", nargs="+", default=counting.STAGES, choices=counting.STAGES)
     parser.add_argument("--wide", action="store_true", help="more candidates")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     options = parser.parse_args()

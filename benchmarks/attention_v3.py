@@ -21,6 +21,7 @@ import numpy as np
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
+from tulu_jax.planning import attention as counting
 from tulu_jax.planning import schedule
 
 HEADS = 32

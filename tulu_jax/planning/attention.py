@@ -178,8 +178,8 @@ def block_milliseconds(chip: str, shape: Shape, held: rows.Documents) -> dict[in
     tuned one and halves of it, as far as they compile; of several devices that share a row, the one
     with most pairs. Larger blocks execute more for the same bodies.
     """
-    tuned = shape.fit(tuning.tiling(chip, shape.dtype))
-    largest, shards = tuned.forward.block, shape.keys // shape.queries
+    tuned = tuning.tiling(chip, shape.dtype)
+    largest, shards = shape.fit(tuned).forward.block, shape.keys // shape.queries
     fitted = {
         block: shape.fit(tuning.with_block(tuned, block))
         for block in (largest, largest // 2)

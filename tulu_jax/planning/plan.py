@@ -226,7 +226,7 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     weights = 2 * model.num_params / sizes["tensor"]  # bytes, whole over fsdp x context
     fetched = weights * seconds["fsdp"] + weights / sizes["fsdp"] * seconds["context"]
     if sizes["fsdp"] > math.prod(sorted(topology.shape)[-2:]):
-        fetched *= 1.5  # a group over three torus axes sums gradients whole instead of scattering
+        fetched *= 1.5  # a group over three torus axes is slower, compiled, than its links are
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * sizes["fsdp"])
     activations = 2 * tokens / sizes["context"] * model.embed_dim * model.num_layers
     activations *= (11 if full else 10) * seconds["tensor"]
