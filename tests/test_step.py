@@ -202,6 +202,20 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, stage, mesh, attention):
     assert_same_params(eight_state, one_state, atol=2e-4)
 
 
+def test_long_rows_go_through_a_layer_in_two_parts(tmp_path):
+    config, _ = make(tmp_path, "sft", batch_size=2)
+    length = 4 * llama.PART  # two parts on each of tensor 2
+    config = builders.replace(
+        config, data__max_length=length, execution__remat=True, execution__remat_policy="save_gate"
+    )
+    batch = builders.sft_batch(2, length)
+    one, one_state = losses_and_state(config, batch)
+    mesh = mesh_lib.make(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    four, four_state = losses_and_state(config, batch, mesh=mesh)
+    np.testing.assert_allclose(four, one, rtol=5e-5)
+    assert_same_params(four_state, one_state, atol=2e-4)
+
+
 def test_accumulation_on_a_mesh(tmp_path):
     config, batch = make(tmp_path, "sft", micro_batch_size=4)
     one, _ = one_device("sft", "xla")

@@ -7,7 +7,8 @@ Layers are stacked on axis 0 and run by `jax.lax.scan`.
 Training runs the layers as each device sees them (`sharding.per_device`): B rows of its own, T / C
 positions of a row over `context`, N / M heads and F / M of the MLP over `tensor`. Between blocks
 the positions are divided over `tensor` as well, so norms and residuals exist once (sequence
-parallelism, Korthikanti et al. 2022).
+parallelism, Korthikanti et al. 2022). Where a device has many positions they go through a layer in
+two parts, so that one part is computed while the other is moved over `tensor`.
 """
 
 import functools
@@ -34,23 +35,25 @@ SAVED = {
     "save_gate": (*_ATTENTION, "residual", "gate"),
     "save_attention": (*_ATTENTION, "residual"),
 }
+PART = 256  # positions of a row on a device that are worth a part
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
 
 
 class Projection(nnx.Module):
     """An einsum with one kernel, computed in the dtype of its input.
 
-    The kernel's `embed` axis is gathered for it; over `tensor` it stays divided.
+    It takes and gives a list of parts. The kernel's `embed` axis is gathered for them, once; over
+    `tensor` it stays divided.
     """
 
     def __init__(self, name: str, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
         self.name, self.equation = f"model/layers/{name}/kernel", equation
         self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, x):
-        kernel = self.kernel[...].astype(x.dtype)
+    def __call__(self, parts):
+        kernel = self.kernel[...].astype(parts[0].dtype)
         kernel = sharding.whole(kernel, self.name, but=("heads", "kv_heads", "mlp"))
-        return jnp.einsum(self.equation, x, kernel)
+        return [jnp.einsum(self.equation, part, kernel) for part in parts]
 
 
 class RMSNorm(nnx.Module):
@@ -89,10 +92,10 @@ class SelfAttention(nnx.Module):
         self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
         self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), rngs=rngs)
 
-    def __call__(self, x, *, angles, visibility, cache, query_offset):
-        q = rotate(self.q_proj(x), *angles)
-        k = rotate(self.k_proj(x), *angles)
-        v = self.v_proj(x)
+    def __call__(self, parts, *, angles, visibility, cache, query_offset):
+        q = rotate(_joined(self.q_proj(parts)), *angles)
+        k = rotate(_joined(self.k_proj(parts)), *angles)
+        v = _joined(self.v_proj(parts))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
@@ -101,7 +104,7 @@ class SelfAttention(nnx.Module):
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
         out = attention_lib.attend(q, k, v, visibility)
-        return self.o_proj(out), cache
+        return self.o_proj(_parted(out, len(parts))), cache
 
 
 class MLP(nnx.Module):
@@ -113,10 +116,10 @@ class MLP(nnx.Module):
         self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
         self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), rngs=rngs)
 
-    def __call__(self, x):
-        gate = checkpoint_name(self.gate_proj(x), "gate")
-        up = checkpoint_name(self.up_proj(x), "up")
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(self, parts):
+        gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts)]
+        ups = [checkpoint_name(up, "up") for up in self.up_proj(parts)]
+        return self.down_proj([jax.nn.silu(g) * up for g, up in zip(gates, ups, strict=True)])
 
 
 class Block(nnx.Module):
@@ -126,15 +129,44 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, **attention_inputs):
+    def __call__(self, parts, **attention_inputs):
         with jax.named_scope("attention"):
-            normed = sharding.gather(self.input_layernorm(x), 1, "tensor")
-            out, cache = self.self_attn(normed, **attention_inputs)
-            x = checkpoint_name(x + sharding.scatter_sum(out, 1, "tensor"), "residual")
+            normed = _gathered(self.input_layernorm, parts)
+            outs, cache = self.self_attn(normed, **attention_inputs)
+            parts = [checkpoint_name(part, "residual") for part in _added(parts, outs)]
         with jax.named_scope("mlp"):
-            normed = sharding.gather(self.post_attention_layernorm(x), 1, "tensor")
-            x = x + sharding.scatter_sum(self.mlp(normed), 1, "tensor")
-        return x, cache
+            normed = _gathered(self.post_attention_layernorm, parts)
+            parts = _added(parts, self.mlp(normed))
+        return parts, cache
+
+
+def _gathered(norm, parts):
+    """Each part normalised, with the positions of all devices along `tensor`."""
+    return [sharding.gather(norm(part), 1, "tensor") for part in parts]
+
+
+def _added(parts, outs):
+    """Each part plus its own positions of what the devices along `tensor` sum."""
+    return [p + sharding.scatter_sum(o, 1, "tensor") for p, o in zip(parts, outs, strict=True)]
+
+
+def _joined(parts):
+    """Gathered parts [B, M · S, ...] as one array, in the order of the row."""
+    if len(parts) == 1:
+        return parts[0]
+    tensor = sharding.axis_size("tensor")
+    shards = [x.reshape(x.shape[0], tensor, 1, -1, *x.shape[2:]) for x in parts]
+    x = jnp.concatenate(shards, axis=2)
+    return x.reshape(x.shape[0], -1, *x.shape[4:])
+
+
+def _parted(x, count: int):
+    """`count` arrays that `_joined` would join to `x`."""
+    if count == 1:
+        return [x]
+    tensor = sharding.axis_size("tensor")
+    shards = x.reshape(x.shape[0], tensor, count, -1, *x.shape[2:])
+    return [shards[:, :, n].reshape(x.shape[0], -1, *x.shape[2:]) for n in range(count)]
 
 
 class Embedding(nnx.Module):
@@ -203,15 +235,17 @@ class Trunk(nnx.Module):
             query_offset=query_offset,
         )
 
-        def body(x, layer):
+        def body(parts, layer):
             block, layer_cache = layer
-            return block(x, cache=layer_cache, **inputs)
+            return block(parts, cache=layer_cache, **inputs)
 
         if self.execution.remat and cache is None:
             policy = _remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, cache = jax.lax.scan(body, x, (self.layers, cache))
-        return self.norm(x), cache
+        halves = sharding.axis_size("tensor") > 1 and x.shape[1] >= 2 * PART and x.shape[1] % 2 == 0
+        parts = jnp.split(x, 2, axis=1) if halves else [x]
+        parts, cache = jax.lax.scan(body, parts, (self.layers, cache))
+        return self.norm(jnp.concatenate(parts, axis=1)), cache
 
 
 def _remat_policy(name: str):

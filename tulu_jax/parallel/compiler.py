@@ -16,13 +16,18 @@ _SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
 }
+_TWO_AT_ONCE = {  # a gather or scatter on each SparseCore; slower on v5p
+    "xla_tpu_enable_concurrent_sparse_core_offloading": "true",
+    "xla_max_concurrent_async_all_gathers": "4",
+    "xla_max_concurrent_async_reduce_scatters": "4",
+}
 OPTIONS = {
     "TPU v3": _BESIDE,
     "TPU v4": _BESIDE,
     "TPU v5 lite": _BESIDE,
     "TPU v5": _SPARSE_CORES,
     "TPU v5p": _SPARSE_CORES,
-    "TPU v6 lite": _SPARSE_CORES,
+    "TPU v6 lite": _SPARSE_CORES | _TWO_AT_ONCE,
 }
 
 

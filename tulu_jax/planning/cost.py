@@ -4,9 +4,9 @@ The program is walked in its schedule. Compute: a matrix product takes the compi
 of cycles or the time of its HBM traffic, whichever is longer; anything else the time of its
 traffic; an attention kernel its counted cycles for the pairs of blocks that documents need.
 Interconnect: a collective takes its bytes over the torus links that its group has. A synchronous
-collective stops compute; an asynchronous one runs beside it, after those on the same torus axes,
-and its end waits for what is left. Not in it: contention between hosts, stragglers, throttling, the
-input pipeline, and compute and transfers that contend for HBM.
+collective stops compute; an asynchronous one runs beside it, after those on the same torus axes and
+the same SparseCore, and its end waits for what is left. Not in it: contention between hosts,
+stragglers, throttling, the input pipeline, and compute and transfers that contend for HBM.
 """
 
 import collections
@@ -89,7 +89,7 @@ def link_seconds(
         return size / hardware.link + LATENCY, size
     share = (n - 1) / n
     if kind == "all-to-all":
-        return size * max(share, n / 8) / bandwidth + LATENCY * hops, size * share
+        return size * max(share, n / 4) / bandwidth + LATENCY * hops, size * share
     sent = size * share * (2 if kind == "all-reduce" else 1)
     return sent / bandwidth + LATENCY * hops, sent
 
@@ -134,7 +134,7 @@ class Estimator:
 
     def _run(self, name: str, times: float) -> float:
         """Adds `times` runs of a computation; the seconds of one."""
-        now, free = 0.0, collections.Counter()  # of each torus axis: when it is free again
+        now, free = 0.0, collections.Counter()  # when a torus axis or a SparseCore is free again
         ends: dict[str, float] = {}  # when what was started ends, by every name that carries it
         for i in self.module.computations.get(name, []):
             transfers = self._transfers(i)
@@ -149,10 +149,10 @@ class Estimator:
             elif transfers and not _beside(i):
                 end, spent = now, 0.0
                 for inner in transfers:
-                    seconds, links = self._transfer(i, inner, times)
+                    seconds, taken = self._transfer(i, inner, times)
                     spent += seconds
-                    end = max([end, *(free[link] for link in links)]) + seconds
-                    free |= dict.fromkeys(links, end)
+                    end = max([end, *(free[one] for one in taken)]) + seconds
+                    free |= dict.fromkeys(taken, end)
                 if _starts(i):
                     ends[i.name] = end
                     self.cost.hidden += spent * times
@@ -199,8 +199,9 @@ class Estimator:
                 found.setdefault((inner.collective, inner.attribute(r"channel_id=(\d+)")), inner)
         return list(found.values())
 
-    def _transfer(self, outer, i: hlo.Instruction, times: float) -> tuple[float, list[int]]:
-        """Seconds of a collective, and the axes of `places` whose links it takes."""
+    def _transfer(self, outer, i: hlo.Instruction, times: float) -> tuple[float, list[str]]:
+        """Seconds of a collective, and what only one at a time may have: the links of torus axes,
+        the SparseCore that runs it."""
         members = hlo.group(i, len(self.places))
         sizes = hlo.shape_bytes(i.shape)
         if i.operation.endswith("-start"):  # its shape holds what goes in beside what comes out
@@ -212,7 +213,8 @@ class Estimator:
         self.cost.wire[i.collective, axes] += sent * times
         self.cost.top.append((seconds * times, times, outer.name, f"{i.collective} over {axes}"))
         spots = self.places[list(members)]
-        return seconds, [n for n in range(spots.shape[1]) if len(np.unique(spots[:, n])) > 1]
+        taken = [f"axis {n}" for n in range(spots.shape[1]) if len(np.unique(spots[:, n])) > 1]
+        return seconds, taken + [f"core {n}" for n in outer.cores]
 
     def _compute(self, i: hlo.Instruction, times: float) -> float:
         hardware: Hardware = self.topology.hardware

@@ -67,6 +67,12 @@ class Instruction:
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         return names + (re.findall(r"%([\w.\-]+)", branches[1]) if branches else [])
 
+    @property
+    def cores(self) -> list[str]:
+        """The SparseCores that run this instruction; none where it does not run on them."""
+        found = self.attribute(r'"sparse_core_config":.*?"core_ids":\[([^\]]*)\]') or ""
+        return re.findall(r"\d+", found)
+
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.text)
         return found[1] if found else None
