@@ -85,6 +85,52 @@ def test_a_program_is_priced_by_its_schedule():
     assert set(result.wire) == {("all-gather", "fsdp x tensor"), ("all-reduce", "tensor")}
 
 
+# Two gathers over different torus axes, and the products beside them.
+TWO_GATHERS = """HloModule jit_step
+
+%gather_rows (a: bf16[4096,1024]) -> bf16[8192,1024] {
+  %a = bf16[4096,1024]{1,0} parameter(0)
+  ROOT %rows = bf16[8192,1024]{1,0} all-gather(%a), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+}
+
+%gather_columns (b: bf16[4096,1024]) -> bf16[8192,1024] {
+  %b = bf16[4096,1024]{1,0} parameter(0)
+  ROOT %columns = bf16[8192,1024]{1,0} all-gather(%b), channel_id=2, replica_groups={{0,2}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[4096,1024]) -> bf16[8192,1024] {
+  %x = bf16[4096,1024]{1,0} parameter(0)
+  %one = ((bf16[4096,1024]{1,0}), bf16[8192,1024]{1,0}) call-start(%x), to_apply=%gather_rows, backend_config={"sparse_core_config":{"core_type":"CORE_TYPE_SC","core_ids":["0"]}}
+  %two = ((bf16[4096,1024]{1,0}), bf16[8192,1024]{1,0}) call-start(%x), to_apply=%gather_columns, backend_config={"sparse_core_config":{"core_type":"CORE_TYPE_SC","core_ids":["1"]}}
+  %first = bf16[8192,1024]{1,0} call-done(%one)
+  ROOT %second = bf16[8192,1024]{1,0} call-done(%two)
+}
+"""
+
+
+@pytest.mark.parametrize("core, times", [("1", 1), ("0", 2)])
+def test_a_sparse_core_moves_one_thing_after_the_other(core, times):
+    slice_ = topology.parse("v6e:2x2")
+    places = np.array([[0, x, y] for x in (0, 1) for y in (0, 1)])
+    result = cost.Estimator(
+        hlo.parse(TWO_GATHERS.replace('"core_ids":["1"]', f'"core_ids":["{core}"]')),
+        slice_,
+        places,
+        cost.mesh_axes({"fsdp": 2, "tensor": 2}),
+        lambda name, text: None,
+        dynamic_trips=1.0,
+    ).estimate()
+    gather, _ = cost.link_seconds("all-gather", 8192 * 1024 * 2.0, [0, 1], places, slice_)
+    assert result.interconnect == pytest.approx(times * gather)
+
+
+def test_all_to_all_is_bound_by_the_middle_of_a_line():
+    """Of 8 devices 4 send half of what they hold to the other side, over one link each way."""
+    size = 1e9
+    seconds, _ = cost.link_seconds("all-to-all", size, range(8), line(8), topology.parse("v5e:8x8"))
+    assert seconds == pytest.approx(4 * size / 2 / 45e9, rel=1e-3)
+
+
 def test_a_scattered_sum_is_no_sum_of_the_whole():
     slice_ = topology.parse("v5e:4x1")
     module, mesh = hlo.parse(SCATTERED), {"fsdp": 4}
