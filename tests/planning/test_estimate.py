@@ -85,7 +85,7 @@ def test_a_program_is_priced_by_its_schedule():
     assert set(result.wire) == {("all-gather", "fsdp x tensor"), ("all-reduce", "tensor")}
 
 
-# Two gathers over different torus axes, and the products beside them.
+# Two gathers over different torus axes.
 TWO_GATHERS = """HloModule jit_step
 
 %gather_rows (a: bf16[4096,1024]) -> bf16[8192,1024] {
