@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tulu_jax.models import config as config_lib
-from tulu_jax.models import llama
+from tulu_jax.models import layers, llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 
 TINY = LlamaConfig(
@@ -108,7 +108,7 @@ def test_rematerialisation_changes_nothing(policy):
 def test_rotary_angles_are_float32_at_long_positions():
     """bfloat16 angles lose neighbouring positions past ~256 (tulu2.md §7.2); ours stay exact."""
     positions = jnp.asarray([[8191]])
-    cos, sin = llama.rotary_angles(positions, head_dim=128, theta=1e4)
+    cos, sin = layers.rotary_angles(positions, head_dim=128, theta=1e4)
     frequencies = 1e4 ** (-np.arange(0, 128, 2) / 128)
     assert cos.dtype == sin.dtype == jnp.float32
     # float32 rounds an angle of 8191 rad by up to 2.4e-4, the frequency's own rounding doubles it

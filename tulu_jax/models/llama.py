@@ -18,161 +18,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from tulu_jax.models import attention as attention_lib
+from tulu_jax.models import layers
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
-# What the remat policies of these names keep of each layer.
-_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
-SAVED = {
-    "save_projections": (*_ATTENTION, "residual", "gate", "up"),
-    "save_gate": (*_ATTENTION, "residual", "gate"),
-    "save_attention": (*_ATTENTION, "residual"),
-}
 PART = 256  # positions of a row on a device that are worth a part
-INIT_STDDEV = 0.02  # Llama's `initializer_range`
-
-
-class Projection(nnx.Module):
-    """An einsum with one kernel, computed in the dtype of its input.
-
-    It takes and gives a list of parts. The kernel's `embed` axis is gathered for them, once; over
-    `tensor` it stays divided.
-    """
-
-    def __init__(self, name: str, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.name, self.equation = f"model/layers/{name}/kernel", equation
-        self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
-
-    def __call__(self, parts):
-        kernel = self.kernel[...].astype(parts[0].dtype)
-        kernel = sharding.whole(kernel, self.name, but=("heads", "kv_heads", "mlp"))
-        return [jnp.einsum(self.equation, part, kernel) for part in parts]
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, in float32 (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size: int, *, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size))
-
-    def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32)
-        return (x32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
-
-
-def rotary_angles(positions: Int[Array, "B T"], *, head_dim: int, theta: float):
-    """cos and sin, each float32 [B, T, 1, H/2]; bfloat16 angles are wrong past ~256 positions."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of [B, T, heads, H] in the half-split form Hugging Face weights expect."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-class SelfAttention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), rngs=rngs)
-        self.k_proj = Projection("self_attn/k_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), rngs=rngs)
-
-    def __call__(self, parts, *, angles, visibility, cache, query_offset):
-        q = rotate(_joined(self.q_proj(parts)), *angles)
-        k = rotate(_joined(self.k_proj(parts)), *angles)
-        v = _joined(self.v_proj(parts))
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
-            cache = {"k": k, "v": v}
-        # Over `context` the queries stay sharded and keys and values are gathered.
-        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
-        out = attention_lib.attend(q, k, v, visibility)
-        return self.o_proj(_parted(out, len(parts))), cache
-
-
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        D, F = config.embed_dim, config.mlp_dim
-        self.gate_proj = Projection("mlp/gate_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
-        self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
-        self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), rngs=rngs)
-
-    def __call__(self, parts):
-        gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts)]
-        ups = [checkpoint_name(up, "up") for up in self.up_proj(parts)]
-        return self.down_proj([jax.nn.silu(g) * up for g, up in zip(gates, ups, strict=True)])
-
-
-class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.self_attn = SelfAttention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(self, parts, **attention_inputs):
-        with jax.named_scope("attention"):
-            normed = _gathered(self.input_layernorm, parts)
-            outs, cache = self.self_attn(normed, **attention_inputs)
-            parts = [checkpoint_name(part, "residual") for part in _added(parts, outs)]
-        with jax.named_scope("mlp"):
-            normed = _gathered(self.post_attention_layernorm, parts)
-            parts = _added(parts, self.mlp(normed))
-        return parts, cache
-
-
-def _gathered(norm, parts):
-    """Each part normalised, with the positions of all devices along `tensor`."""
-    return [sharding.gather(norm(part), 1, "tensor") for part in parts]
-
-
-def _added(parts, outs):
-    """Each part plus its own positions of what the devices along `tensor` sum."""
-    return [p + sharding.scatter_sum(o, 1, "tensor") for p, o in zip(parts, outs, strict=True)]
-
-
-def _joined(parts):
-    """Gathered parts [B, M · S, ...] as one array, in the order of the row."""
-    if len(parts) == 1:
-        return parts[0]
-    tensor = sharding.axis_size("tensor")
-    shards = [x.reshape(x.shape[0], tensor, 1, -1, *x.shape[2:]) for x in parts]
-    x = jnp.concatenate(shards, axis=2)
-    return x.reshape(x.shape[0], -1, *x.shape[4:])
-
-
-def _parted(x, count: int):
-    """`count` arrays that `_joined` would join to `x`."""
-    if count == 1:
-        return [x]
-    tensor = sharding.axis_size("tensor")
-    shards = x.reshape(x.shape[0], tensor, count, -1, *x.shape[2:])
-    return [shards[:, :, n].reshape(x.shape[0], -1, *x.shape[2:]) for n in range(count)]
 
 
 class Embedding(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.embed_dim)
-        self.embedding = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+        self.embedding = nnx.Param(layers.INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
     def __call__(self, tokens, dtype):
         table = sharding.whole(self.embedding[...].astype(dtype), "model/embed_tokens/embedding")
@@ -189,10 +51,10 @@ class Trunk(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return Block(config, rngs=rngs)
+            return layers.Block(config, rngs=rngs)
 
         self.layers = stacked(rngs)
-        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
 
     def __call__(
         self,
@@ -208,7 +70,7 @@ class Trunk(nnx.Module):
         own = sharding.own(tokens, 1, "tensor")
         x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
         inputs = dict(
-            angles=rotary_angles(
+            angles=layers.rotary_angles(
                 positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
             ),
             visibility=attention_lib.prepare(
@@ -240,7 +102,7 @@ class Trunk(nnx.Module):
             return block(parts, cache=layer_cache, **inputs)
 
         if self.execution.remat and cache is None:
-            policy = _remat_policy(self.execution.remat_policy)
+            policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         halves = sharding.axis_size("tensor") > 1 and x.shape[1] >= 2 * PART and x.shape[1] % 2 == 0
         parts = jnp.split(x, 2, axis=1) if halves else [x]
@@ -248,21 +110,10 @@ class Trunk(nnx.Module):
         return self.norm(jnp.concatenate(parts, axis=1)), cache
 
 
-def _remat_policy(name: str):
-    """A policy of `jax.checkpoint_policies`, or one of SAVED: keep what those matrix products made
-    (and what attention needs), recompute what lies between them."""
-    if name in SAVED:
-        # Keys and values gathered over `context` are gathered again: each device keeps its own.
-        own = {"attention_k": "key", "attention_v": "value"}
-        own = own if sharding.axis_size("length") > 1 else {}
-        return jax.checkpoint_policies.save_only_these_names(*(own.get(x, x) for x in SAVED[name]))
-    return getattr(jax.checkpoint_policies, name)
-
-
 class Head(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         shape = (config.embed_dim, config.vocab_size)
-        self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+        self.kernel = nnx.Param(layers.INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
 
 class Llama(nnx.Module):
