@@ -18,9 +18,12 @@ pip -e ".[test]"
 
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-# The longest files first, so that the two workers end together.
+# The longest files first, so that the two workers end together; the hundreds of processes that the
+# tests start find the package's bytecode made.
+unset PYTHONDONTWRITEBYTECODE
 "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  tests/test_recipe.py tests/test_trainer.py tests/test_step.py tests "$@"
+  tests/test_recipe.py tests/kernels/test_compiles.py tests/test_trainer.py tests/test_step.py \
+  tests/test_processes.py tests/test_rehearse.py tests/planning/test_dryrun.py tests "$@"
 if [ $# -eq 0 ]; then  # in a process of its own: TensorFlow and torch's Triton crash in one
   "$VENV/bin/python" -m pytest tests/data/test_seqio_bridge.py
 fi
