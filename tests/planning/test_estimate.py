@@ -131,6 +131,20 @@ def test_all_to_all_is_bound_by_the_middle_of_a_line():
     assert seconds == pytest.approx(4 * size / 2 / 45e9, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "slice_, pair, load",
+    [("v5e:16x16", [0, 1], 1), ("v5e:16x16", [0, 15], 1), ("v5e:16x16", [0, 8], 4)]
+    + [("v5e:8x8", [0, 4], 4), ("v5e:8x8", [0, 7], 1)],
+)
+def test_a_permute_loads_every_link_on_its_way(slice_, pair, load):
+    """Eight apart on a ring of 16, four pairs pass over a link: half of them go either way round."""
+    slice_ = topology.parse(slice_)
+    places = line(slice_.shape[0])
+    seconds, sent = cost.link_seconds("collective-permute", 1e9, pair, places, slice_)
+    assert sent == 1e9
+    assert seconds == pytest.approx(load * 1e9 / 45e9, rel=1e-3)
+
+
 def test_a_scattered_sum_is_no_sum_of_the_whole():
     slice_ = topology.parse("v5e:4x1")
     module, mesh = hlo.parse(SCATTERED), {"fsdp": 4}

@@ -85,8 +85,12 @@ def link_seconds(
         hops += len(values) - 1
     if not bandwidth:  # the two cores of a chip
         return size / hardware.bandwidth, 0.0
-    if kind == "collective-permute":
-        return size / hardware.link + LATENCY, size
+    if kind == "collective-permute":  # every pair is as far apart: so many pass over a link
+        length, far = np.array(topology.shape), np.abs(spots[0, 1:] - spots[1, 1:])
+        passing = np.minimum(far, length - far)
+        either = (length % hardware.wraps == 0) & (2 * far == length)  # half of them go either way
+        load = np.where(either, passing / 2, passing).max()
+        return float(size * load / hardware.link + LATENCY * passing.sum()), size
     share = (n - 1) / n
     if kind == "all-to-all":
         return size * max(share, n / 4) / bandwidth + LATENCY * hops, size * share
