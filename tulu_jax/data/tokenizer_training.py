@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 
-from tulu_jax.data import chat, examples, registry
+from tulu_jax.data import chat, chat_templates, examples, registry
 
 UNK = "<unk>"
 SPECIAL = [UNK, chat.BOS, chat.EOS]  # ids 0, 1, 2, as in Llama
@@ -71,7 +71,7 @@ def save_tokenizer(backend, directory: str, *, max_length: int | None, mode: str
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "chat_template": chat.CHAT_TEMPLATES[mode],
+        "chat_template": chat_templates.TEMPLATES[mode],
     }
     if max_length is not None:
         config["model_max_length"] = max_length
