@@ -63,7 +63,8 @@ def link_seconds(
     `size` is the bytes of the whole buffer (of what a device sends, for a permutation). `places`
     int [devices, 1 + torus axes] is the slice and the coordinates of each position of the mesh. A
     torus axis that the group spans serves it with two links where it closes into a ring, with one
-    where it is a line, shared among the groups that interleave on it.
+    where it is a line, shared among the groups that interleave on it. `members` of a permutation
+    is its first pair; the others are as far apart.
     """
     n, hardware = len(members), topology.hardware
     if n == 1:
