@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tulu_jax import step as step_lib
-from tulu_jax import trainer
+from tulu_jax import trainer, validation
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -242,7 +242,7 @@ def test_best_checkpoint_is_kept_beside_the_last(home, tmp_path):
     config = builders.replace(
         config,
         optimizer__learning_rate=3.0,
-        optimizer__warmup_ratio=1.0,
+        optimizer__warmup_ratio=0.9,
         checkpoint__every=2,
         checkpoint__keep=1,
         checkpoint__best="eval/loss",
@@ -326,7 +326,7 @@ def test_packed_pairs_start_at_log_two_and_a_resident_reference_gives_the_same(h
 
 def test_a_killed_reference_goes_on_behind_its_last_shard(home, tmp_path):
     """Without its second shard a run computes that alone; with other data it is refused."""
-    config = packed_dpo(home, tmp_path, num_steps=1)
+    config = packed_dpo(home, tmp_path, num_steps=2)
     trainer.Run(config).train()
     folder = tmp_path / "run/reference_train"
     shards = sorted(folder.glob("*.npz"))
@@ -378,3 +378,10 @@ def test_rates_say_how_much_was_useful():
     assert rates["perf/trained_tokens_per_second"] == 100
     assert rates["perf/conversations_per_second"] == 4
     assert rates["perf/useful_fraction"] == 0.6
+
+
+def test_epochs_too_short_to_train_are_refused_before_the_devices(home, tmp_path):
+    config = run_config(home, tmp_path, num_steps=None, num_epochs=1e-4)
+    with pytest.raises(validation.UsageError, match="the only update has rate 0"):
+        trainer.Run(config)
+    assert not (tmp_path / "run").exists()

@@ -86,7 +86,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
-            raise UsageError(f"{error}; --help lists the options") from error
+            raise UsageError(f"{str(error).rstrip('. ')}\n--help lists the options") from error
         if len(rest) > 1:
             raise UsageError(f"unexpected arguments {rest[1:]}; options start with --")
     return rest
@@ -360,7 +360,7 @@ def _build(problems: list[str]) -> TrainConfig | None:
         return gin.query_parameter("%ROOT").scoped_configurable_fn()
     except Exception as error:  # a missing field is a TypeError, an unknown macro a ValueError
         if not problems:  # else it is the echo of a statement that was refused
-            problems.append(" ".join(str(error).split()))
+            problems.append(" ".join(re.sub(r"\(<[^>]*>\)", "", str(error)).split()))
         return None
 
 

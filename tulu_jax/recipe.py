@@ -106,15 +106,15 @@ def under(root: str, path: str | None) -> str | None:
     """`root/path`, for gin files, which cannot join strings: real data lies below one root.
 
     A `path` that is whole (`/…`, `~/…`, `gs://…`) is itself, and None stays None. Raises
-    `UsageError` for what is no text.
+    `UsageError` for what is no path.
     """
     if path is None:
         return None
     for name, value in (("root", root), ("path", path)):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value:
             raise validation.UsageError(
-                f"recipe.under.{name} = {value!r} is a {type(value).__name__}; expected a path: "
-                "give the macro that it is set to (such as BUCKET, DATA_ROOT, BASE) a string"
+                f"recipe.under.{name} = {value!r}: expected a path as a string; mend the macro "
+                "that it is set to, such as BUCKET, DATA_ROOT or BASE."
             )
     path = validation.expanded(path)
     return path if path.startswith("/") or "://" in path else f"{root.rstrip('/')}/{path}"

@@ -41,8 +41,8 @@ PROMPTS_SHOWN = 12
 
 def series(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one metric, where it was written and finite."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    written = [line for line in lines if line.get(name) is not None]
+    return [float(line["step"]) for line in written], [float(line[name]) for line in written]
 
 
 def matching(lines: list[dict], patterns: Iterable[str]) -> list[str]:

@@ -160,10 +160,9 @@ class Run:
         self.weights = about["weights"]
         ours, theirs = self.about()["must_match"], about["must_match"]
         return checkpoint_lib.param_problems(about["params"], self.abstract.params) + [
-            f"the checkpoints in {self.checkpoints.folder} were made with {name} = {theirs[name]}; "
-            f"this run has {ours[name]}. Restore the setting or choose another --workdir"
-            for name in ours
-            if ours[name] != theirs.get(name)
+            f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
+            f"this run has {now}. Restore the setting or choose another --workdir"
+            for name, before, now in _different(theirs, ours)
         ]
 
     def _attach_reference(self, state: TrainState) -> None:
@@ -363,6 +362,16 @@ class Meter:
             f"good checkpoint: {run.checkpoints.describe_latest()}. Look at these rows, lower the "
             "learning rate, or start again to resume from that checkpoint."
         )
+
+
+def _different(before: dict, now: dict, inside: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value before, value now) of what differs, nested ones as "outer.inner"."""
+    for name in now:
+        was, value = before.get(name), now[name]
+        if isinstance(was, dict) and isinstance(value, dict):
+            yield from _different(was, value, f"{inside}{name}.")
+        elif was != value:
+            yield f"{inside}{name}", was, value
 
 
 def _line(values: dict[str, float]) -> str:

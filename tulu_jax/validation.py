@@ -153,7 +153,8 @@ def _type_problems(config) -> list[str]:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        confused = isinstance(value, bool) and hint in (int, float)  # True is an int to Python
+        allowed = (hint, *typing.get_args(hint))
+        confused = isinstance(value, bool) and bool not in allowed  # True is an int to Python
         if confused or not is_bearable(value, hint, conf=conf):
             name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             problems.append(

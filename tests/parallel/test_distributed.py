@@ -211,7 +211,8 @@ def test_no_process_zero_and_a_port_in_use():
 
 PULSE = """
 import json, sys, time
-from tulu_jax.parallel import lifeline
+from tulu_jax import validation
+from tulu_jax.parallel import distributed, lifeline
 me, address = lifeline.Member(**json.loads(sys.argv[1])), sys.argv[2]
 _, line = lifeline.join(me, address, start_timeout=60.0, peer_timeout=5.0)
 line.watch()
@@ -219,6 +220,10 @@ print("joined", flush=True)
 if sys.argv[3] == "raise":
     time.sleep(1)
     line.fail(FloatingPointError("loss is not finite"))
+if sys.argv[3] == "refuse":
+    distributed._lifeline = line
+    with distributed.together(), validation.refusing():
+        raise validation.UsageError("row 7 is malformed")
 time.sleep(100)
 """
 
@@ -228,6 +233,7 @@ time.sleep(100)
     [
         ("stop", 75, "process 1 (host1) has been silent for"),
         ("raise", 1, "process 1 (host1) failed: FloatingPointError: loss is not finite"),
+        ("refuse", 2, "process 1 (host1) failed: UsageError: row 7 is malformed. Correct that"),
     ],
 )
 def test_a_silent_or_failed_process_ends_the_others(action, code, reason):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -159,8 +161,12 @@ class Checkpoints:
     def _read(self, step: int, read: Callable[[int], Any]) -> Any:
         """`read(step)`. What fails is a damaged checkpoint: raises `UsageError` that names it, and
         the newest other one for which `read` succeeds."""
+        former = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_without_echoes, former)
         try:
-            return read(step)
+            found = read(step)
+            sys.unraisablehook = former  # behind a failure, echoes come until the end
+            return found
         except Exception as error:  # of json, TensorStore, Orbax and what these read with
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
@@ -216,6 +222,13 @@ class _Explained:
                 f"{self.checkpoints.describe_latest()}. Free some space or repair the folder and "
                 "start the same command again."
             ) from error
+
+
+def _without_echoes(former: Callable[[Any], None], unraisable) -> None:
+    """A `sys.unraisablehook` for Orbax's reads: once one array cannot be read, the others arrive at
+    an event loop that is closed, each with a traceback."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        former(unraisable)
 
 
 def _short(error: BaseException) -> str:

@@ -1,0 +1,76 @@
+"""What a run writes of its metrics: JSON that every reader takes, and one run at W&B."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from tulu_jax import report, strict_json, validation
+from tulu_jax.training import metrics
+
+
+def refuse(token):
+    raise AssertionError(f"{token} is not JSON")
+
+
+def record(workdir, start_step=0, **settings):
+    config = metrics.LoggingConfig(tensorboard=False, **settings)
+    return metrics.Recorder(config, str(workdir), start_step, {"seed": 1})
+
+
+def test_what_is_not_finite_is_null_and_no_point_of_a_curve(tmp_path):
+    recorder = record(tmp_path)
+    recorder.write(0, {"eval/loss": float("nan"), "eval/kl": float("-inf")})
+    recorder.write(1, {"eval/loss": 2.5})
+    recorder.close()
+    for line in (tmp_path / metrics.FILE).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    record(tmp_path, start_step=1).close()  # a resumed run writes its lines again
+    lines = metrics.read(str(tmp_path))
+    assert lines[0] == {"step": 0, "eval/loss": None, "eval/kl": None}
+    assert report.series(lines, "eval/loss") == ([1], [2.5])
+    assert report.matching(lines, ("eval/*",)) == ["eval/loss"]
+
+
+def test_nested_numbers_that_are_not_finite():
+    text = strict_json.dumps({"a": [1.5, float("nan"), (float("inf"), "x")], "b": None})
+    assert json.loads(text, parse_constant=refuse) == {"a": [1.5, None, [None, "x"]], "b": None}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for the package, which is not a requirement; `calls` are those of `init`."""
+    calls = []
+
+    def init(**arguments):
+        calls.append(arguments)
+        return types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return calls
+
+
+def test_every_try_of_a_workdir_is_one_run_at_wandb(tmp_path, wandb):
+    for workdir, start_step in (("a", 0), ("a", 5), ("b", 0)):
+        record(tmp_path / workdir, start_step, wandb_project="tulu").close()
+    first, again, other = wandb
+    assert first["id"] == again["id"] != other["id"]
+    assert {call["resume"] for call in wandb} == {"allow"}
+    assert (first["project"], first["name"]) == ("tulu", "a")
+
+
+def test_wandb_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(validation.UsageError, match="pip install wandb"):
+        record(tmp_path, wandb_project="tulu")
+
+
+def test_a_workdir_without_metrics_and_a_broken_line(tmp_path):
+    with pytest.raises(
+        validation.UsageError, match="does not exist; expected the workdir of a run"
+    ):
+        metrics.read(str(tmp_path))
+    (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": \n')
+    with pytest.raises(validation.UsageError, match="a line that is not JSON"):
+        metrics.read(str(tmp_path))
