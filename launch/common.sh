@@ -56,7 +56,7 @@ check() {
 # evaluated. Passed over: blank lines, lines that begin with #, a carriage return that ends a line, a
 # byte order mark. Wrong lines are told all at once, by number, and never printed.
 export_variables() {
-  local line name value number=0 wrong=""
+  local LC_ALL=C line name value number=0 wrong=""  # C: any byte is a character
   [ -r "$1" ] || die "$1 cannot be read"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1)) line=${line%$'\r'}

@@ -212,6 +212,7 @@ def exported(tmp_path, content):
         env={"PATH": os.environ["PATH"], "HOME": "/h"},
         capture_output=True,
         text=True,
+        errors="surrogateescape",
     )
     variables = dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
     return variables, done.returncode, done.stderr
@@ -229,6 +230,8 @@ def test_a_file_of_variables_is_taken_as_it_stands(tmp_path):
         "H==a=b==": "=a=b==",
         "  I=indented": "indented",
         "J=ü": "ü",
+        "K=Latin-1 \udcfc": "Latin-1 \udcfc",
+        "LC_ALL=C.UTF-8": "C.UTF-8",
         "line=lower": "lower",
         "value=x": "x",
     }
@@ -238,7 +241,7 @@ def test_a_file_of_variables_is_taken_as_it_stands(tmp_path):
         expected[name.strip()] = rest if value is None else value
     text = "\ufeff# a comment\n\n   \n  # another\n" + "\n".join(lines)  # no newline at the end
     for content in (text, text.replace("\n", "\r\n")):
-        variables, code, said = exported(tmp_path, content.encode())
+        variables, code, said = exported(tmp_path, content.encode(errors="surrogateescape"))
         assert (code, said) == (0, "")
         assert {name: variables.get(name) for name in expected} == expected
     assert not (tmp_path / "made").exists()
