@@ -174,14 +174,14 @@ def test_long_rows_are_cut_on_the_right_and_counted(config, tmp_path, tokenizer)
     write_jsonl(tmp_path / "rows.jsonl", [*chats(2), LONG, LATE])
     rows = train_rows(config, packing="none")
     assert (rows.num_examples, rows.stats.cut) == (3, 1)
-    assert rows.stats.dropped == {"no trained token": 1}
+    assert rows.stats.dropped == {"prompt fills the row": 1}
     whole = chat.encode_conversation(LONG["messages"], tokenizer, chat="spec")
     cut = rows.in_order(2)
     assert (cut["tokens"] == whole.tokens[:64]).all()
     assert (cut["targets"] == whole.targets[:64]).all()
     assert (cut["loss_mask"] == whole.loss_mask[:64]).all()
     table = str(rows.stats)
-    assert "left out: 1 × no trained token" in table and "a       4" in table
+    assert "left out: 1 × prompt fills the row" in table and "a       4" in table
 
 
 def test_long_rows_are_dropped_and_counted(config, tmp_path):
@@ -231,7 +231,7 @@ def test_pairs_are_cut_side_by_side(config, tmp_path, add_task):
     add_task("p", {"train": "pairs.jsonl"}, kind="preference")
     rows = train_rows(config, train="p", packing="none")
     assert (rows.kind, rows.num_examples, rows.stats.cut) == ("preference", 2, 1)
-    assert rows.stats.dropped == {"identical sides": 1, "no trained token": 1}
+    assert rows.stats.dropped == {"identical sides": 1, "prompt fills the row": 1}
     assert rows.in_order(1)["segment_ids"].sum(axis=1).tolist()[0] == 64
     dropped = train_rows(config, train="p", packing="none", truncation="drop")
     assert dropped.stats.dropped == {"identical sides": 1, "longer than max_length": 2}
