@@ -153,16 +153,15 @@ def source_digest(task: registry.Task, drawing: Drawing) -> str:
             digest.update(json.dumps(row, default=repr).encode() + b"\n")
         return digest.hexdigest()
     files = task_files.of(source)
-    paths = task_files.located(task, files, drawing.data_root) or [
-        cached["filename"]
-        for cached in readers.hub_set(
-            files, wanted=task_files.wanted(files, drawing.data_root)
-        ).cache_files
-    ]
+    paths, hub = task_files.located(task, files, drawing.data_root), None
+    if not paths:  # a part of a hub split is read from the files of the whole
+        hub = [files.hub, files.hub_split, files.hub_revision]
+        wanted = task_files.wanted(files, drawing.data_root)
+        paths = [file["filename"] for file in readers.hub_set(files, wanted=wanted).cache_files]
     contents = [
         [file_sets.suffix(path), _content_digest(path, task_files.stamp(path))] for path in paths
     ]
-    digest.update(json.dumps([sorted(files.where.items()), contents]).encode())
+    digest.update(json.dumps([sorted(files.where.items()), hub, contents]).encode())
     return digest.hexdigest()
 
 

@@ -219,6 +219,12 @@ def prepare(config: DataConfig, *, split: str) -> "Rows | None":
     if not found:
         logging.info("%s has no validation split", registry.name_of(config.train))
         return None
+    if config.holdout_every is not None and config.validation is not None and split == "train":
+        logging.info(
+            "validation is %r: of other tasks, holdout_every = %d holds nothing out",
+            registry.name_of(config.validation),
+            config.holdout_every,
+        )
     encoding = encode.Encoding(
         tokenizer=chat_lib.load_tokenizer(config.tokenizer),
         chat=config.chat,

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import os
 
+from tulu_jax import validation
 from tulu_jax.data import registry, task_files
-from tulu_jax.data.sources import own, readers
+from tulu_jax.data.sources import file_sets, own, readers
 
 
 def task_of_file(path: str, *, data_root: str | None, split: str) -> registry.Task:
@@ -39,14 +40,17 @@ def _place(path: str, data_root: str | None) -> str:
     """Where `path` is: in the working directory, or below the data root."""
     path = os.path.expanduser(path)
     places = [path if "://" in path else os.path.abspath(path)]
+    found = [place for place in places if readers.find(place)]
     if data_root is not None and not os.path.isabs(path) and "://" not in path:
-        places.append(f"{os.path.expanduser(data_root).rstrip('/')}/{path}")
-    found = []
-    for place in places:
-        if not ("://" in place and found) and readers.find(place):  # a bucket need not be asked
-            found.append(place)
+        place = f"{os.path.expanduser(data_root).rstrip('/')}/{path}"
+        # A bucket is not asked for what is here, nor for what may be a misspelt name.
+        if "://" not in place or (not found and file_sets.suffix(path)):
+            places.append(place)
+            found += [place] if readers.find(place) else []
     if not found:
-        raise FileNotFoundError(f"there is no such file: looked for {' and '.join(places)}")
+        raise FileNotFoundError(
+            f"there is no such file: looked for {' and '.join(places)}{_nearest(places[0])}"
+        )
     if len(found) > 1 and not os.path.samefile(*found):
         raise ValueError(
             f"{path!r} is {found[0]} in the working directory and {found[1]} below the data root; "
@@ -57,10 +61,16 @@ def _place(path: str, data_root: str | None) -> str:
     return found[0]
 
 
+def _nearest(place: str) -> str:
+    folder, name = os.path.split(place)
+    return validation.nearest(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+
+
 def _kind(task: registry.Task, data_root: str | None) -> str:
     source = task.source("train")
     if callable(source):
-        return own.kind_of(next(iter(source())))
+        rows = iter(source())
+        return own.kind_of(next(rows, {}))
     first, *_ = task_files.located(task, task_files.of(source), data_root)
     return _kind_of_file(first, task_files.stamp(first))
 

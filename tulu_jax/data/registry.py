@@ -285,7 +285,7 @@ def _found(wanted: str | Mixture | Task, *, data_root: str | None, split: str) -
     if found is None:
         try:
             found = own_rows.task_of_file(wanted, data_root=data_root, split=split)
-        except FileNotFoundError as error:
+        except OSError as error:
             raise ValueError(f"{_no_such_name(wanted)}; and {error}") from error
     if isinstance(found, Task) and found.convert is None:
         found = own_rows.resolved(found, data_root=data_root)

@@ -14,7 +14,9 @@ READABLE = (".jsonl.gz", ".json", ".jsonl", ".tsv", ".parquet")
 UNFINISHED = (".crdownload", ".part", ".partial", ".download", ".incomplete", ".tmp", ".aria2")
 MAC_FORK = "._"  # what a Mac's archive has beside each file
 
-_COPY = re.compile(r"( - copy| copy| copy \d+|_copy|)( ?\(\d+\))?", re.IGNORECASE)
+_COPY = re.compile(
+    r"( - copy| copy( \d+)?|_copy|)( ?\((\d+|[^()]*copy[^()]*)\))?", re.IGNORECASE
+)
 _SHARD = re.compile(r"(?:(.*?)[-_.])?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{8,})?")
 
 
@@ -124,7 +126,10 @@ def _group_problems(members: list[tuple[str, _Form]], *, whole: bool) -> Iterato
     by_place = {}
     for path, form in members:
         if form.number in by_place:
-            yield f"{by_place[form.number]} and {path} are copies of one file; keep one of them"
+            yield (
+                f"{by_place[form.number]} and {path} look like copies of one file; keep one of "
+                "them, or rename one"
+            )
         by_place.setdefault(form.number, path)
     totals = {form.total: path for path, form in members}
     if len(totals) > 1:

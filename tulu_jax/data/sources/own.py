@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from tulu_jax.data.sources import pairs, turns
 
+ROLES = ("system", "user", "assistant")
 SENDERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT; others are roles already
 CONVERSATIONS = ("messages", "conversations")
 SIDES = ("chosen", "rejected")
@@ -69,7 +70,7 @@ def _columns(row: dict) -> set[str]:
 
 
 def _conversation(row: dict) -> list[dict]:
-    (*given,) = (name for name in CONVERSATIONS if name in _columns(row))
+    given = sorted(_columns(row) & set(CONVERSATIONS))
     if len(given) != 1:
         raise ValueError(f"found columns {sorted(row)}; expected one of {CONVERSATIONS}")
     return _messages(row[given[0]], given[0], None)
@@ -79,9 +80,9 @@ def _prompt(row: dict) -> list[dict]:
     columns = _columns(row)
     if "prompt" in columns:
         return _messages(row["prompt"], "prompt", "user") if row["prompt"] else []
-    return _messages(row["conversations"], "conversations", None) if (
-        "conversations" in columns
-    ) else []
+    if "conversations" in columns:
+        return _messages(row["conversations"], "conversations", None)
+    return []
 
 
 def _messages(value, name: str, role: str | None) -> list[dict]:
@@ -107,8 +108,11 @@ def _message(item, name: str) -> dict:
     for key in keys:
         if not isinstance(item.get(key), str):
             raise ValueError(f"{name}: {key} is {item.get(key)!r:.60}; expected a string")
-    sender, content = (item[key] for key in keys)
-    return turns.message(SENDERS.get(sender, sender) if keys[0] == "from" else sender, content)
+    role, content = (turns.text(item[key], f"{name}: {key}") for key in keys)
+    role = SENDERS.get(role, role) if keys[0] == "from" else role
+    if role not in ROLES:
+        raise ValueError(f"{name}: unknown role {role!r:.60}; expected one of {ROLES}")
+    return turns.message(role, content)
 
 
 def _is_in(prompt: Iterable[dict], messages: list[dict]) -> bool:
