@@ -346,10 +346,18 @@ def _override(overrides: Sequence[str]) -> list[str]:
             )
             continue
         replaced.append(gin.config._CONFIG[(name, _MACRO)]["value"])
+        replaced += [] if value.startswith(("@", "%")) else _of_macro(name)
         given.add((name, _MACRO))
         gin.parse_config(f"{name} = {value}")
     _forget(replaced, given)
     return problems
+
+
+def _of_macro(name: str) -> list:
+    """The values that a saved config has under the scope of a macro, which are taken out."""
+    config = gin.config._CONFIG
+    scoped = [key for key in config if key[1] != _MACRO and key[0].split("/")[0] == name]
+    return [value for key in scoped for value in config.pop(key).values()]
 
 
 def _forget(replaced: list, given: set[tuple[str, str]]) -> None:

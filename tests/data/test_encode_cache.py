@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -335,6 +336,61 @@ def test_no_examples_at_all(config, tmp_path):
     held_out = dataclasses.replace(config, holdout_every=2)
     with pytest.raises(ValueError, match=r"'a' has no examples in its validation split"):
         loader.prepare(held_out, split="validation")
+
+
+@pytest.mark.parametrize("split", ["test", "valid", "train[:3]"])
+def test_an_unknown_split_is_refused(config, split):
+    with pytest.raises(ValueError, match=r"no split is named .*; expected one of \('train', 'val"):
+        loader.prepare(config, split=split)
+
+
+@pytest.fixture
+def two(config, tmp_path, add_task) -> loader.DataConfig:
+    """A mixture of "a" and "b", both of ten rows without a validation split of their own."""
+    write_jsonl(tmp_path / "b.jsonl", chats(10))
+    add_task("b", {"train": "b.jsonl"})
+    train = registry.Mixture(name="ab", tasks={"a": None, "b": None})
+    return dataclasses.replace(config, train=train, holdout_every=5)
+
+
+def held_out(config, **changes) -> dict[str, int]:
+    """The number of train rows of each task that are not trained on."""
+    config = dataclasses.replace(config, **changes)
+    assert list(loader.problems(config, kind="sft")) == []
+    assert loader.prepare(config, split="validation").num_examples
+    tasks = loader.prepare(config, split="train").stats.tasks
+    return {counts.task: counts.raw_rows - counts.examples for counts in tasks}
+
+
+def test_rows_are_held_out_only_for_the_validation_split_that_they_go_to(two, tmp_path, add_task):
+    write_jsonl(tmp_path / "own.jsonl", chats(3))
+    own = add_task("own", {"train": "a.jsonl", "validation": "own.jsonl"})
+    assert held_out(two) == {"a": 2, "b": 2}
+    assert held_out(two, validation="b") == {"a": 0, "b": 2}
+    for validation in ("own", own, str(tmp_path / "own.jsonl")):
+        assert held_out(two, validation=validation) == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"validation": "b", "holdout_every": None},
+            r"validation = 'b' has no validation split: its tasks have none of their own, and hold",
+        ),
+        ({"holdout_every": 11}, r"holdout_every = 11 holds nothing out of {'a': 10, 'b': 10} rows"),
+        ({"validation": "b", "holdout_every": 11}, r"holds nothing out of {'b': 10} rows"),
+    ],
+)
+def test_a_validation_split_without_rows_is_found_before_encoding(two, encoded, changes, message):
+    (problem,) = loader.problems(dataclasses.replace(two, **changes), kind="sft")
+    assert re.match(f".*{message}", problem) and encoded == []
+
+
+def test_a_file_of_both_splits_is_found_before_encoding(config, add_task):
+    task = add_task("both", {"train": "rows.jsonl", "validation": "rows.jsonl"})
+    (problem,) = loader.problems(dataclasses.replace(config, train=task), kind="sft")
+    assert "rows.jsonl is trained on (both) and is the validation split, too (both)" in problem
 
 
 def test_unexpected_counts_are_refused_unless_told_to_go_on(config):

@@ -97,7 +97,13 @@ def test_where_a_path_may_lead(config, folder, monkeypatch):
         write_jsonl(folder / name, chats(2))
     counts = {
         name: loader.prepare(config(name), split="train").num_examples
-        for name in ("here.jsonl", "root.jsonl", "~/home.jsonl", f"{folder}/here.jsonl", "a-*.jsonl")
+        for name in (
+            "here.jsonl",
+            "root.jsonl",
+            "~/home.jsonl",
+            f"{folder}/here.jsonl",
+            "a-*.jsonl",
+        )
     }
     assert list(counts.values()) == [2, 2, 2, 2, 4]
     write_jsonl(folder / "data" / "here.jsonl", chats(3))
@@ -186,14 +192,18 @@ def test_malformed_rows_are_named_by_file_and_line(config, folder):
         (5, "row my.jsonl/4: messages, message 0: content is None; expected a string"),
         (6, "row my.jsonl/5: found columns ['text']; expected one of ('messages', 'conv"),
     ):
-        assert said in str(raised.value) and f"({folder}/my.jsonl, line {line})" in str(raised.value)
+        assert said in str(raised.value) and f"({folder}/my.jsonl, line {line})" in str(
+            raised.value
+        )
 
 
 def test_a_first_row_of_neither_kind(config, folder):
     write_jsonl(folder / "my.jsonl", [{"instruction": "x", "output": "y"}])
     with pytest.raises(ValueError) as raised:
         config("my.jsonl")
-    assert f"{folder}/my.jsonl, line 1: found columns ['instruction', 'output']" in str(raised.value)
+    assert f"{folder}/my.jsonl, line 1: found columns ['instruction', 'output']" in str(
+        raised.value
+    )
     (folder / "my.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"my\.jsonl, line 1: malformed JSON"):
         config("my.jsonl")
@@ -269,7 +279,11 @@ def test_layouts_of_conversations(row, expected):
         (own.pair, {"prompt": "Say", "chosen": "x"}, r"missing column 'rejected'"),
         (own.pair, {"prompt": 3, **ANSWERS}, r"prompt is 3; expected a text, a message or mess"),
         (own.pair, {**WHOLE, "rejected": SAID["rejected"]}, r"chosen begins with role 'user', rej"),
-        (own.pair, {"chosen": messages("a", "x"), "rejected": messages("b", "x")}, r"prompts of ch"),
+        (
+            own.pair,
+            {"chosen": messages("a", "x"), "rejected": messages("b", "x")},
+            r"prompts of ch",
+        ),
         (own.conversation, {"messages": [], "id": "x"}, r"messages is \[\]; expected a list of"),
         (own.conversation, {"messages": ["x"]}, r"messages, message 0: is 'x'; expected 'role'"),
         (own.conversation, {"messages": [{"role": "user", "content": None}]}, r"content is None"),

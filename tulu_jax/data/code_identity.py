@@ -94,8 +94,8 @@ class _Walk:
 def _is_of_a_library(wrapper) -> bool:
     """Whether a wrapper comes from an installed package (gin, a type checker) or from Python."""
     code = getattr(wrapper, "__code__", None)
-    return code is None or code.co_filename.startswith("<@beartype") or _is_installed(
-        code.co_filename
+    return (
+        code is None or code.co_filename.startswith("<@beartype") or _is_installed(code.co_filename)
     )
 
 

@@ -14,9 +14,7 @@ READABLE = (".jsonl.gz", ".json", ".jsonl", ".tsv", ".parquet")
 UNFINISHED = (".crdownload", ".part", ".partial", ".download", ".incomplete", ".tmp", ".aria2")
 MAC_FORK = "._"  # what a Mac's archive has beside each file
 
-_COPY = re.compile(
-    r"( - copy| copy( \d+)?|_copy|)( ?\((\d+|[^()]*copy[^()]*)\))?", re.IGNORECASE
-)
+_COPY = re.compile(r"( - copy| copy( \d+)?|_copy|)( ?\((\d+|[^()]*copy[^()]*)\))?", re.IGNORECASE)
 _SHARD = re.compile(r"(?:(.*?)[-_.])?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{8,})?")
 
 

@@ -75,9 +75,7 @@ def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dic
     return (row for _, row in read_placed(path, where))
 
 
-def read_placed(
-    path: str, where: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, dict]]:
+def read_placed(path: str, where: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields (where it is in the file, as "line 3", row) of each row of one file.
 
     Lines are counted from 1; items of a JSON list and rows of Parquet from 0. Rows whose columns do
@@ -167,7 +165,7 @@ def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def _kept(batch, where: Mapping[str, str]) -> Iterator[tuple[int, dict]]:
-    """(number, row) of those whose columns equal `where`, compared here: Arrow compares no views."""
+    """(number, row) of those whose columns equal `where`; Arrow itself compares no views."""
     if not where:
         yield from enumerate(batch.to_pylist())
         return
