@@ -50,6 +50,7 @@ class _Conversation:
     name: str
     messages: list[dict]
     ids: chat_lib.TokenIds
+    final_only: bool
 
 
 def check(config: loader.DataConfig) -> list[Outcome]:
@@ -157,12 +158,14 @@ class _Comparison:
         options = {"tokenizer": self._tokenizer, "chat": self._chat, "names": [name]}
         if kind == "sft":
             (ids,) = chat_lib.tokenize([example["messages"]], **options)
-            yield _Conversation(name=name, messages=example["messages"], ids=ids)
+            messages = example["messages"]
+            yield _Conversation(name=name, messages=messages, ids=ids, final_only=False)
             return
         (sides,) = chat_lib.tokenize_pairs([example], **options)
         for side, ids in zip(("chosen", "rejected"), sides, strict=True):
             messages = example["prompt"] + example[side]
-            yield _Conversation(name=f"{name} ({side})", messages=messages, ids=ids)
+            name_of_side = f"{name} ({side})"
+            yield _Conversation(name=name_of_side, messages=messages, ids=ids, final_only=True)
 
     def _differences(self, conversation: _Conversation) -> Iterator[Difference]:
         """The first difference of each comparison that finds one."""
@@ -198,7 +201,7 @@ class _Comparison:
     def _decoded(self, before: int, ids: list[int]) -> str:
         """The text of ids behind the id `before`; a decoder takes a space off each beginning."""
         head = self._tokenizer.decode([before], skip_special=False)
-        text, run, is_first = "", [], True
+        text, run, is_first = "", [], before not in self._added
         for id in [*ids, None]:
             if id is not None and id not in self._added:
                 run.append(id)
@@ -213,18 +216,24 @@ class _Comparison:
 
     def _answers(self, conversation: _Conversation) -> str:
         """What is to be trained on, from the messages: the last of them where that is all."""
-        messages = conversation.messages
-        texts = []
+        messages, texts = conversation.messages, []
+        roles = [None, *(message["role"] for message in messages)]
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+            is_last = place + 1 == len(messages)
+            if message["role"] != "assistant" or (conversation.final_only and not is_last):
                 continue
             answer = message["content"].strip() + chat_lib.EOS
+            before = roles[place]
+            if self._chat != "spec" and (
+                before is None or (before == "assistant" and not conversation.final_only)
+            ):
+                answer = "<|assistant|>\n" + answer
+            elif self._chat == "paper":
+                answer = re.sub(rf"\A{SPECIAL}", "", answer)  # masked with the swallowed newline
             if self._chat == "paper":
                 answer = re.sub(rf"\s*{SPECIAL}\s*", r"\1", answer)
-            is_inner = place + 1 < len(messages)
-            texts.append(answer + "\n" * (self._chat == "open_instruct" and is_inner))
-        number = len(conversation.ids.spans)
-        return "".join(texts[len(texts) - number :]).replace("\u2581", " ")
+            texts.append(answer + "\n" * (self._chat == "open_instruct" and not is_last))
+        return "".join(texts).replace("\u2581", " ")
 
 
 def _difference(
