@@ -31,22 +31,13 @@ from typing import Any
 import numpy as np
 
 from tulu_jax import validation
-from tulu_jax.data import sentencepiece_bpe
+from tulu_jax.data import tokenizer_files
 from tulu_jax.data import words as words_lib
 from tulu_jax.data.examples import check_messages
-from tulu_jax.data.sources import readers
 
 MODES = ("spec", "paper", "open_instruct")
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 _AROUND_SPECIAL = re.compile(rf"\s*({BOS}|{EOS}|{UNK})\s*")
-
-# Texts whose ids tell tokenizers apart: prefixes, newlines around special tokens, spaces, bytes.
-PROBES = (
-    "<|user|>\nHello world\n<|assistant|>\nYes</s>\n<|user|>\nAgain",
-    "<|system|>\n\n<|user|>\n  two  spaces\tand a tab \n\n<|assistant|>\n",
-    "naïve 東京 💡 \x00\r\n",
-    "a</s></s>b <s> c",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,21 +99,13 @@ class Encoded:
 
 
 def load_tokenizer(path: str) -> ChatTokenizer:
-    """Loads `tokenizer.json`, or else a SentencePiece `tokenizer.model`, from a file or its folder.
+    """Loads `tokenizer.json`, or else a SentencePiece `tokenizer.model`, from a file or its folder,
+    with the tokens that the files beside it add.
 
-    Raises `FileNotFoundError` if there is neither, and `ValueError` for a tokenizer without a
-    single-id `</s>` or `<s>`, or if both files are there and give some text different ids.
+    Raises what `tokenizer_files.load` does, and `ValueError` for a tokenizer without a single-id
+    `</s>` or `<s>`.
     """
-    import tokenizers
-
-    file = _tokenizer_file(path)
-    if file.suffix == ".json":
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    else:
-        backend = sentencepiece_bpe.convert(file.read_bytes(), str(file))
-    backend.no_truncation()
-    backend.no_padding()
-    _check_agreement(backend, file)
+    backend = tokenizer_files.load(path)
     return ChatTokenizer(
         backend=backend,
         words=words_lib.Words(backend) if words_lib.allows(backend) else None,
@@ -362,39 +345,11 @@ def _turn_borders(turn: Turn, encoding, ids: np.ndarray, eos_id: int, name: str)
     return first, last + 1, last + 1 if is_swallowed else encoding.char_to_token(turn.behind)
 
 
-def _tokenizer_file(path: str):
-    given = readers.as_path(path)
-    candidates = (
-        [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
-    )
-    for file in candidates:
-        if file.exists():
-            if file.suffix not in (".json", ".model"):
-                raise ValueError(f"{path}: expected a tokenizer.json or a tokenizer.model")
-            return file
-    raise FileNotFoundError(
-        f"{path}: found no tokenizer; expected tokenizer.json or tokenizer.model there"
-    )
-
-
-def _check_agreement(backend, file) -> None:
-    """Raises `ValueError` if the tokenizer.model beside a tokenizer.json gives other ids."""
-    beside = file.with_name("tokenizer.model")
-    if file.suffix != ".json" or not beside.exists():
-        return
-    other = sentencepiece_bpe.convert(beside.read_bytes(), str(beside))
-    for probe in PROBES:
-        ours, theirs = (b.encode(probe, add_special_tokens=False).ids for b in (backend, other))
-        if ours != theirs:
-            raise ValueError(
-                f"{file} and {beside} give different ids for {probe!r}: {ours} and {theirs}. "
-                "Give the one that the model was trained with: the tokenizer.model alone is the "
-                "original; a tokenizer.json saved with legacy = False is not"
-            )
-
-
 def _single_id(backend, text: str, path: str) -> int:
-    found = backend.encode(text, add_special_tokens=False).ids
+    try:
+        found = backend.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # a model without an unknown token; the library raises nothing else
+        raise ValueError(f"{path}: the tokenizer cannot encode {text!r} ({error})") from error
     if len(found) != 1 or backend.token_to_id(text) != found[0]:
         raise ValueError(
             f"{path}: a tokenizer without a single-id {text}: it encodes to {found}; "
