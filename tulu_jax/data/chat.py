@@ -37,7 +37,8 @@ from tulu_jax.data.examples import check_messages
 
 MODES = ("spec", "paper", "open_instruct")
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
-_AROUND_SPECIAL = re.compile(rf"\s*({BOS}|{EOS}|{UNK})\s*")
+SPECIAL = (BOS, EOS, UNK)
+_AROUND_SPECIAL = re.compile(rf"\s*({'|'.join(SPECIAL)})\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 SPECIAL_MAP = "special_tokens_map.json"
 ALWAYS = ("<s>", "</s>", "<unk>")  # Llama's special tokens
 ORDER = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in which tokens without an id get one
-MOST_PROBED = 64
+MOST_PROBED = 256
 
 # Texts whose ids tell tokenizers apart: prefixes, newlines around special tokens, spaces, bytes.
 PROBES = (
