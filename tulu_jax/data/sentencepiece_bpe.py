@@ -100,9 +100,7 @@ def _refuse(proto, source: str) -> None:
         "pieces of characters that are none": any(
             not pieces.issuperset(piece.piece) for piece in normal
         ),
-        "pieces of one score": any(  # Llama's are runs of spaces, merged from the left as there
-            len(same) > 1 and len(set("".join(same))) > 1 for same in same_score.values()
-        ),
+        "overlapping pieces of one score": any(map(_overlap, same_score.values())),
     }
     found = [name for name, is_so in unlike.items() if is_so]
     if found:
@@ -112,6 +110,16 @@ def _refuse(proto, source: str) -> None:
             "--remove_extra_whitespaces=false, or name a tokenizer.json that transformers saved "
             "from it"
         )
+
+
+def _overlap(pieces: set[str]) -> bool:
+    """Whether one of several pieces ends as another begins: then it matters which of two merges of
+    one score is first. Runs of one character, as Llama's of spaces, grow from the left either way.
+    """
+    if len(pieces) == 1 or len(set("".join(pieces))) == 1:
+        return False
+    cuts = [(piece, cut) for piece in pieces for cut in range(1, len(piece))]
+    return not {p[:cut] for p, cut in cuts}.isdisjoint(p[cut:] for p, cut in cuts)
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tulu_jax import validation
 from tulu_jax.data import sentencepiece_bpe
 from tulu_jax.data.sources import readers
 
@@ -67,7 +68,7 @@ class Library:
     def __init__(self, model, backend):
         import sentencepiece
 
-        content = readers.content(model)
+        content = _content(model)
         proto = sentencepiece_bpe.parse(content, str(model))
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.defined = [p.piece for p in proto.pieces if p.type == sentencepiece_bpe.USER_DEFINED]
@@ -139,7 +140,7 @@ def _listed(names: Sequence[str]) -> str:
 def _from_json(file):
     import tokenizers
 
-    text = readers.content(file)
+    text = _content(file)
     settings = _parsed(file, text)
     if not isinstance(settings, dict) or "model" not in settings:
         found = sorted(settings)[:6] if isinstance(settings, dict) else type(settings).__name__
@@ -153,8 +154,16 @@ def _from_json(file):
         ) from error
 
 
+def _content(file) -> bytes:
+    with readers.reaching(file):
+        found = file.read_bytes()
+    if problem := validation.stand_in(found):
+        raise ValueError(f"{file}: {problem}")
+    return found
+
+
 def _from_model(file):
-    proto = sentencepiece_bpe.parse(readers.content(file), str(file))
+    proto = sentencepiece_bpe.parse(_content(file), str(file))
     return sentencepiece_bpe.convert(proto, str(file), special=ALWAYS)
 
 
@@ -243,7 +252,7 @@ def _object(path) -> dict:
     with readers.reaching(path):
         if not path.exists():
             return {}
-    found = _parsed(path, readers.content(path))
+    found = _parsed(path, _content(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path}: found a {type(found).__name__}; expected an object")
     return found

@@ -9,10 +9,10 @@ import gzip
 import io
 import json
 import pathlib
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 
+from tulu_jax import validation
 from tulu_jax.data import registry
 
 _failed: dict[tuple, str] = {}  # hub sets that could not be loaded, and why
@@ -51,31 +51,6 @@ def reaching(path) -> Iterator[None]:
             "installed; then start again"
         )
         raise OSError(_out_of_reach[bucket]) from error
-
-
-def content(file) -> bytes:
-    """The bytes of a file that a user brings. Raises `ValueError` as `refuse_stand_in` does."""
-    with reaching(file):
-        found = file.read_bytes()
-    refuse_stand_in(file, found)
-    return found
-
-
-def refuse_stand_in(path, head: bytes) -> None:
-    """Raises `ValueError` that names `path` if its first bytes (512 do) are not a file's own but a
-    Git LFS pointer's or a web page's, which a clone or a download leaves in its place."""
-    if head.startswith(b"version https://git-lfs"):
-        size = re.search(rb"\nsize (\d+)", head)
-        size = f" of {int(size.group(1)):,} bytes" if size else ""
-        raise ValueError(
-            f"{path}: found a Git LFS pointer, expected the file{size} that it stands for; run "
-            "`git lfs pull` in its folder, or download the file itself"
-        )
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head, re.IGNORECASE):
-        raise ValueError(
-            f"{path}: found a web page, expected a file; download it by its own link (of its raw "
-            "content), signed in where access must be granted"
-        )
 
 
 def find(pattern: str) -> list[str]:
@@ -144,9 +119,12 @@ def hub_set(files: registry.Files, *, wanted: str):
 
 def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
     with reaching(path), file.open("rb") as raw:
-        refuse_stand_in(path, raw.read(512))
+        if found := validation.stand_in(raw.read(validation.HEAD)):
+            raise ValueError(f"{path}: {found}")
     if path.endswith(".json"):
-        yield from _read_json_list(path, content(file))
+        with reaching(path):
+            content = file.read_bytes()
+        yield from _read_json_list(path, content)
     elif path.endswith(".parquet"):
         yield from _read_parquet(path, file, where)
     else:
@@ -178,9 +156,9 @@ def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
 
 
-def _read_json_list(path: str, text: bytes) -> Iterator[dict]:
+def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
     try:
-        rows = json.loads(text)
+        rows = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
