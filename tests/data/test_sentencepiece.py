@@ -1,42 +1,19 @@
 """Ids of a `tokenizer.model` against the `sentencepiece` library's, over models trained here."""
 
-import io
 import json
-import random
 
 import hypothesis
 import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
+from sentencepiece_models import trained
 
 from tulu_jax.data import chat, tokenizer_files, tokenizer_training
 
 SPECIAL = ("<s>", "</s>", "<unk>")
 PARTS = [*"abcx> \n\t.é▁東💡", "  ", "<sep>", "<PRE>", " <PRE>", "<pad>", "[x]", "x.*"]
 PARTS += ["<0x0A>", "<0x61>", "the", " the", "hello", "ab"]
-
-
-def trained(**options) -> bytes:
-    """A small BPE model; by default with no normalizer and all spaces, as Llama's."""
-    draw = random.Random(0)
-    words = ["the", "hello", "world", "ab", "abc", "cab", "bab", "<sep>", "x", ">>"]
-    lines = [" ".join(draw.choices(words, k=9)) for _ in range(200)]
-    settings = {
-        "model_type": "bpe",
-        "vocab_size": 340,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "hard_vocab_limit": False,
-        "num_threads": 1,
-        "minloglevel": 4,
-    }
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, **(settings | options)
-    )
-    return model.getvalue()
 
 
 MODELS = {

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import pytest
+from sentencepiece_models import trained
 
 from tulu_jax.data import chat, loader, tokenizer_files, tokenizer_training
 
@@ -18,47 +19,50 @@ def token(content: str, *, special: bool, lstrip: bool = False, rstrip: bool = F
 
 
 DECODER = {
-    "32001": token("<b>", special=False, rstrip=True),
-    "32000": token("<pad>", special=True, lstrip=True),
+    "301": token("<b>", special=False, rstrip=True),
+    "300": token("<pad>", special=True, lstrip=True),
 }
 # What lies beside, and the ids of the tokens that it adds, as transformers gives them.
 BESIDE = {
     "nothing": ({}, {}),
-    "Tulu's pad": ({"added_tokens.json": {"<pad>": 32000}}, {"<pad>": 32000}),
-    "added tokens": ({"added_tokens.json": {"<b>": 32001, "<pad>": 32000}}, {"<b>": 32001}),
-    "decoder": ({"tokenizer_config.json": {"added_tokens_decoder": DECODER}}, {"<b>": 32001}),
+    "Tulu's pad": ({"added_tokens.json": {"<pad>": 300}}, {"<pad>": 300}),
+    "added tokens": ({"added_tokens.json": {"<b>": 301, "<pad>": 300}}, {"<b>": 301}),
+    "decoder": ({"tokenizer_config.json": {"added_tokens_decoder": DECODER}}, {"<b>": 301}),
     "decoder before added tokens": (
         {
-            "tokenizer_config.json": {"added_tokens_decoder": {"32000": DECODER["32000"]}},
-            "added_tokens.json": {"<b>": 32000},
+            "tokenizer_config.json": {"added_tokens_decoder": {"300": DECODER["300"]}},
+            "added_tokens.json": {"<b>": 300},
         },
-        {"<pad>": 32000},
+        {"<pad>": 300},
     ),
-    "one by name": ({"special_tokens_map.json": {"pad_token": "<pad>"}}, {"<pad>": 32000}),
+    "one by name": ({"special_tokens_map.json": {"pad_token": "<pad>"}}, {"<pad>": 300}),
     "several by name": (
         {
             "tokenizer_config.json": {"prefix_token": "<b>", "pad_token": "<pad>"},
             "special_tokens_map.json": {"additional_special_tokens": ["<c>"]},
         },
-        {"<pad>": 32000, "<b>": 32001, "<c>": 32002},
+        {"<pad>": 300, "<b>": 301, "<c>": 302},
     ),
     "flags of the map": (
         {
             "special_tokens_map.json": {"pad_token": token("<pad>", special=True, rstrip=True)},
-            "added_tokens.json": {"<pad>": 32000},
+            "added_tokens.json": {"<pad>": 300},
         },
-        {"<pad>": 32000},
+        {"<pad>": 300},
     ),
     "a piece of the vocabulary": (
         {"tokenizer_config.json": {"additional_special_tokens": ["\u2581the"]}},
-        {"\u2581the": 278},
+        {"\u2581the": 263},
     ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def model(shared_data) -> pathlib.Path:
-    return shared_data / "tokenizer" / "llama2" / "tokenizer.model"
+def model(tmp_path_factory) -> pathlib.Path:
+    """A model of 300 pieces."""
+    file = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    file.write_bytes(trained(vocab_size=300))
+    return file
 
 
 def write(folder: pathlib.Path, files: dict) -> str:
@@ -91,15 +95,15 @@ def test_added_tokens_have_their_ids_here_and_in_the_export(model, tmp_path, nam
 def test_tokens_beside_a_tokenizer_json_are_added_too(model, tmp_path):
     chat.load_tokenizer(str(model)).backend.save(str(tmp_path / "tokenizer.json"))
     folder = write(tmp_path, {"tokenizer_config.json": {"added_tokens_decoder": DECODER}})
-    assert chat.load_tokenizer(folder).encode("<pad><b>") == [32000, 32001]
+    assert chat.load_tokenizer(folder).encode("<pad><b>") == [300, 301]
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         (
-            {"added_tokens.json": {"<pad>": 32005}},
-            r"added_tokens.json: gives '<pad>' the id 32005, but with tokenizer.model it has 32000",
+            {"added_tokens.json": {"<pad>": 305}},
+            r"added_tokens.json: gives '<pad>' the id 305, but with tokenizer.model it has 300",
         ),
         (
             {"tokenizer_config.json": {"added_tokens_decoder": {"7": token("<s>", special=True)}}},
@@ -108,7 +112,7 @@ def test_tokens_beside_a_tokenizer_json_are_added_too(model, tmp_path):
         ({"added_tokens.json": [1]}, r"added_tokens.json: found a list; expected an object"),
         ({"added_tokens.json": {"<pad>": "x"}}, r"its added tokens are not readable"),
         (
-            {"tokenizer_config.json": {"added_tokens_decoder": {"32000": {}}}},
+            {"tokenizer_config.json": {"added_tokens_decoder": {"300": {}}}},
             r"tokenizer_config.json: its added tokens are not readable \(KeyError\('content'\)",
         ),
         ({"tokenizer_config.json": b'{"a": '}, r"tokenizer_config.json: is not whole JSON"),
@@ -201,8 +205,8 @@ def test_a_token_that_only_the_tokenizer_json_adds(model, tmp_path):
     """Beyond the pieces of the model, the two cannot disagree."""
     shutil.copy(model, tmp_path)
     content = json.loads(chat.load_tokenizer(str(model)).backend.to_str())
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 32000, "content": "<pad>"})
-    assert chat.load_tokenizer(write(tmp_path, {"tokenizer.json": content})).vocab_size == 32001
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 300, "content": "<pad>"})
+    assert chat.load_tokenizer(write(tmp_path, {"tokenizer.json": content})).vocab_size == 301
 
 
 def test_a_model_that_cannot_be_read_does_not_shut_out_its_tokenizer_json(model, tmp_path):
@@ -210,4 +214,4 @@ def test_a_model_that_cannot_be_read_does_not_shut_out_its_tokenizer_json(model,
     folder = write(tmp_path, {"tokenizer.model": LFS})
     with pytest.raises(ValueError, match=r"tokenizer.model: found a Git LFS .*Or without it: Name"):
         chat.load_tokenizer(folder)
-    assert chat.load_tokenizer(f"{folder}/tokenizer.json").vocab_size == 32000
+    assert chat.load_tokenizer(f"{folder}/tokenizer.json").vocab_size == 300
