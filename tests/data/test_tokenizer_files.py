@@ -38,10 +38,14 @@ BESIDE = {
     "one by name": ({"special_tokens_map.json": {"pad_token": "<pad>"}}, {"<pad>": 300}),
     "several by name": (
         {
-            "tokenizer_config.json": {"prefix_token": "<b>", "pad_token": "<pad>"},
+            "tokenizer_config.json": {"pad_token": "<pad>", "sep_token": "<b>"},
             "special_tokens_map.json": {"additional_special_tokens": ["<c>"]},
         },
-        {"<pad>": 300, "<b>": 301, "<c>": 302},
+        {"<b>": 300, "<pad>": 301, "<c>": 302},
+    ),
+    "names of Code Llama": (
+        {"tokenizer_config.json": {"prefix_token": "\u2581the", "fill_token": "<FILL_ME>"}},
+        {"\u2581the": 263},
     ),
     "flags of the map": (
         {
@@ -89,7 +93,7 @@ def test_added_tokens_have_their_ids_here_and_in_the_export(model, tmp_path, nam
     for text in tokenizer_files.probes(["<pad>", "<b>", "<c>", "\u2581the", " the", "</s>"]):
         assert ours.encode(text) == library.encode(text), text
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
-    assert len(theirs) == ours.vocab_size
+    assert len(theirs) == ours.vocab_size == max(300, *(id + 1 for id in (0, *ids.values())))
 
 
 def test_tokens_beside_a_tokenizer_json_are_added_too(model, tmp_path):
@@ -209,9 +213,19 @@ def test_a_token_that_only_the_tokenizer_json_adds(model, tmp_path):
     assert chat.load_tokenizer(write(tmp_path, {"tokenizer.json": content})).vocab_size == 301
 
 
+def test_legacy_false_is_not_passed_over_in_silence(model, tmp_path, caplog):
+    shutil.copy(model, tmp_path)
+    ids = chat.load_tokenizer(str(tmp_path)).encode("a</s>b")
+    folder = write(tmp_path, {"tokenizer_config.json": {"legacy": False}})
+    assert chat.load_tokenizer(folder).encode("a</s>b") == ids
+    assert "says legacy = False" in caplog.text
+
+
 def test_a_model_that_cannot_be_read_does_not_shut_out_its_tokenizer_json(model, tmp_path):
     chat.load_tokenizer(str(model)).backend.save(str(tmp_path / "tokenizer.json"))
     folder = write(tmp_path, {"tokenizer.model": LFS})
-    with pytest.raises(ValueError, match=r"tokenizer.model: found a Git LFS .*Or without it: Name"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model: found a Git LFS .*To do without it, name"
+    ):
         chat.load_tokenizer(folder)
     assert chat.load_tokenizer(f"{folder}/tokenizer.json").vocab_size == 300

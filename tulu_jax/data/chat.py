@@ -36,8 +36,7 @@ from tulu_jax.data import words as words_lib
 from tulu_jax.data.examples import check_messages
 
 MODES = ("spec", "paper", "open_instruct")
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
-SPECIAL = (BOS, EOS, UNK)
+BOS, EOS, UNK = SPECIAL = tokenizer_files.SPECIAL
 _AROUND_SPECIAL = re.compile(rf"\s*({'|'.join(SPECIAL)})\s*")
 
 

@@ -14,23 +14,25 @@ merges end, and is no piece any more.
 import re
 
 BPE = 2  # TrainerSpec.ModelType
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # SentencePiece.Type
 SPACE = "▁"
 
 
 def parse(content: bytes, source: str):
     """The `ModelProto` of a serialized model; raises `ValueError` naming `source` if it is none."""
+    import sentencepiece
     from google.protobuf import message
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(content)
-    except message.DecodeError as error:
+        if not proto.pieces:
+            raise RuntimeError("no pieces")
+        sentencepiece.SentencePieceProcessor(model_proto=content)
+    except (message.DecodeError, RuntimeError) as error:
         reason = f"{source}: not a SentencePiece model ({error}); download it again"
         raise ValueError(reason) from error
-    if not proto.pieces:
-        raise ValueError(f"{source}: not a SentencePiece model (no pieces); download it again")
     return proto
 
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
+
 from tulu_jax import validation
 from tulu_jax.data import sentencepiece_bpe
 from tulu_jax.data.sources import readers
@@ -19,7 +21,7 @@ from tulu_jax.data.sources import readers
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 SPECIAL_MAP = "special_tokens_map.json"
-ALWAYS = ("<s>", "</s>", "<unk>")  # Llama's special tokens
+SPECIAL = ("<s>", "</s>", "<unk>")  # Llama's special tokens
 ORDER = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in which tokens without an id get one
 MOST_PROBED = 256
 
@@ -40,6 +42,12 @@ def load(path: str):
     """
     file = _find(path)
     backend = _from_json(file) if file.suffix == ".json" else _from_model(file)
+    if file.suffix == ".model" and _object(file.with_name(CONFIG)).get("legacy") is False:
+        logging.warning(
+            "%s says legacy = False; text behind a special token gets its leading space piece all "
+            "the same, as the original's did",
+            file.with_name(CONFIG),
+        )
     _add_tokens(backend, file)
     backend.no_truncation()
     backend.no_padding()
@@ -68,11 +76,12 @@ class Library:
     def __init__(self, model, backend):
         import sentencepiece
 
-        content = _content(model)
-        proto = sentencepiece_bpe.parse(content, str(model))
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        proto = sentencepiece_bpe.parse(_content(model), str(model))
+        self._processor = sentencepiece.SentencePieceProcessor(
+            model_proto=proto.SerializeToString()
+        )
         self.defined = [p.piece for p in proto.pieces if p.type == sentencepiece_bpe.USER_DEFINED]
-        named = {*ALWAYS, *(token.content for token in _tokens_beside(model))}
+        named = {*SPECIAL, *(token.content for token in _tokens_beside(model))}
         self.added = {
             token.content: (id, token)
             for id, token in backend.get_added_tokens_decoder().items()
@@ -164,7 +173,7 @@ def _content(file) -> bytes:
 
 def _from_model(file):
     proto = sentencepiece_bpe.parse(_content(file), str(file))
-    return sentencepiece_bpe.convert(proto, str(file), special=ALWAYS)
+    return sentencepiece_bpe.convert(proto, str(file), special=SPECIAL)
 
 
 def _parsed(file, text: bytes):
@@ -177,12 +186,14 @@ def _parsed(file, text: bytes):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Beside:
-    """A token that the file `origin` adds; with no `id`, it gets the next one that is free."""
+    """A token that the file `origin` adds. With no `id`, it has that of its piece, or gets the next
+    free one if it `may_be_new`."""
 
     content: str
     id: int | None
     flags: dict[str, bool]
     is_special: bool
+    may_be_new: bool
     origin: Any  # a path
 
 
@@ -192,7 +203,8 @@ def _add_tokens(backend, file) -> None:
 
     has = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token in _tokens_beside(file):
-        if token.content not in has:
+        is_known = backend.token_to_id(token.content) is not None
+        if token.content not in has and (is_known or token.may_be_new):
             add = backend.add_special_tokens if token.is_special else backend.add_tokens
             add([tokenizers.AddedToken(token.content, normalized=False, **token.flags)])
         gets = backend.token_to_id(token.content)
@@ -205,7 +217,10 @@ def _add_tokens(backend, file) -> None:
 
 def _tokens_beside(file) -> list[_Beside]:
     """What the files beside `file` add: tokens with ids in their order, then special tokens of
-    which only the name is given. `added_tokens_decoder`, where it is, replaces the older files."""
+    which only the name is given. `added_tokens_decoder`, where it is, replaces the older files.
+
+    A name that only one class of tokenizers knows makes no new token: `fill_token` is "<FILL_ME>".
+    """
     config = _object(file.with_name(CONFIG))
     listed = config.get("added_tokens_decoder")
     origin, older = file.with_name(CONFIG), {}
@@ -214,30 +229,53 @@ def _tokens_beside(file) -> list[_Beside]:
         listed = {str(id): content for content, id in _object(origin).items()}
     try:
         named = _named(config) | _named(older)
-        tokens = []
-        for id, (content, fields) in sorted((int(i), _fields(t)) for i, t in listed.items()):
-            special = fields.get("special", content in named)
-            flags = _flags(fields or named.get(content, {}))
-            tokens.append((content, id, flags, special))
-        known = {content for content, *_ in tokens}
-        tokens += [(c, None, _flags(f), True) for c, f in named.items() if c not in known]
+        own = _named_by_class(config) | _named_by_class(older)
+        fields_of = own | named
+        tokens = [
+            _Beside(
+                content=content,
+                id=id,
+                flags=_flags(fields or fields_of.get(content, {})),
+                is_special=bool(fields.get("special", content in fields_of)),
+                may_be_new=True,
+                origin=origin,
+            )
+            for id, (content, fields) in sorted((int(i), _fields(t)) for i, t in listed.items())
+        ]
+        known = {token.content for token in tokens}
+        return tokens + [
+            _Beside(
+                content=content,
+                id=None,
+                flags=_flags(fields),
+                is_special=True,
+                may_be_new=content in named,
+                origin=origin,
+            )
+            for content, fields in (named | own).items()
+            if content not in known
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{origin}: its added tokens are not readable ({error!r})") from error
-    return [
-        _Beside(content=content, id=id, flags=flags, is_special=bool(special), origin=origin)
-        for content, id, flags, special in tokens
-    ]
 
 
 def _named(settings: dict) -> dict[str, dict]:
     """The special tokens that settings name, in the order in which they get ids: their fields."""
-    keys = [f"{name}_token" for name in ORDER]
-    keys += [key for key in settings if key.endswith("_token") and key not in keys]
-    values = [settings[key] for key in keys if isinstance(settings.get(key), str | dict)]
+    values = [settings.get(f"{name}_token") for name in ORDER]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
         values += more.values() if isinstance(more, dict) else more
-    return dict(map(_fields, values))
+    return dict(_fields(value) for value in values if value)
+
+
+def _named_by_class(settings: dict) -> dict[str, dict]:
+    """Those that only one class of tokenizers knows, as Code Llama's `prefix_token`."""
+    usual = {f"{name}_token" for name in ORDER}
+    return dict(
+        _fields(value)
+        for key, value in settings.items()
+        if key.endswith("_token") and key not in usual and isinstance(value, str | dict) and value
+    )
 
 
 def _fields(token: str | dict) -> tuple[str, dict]:
@@ -264,16 +302,16 @@ def _check_agreement(backend, file) -> None:
     with readers.reaching(model):
         if not model.exists():
             return
-    choose = f"Name the one that the model was trained with ('--gin.TOKENIZER=\"{file}\"')"
+    by_json, by_model = (f"'--gin.TOKENIZER=\"{name}\"'" for name in (file, model))
     try:
         library = Library(model, backend)
     except ValueError as error:
-        raise ValueError(f"{error}. Or without it: {choose}") from error
+        raise ValueError(f"{error}. To do without it, name the other file: {by_json}") from error
     for probe in [*PROBES, *probes([*library.defined, *library.added])]:
         ours, theirs = backend.encode(probe, add_special_tokens=False).ids, library.encode(probe)
         if ours != theirs:
             raise ValueError(
                 f"{file} and {model.name} give different ids for {probe!r}: {ours} and {theirs}. "
-                f"{choose}: the tokenizer.model is the original; a tokenizer.json saved with "
-                "legacy = False is not"
+                f"Name the one that the model was trained with, {by_json} or {by_model}: the "
+                "tokenizer.model is the original; a tokenizer.json saved with legacy = False is not"
             )
