@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator
 
@@ -17,6 +18,8 @@ _collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
 )
 
 Rule = tuple[bool, str]
+
+HEAD = 512  # bytes that `stand_in` needs
 
 
 @contextlib.contextmanager
@@ -53,6 +56,24 @@ def check(config, rules: Callable[[], Iterable[Rule]] = lambda: ()) -> None:
         raise_if(problems)
     else:
         collected.extend(problems)
+
+
+def stand_in(head: bytes) -> str | None:
+    """What was found, expected and to be done if a file that begins so is not the file itself but
+    what a clone or a download may leave in its place: a Git LFS pointer or a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d+)", head)
+        of_size = f" of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"found a Git LFS pointer, expected the file{of_size} that it stands for; run `git lfs "
+            "pull` in its folder, or download the file itself"
+        )
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head, re.IGNORECASE):
+        return (
+            "found a web page, expected a file; download it by the link of its raw content, signed "
+            "in where access must be granted"
+        )
+    return None
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:

@@ -11,6 +11,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 
+from tulu_jax import validation
 from tulu_jax.data import registry
 from tulu_jax.data.sources import file_sets
 
@@ -130,6 +131,9 @@ def hub_set(files: registry.Files, *, wanted: str):
 
 
 def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[tuple[str, dict]]:
+    with reaching(path), file.open("rb") as raw:
+        if found := validation.stand_in(raw.read(validation.HEAD)):
+            raise ValueError(f"{path}: {found}")
     if path.endswith(".json"):
         with reaching(path):
             content = file.read_bytes()
