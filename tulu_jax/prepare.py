@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from tulu_jax import cli
+from tulu_jax import cli, validation
 
 _EVAL_DATA = flags.DEFINE_string(
     "eval_data", None, "Folder of evaluation data; the card lists its prompts in the train rows."
@@ -38,9 +38,12 @@ flags.register_multi_flags_validator(
 
 def main(config) -> None:
     """Encodes both splits (or finds them encoded) and writes their card; or shows, or checks."""
+    from tulu_jax import preflight
     from tulu_jax.data import loader
 
-    cli.stop_if(loader.problems(config.data, kind=config.data.kind))
+    cli.stop_if(
+        [*preflight.not_writable(config), *loader.problems(config.data, kind=config.data.kind)]
+    )
     if _CHECK.value:
         sys.exit(_check(config.data))
     if _SHOW.value:
@@ -58,7 +61,7 @@ def _card(config) -> None:
     prompts = None
     if _EVAL_DATA.value:
         try:
-            prompts = benchmarks.read_prompts(_EVAL_DATA.value)
+            prompts = benchmarks.read_prompts(validation.expanded(_EVAL_DATA.value))
         except (OSError, ValueError) as error:
             cli.stop_if([f"--eval_data: {error}"])
     prepared = {split: _prepared(config.data, split) for split in registry.SPLITS}
@@ -104,7 +107,7 @@ def _show(data) -> None:
         print(lines)
     if _HTML.value:
         page = "".join(show_html.page(facts, shown))
-        pathlib.Path(_HTML.value).write_text(page, encoding="utf-8")
+        pathlib.Path(validation.expanded(_HTML.value)).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self):
-        validation.check(self, self._rules)
+        paths = ("train", "validation", "tokenizer", "data_root", "cache_dir")
+        validation.check(self, self._rules, paths=paths)
 
     def _rules(self):
         yield validation.one_of("packing", self.packing, packing.PACKINGS)
