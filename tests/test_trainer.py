@@ -242,7 +242,7 @@ def test_best_checkpoint_is_kept_beside_the_last(home, tmp_path):
     config = builders.replace(
         config,
         optimizer__learning_rate=3.0,
-        optimizer__warmup_ratio=1.0,
+        optimizer__warmup_ratio=0.9,
         checkpoint__every=2,
         checkpoint__keep=1,
         checkpoint__best="eval/loss",
@@ -326,7 +326,7 @@ def test_packed_pairs_start_at_log_two_and_a_resident_reference_gives_the_same(h
 
 def test_a_killed_reference_goes_on_behind_its_last_shard(home, tmp_path):
     """Without its second shard a run computes that alone; with other data it is refused."""
-    config = packed_dpo(home, tmp_path, num_steps=1)
+    config = packed_dpo(home, tmp_path, num_steps=2)
     trainer.Run(config).train()
     folder = tmp_path / "run/reference_train"
     shards = sorted(folder.glob("*.npz"))
