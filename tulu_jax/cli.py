@@ -333,7 +333,7 @@ def _macros() -> list[str]:
 
 def _override(overrides: Sequence[str]) -> list[str]:
     """Applies `--gin.NAME=value`; NAME is a macro of the files."""
-    problems, known = [], _macros()
+    problems, known, replaced, given = [], _macros(), [], set()
     for override in overrides:
         name, separator, value = override.removeprefix("--gin.").partition("=")
         try:
@@ -350,8 +350,39 @@ def _override(overrides: Sequence[str]) -> list[str]:
                 f"configuration has {sorted(known)}"
             )
             continue
+        replaced.append(gin.config._CONFIG[(name, _MACRO)]["value"])
+        replaced += [] if value.startswith(("@", "%")) else _of_macro(name)
+        given.add((name, _MACRO))
         gin.parse_config(f"{name} = {value}")
+    _forget(replaced, given)
     return problems
+
+
+def _of_macro(name: str) -> list:
+    """The values that a saved config has under the scope of a macro, which are taken out."""
+    config = gin.config._CONFIG
+    scoped = [key for key in config if key[1] != _MACRO and key[0].split("/")[0] == name]
+    return [value for key in scoped for value in config.pop(key).values()]
+
+
+def _forget(replaced: list, given: set[tuple[str, str]]) -> None:
+    """Drops what only the values that overrides have `replaced` refer to, but for what is `given`:
+    a mixture of the file, say, where the command line names another."""
+    config = gin.config._CONFIG
+    for key in _references(replaced) - given:
+        others = [list(bindings.values()) for other, bindings in config.items() if other != key]
+        if key in config and key not in _references(others):
+            _forget(list(config.pop(key).values()), given)
+
+
+def _references(value) -> set[tuple[str, str]]:
+    """(scope, name) of the configurables, macros among them, that a bound value refers to."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        return {value.config_key}
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(inner, list | tuple):
+        return set().union(*map(_references, inner))
+    return set()
 
 
 def _build(problems: list[str]) -> TrainConfig | None:

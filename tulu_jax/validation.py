@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ _collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
 )
 
 Rule = tuple[bool, str]
+HEAD = 512  # bytes that `stand_in` needs
 REFUSED = 2  # exit status: the run cannot work as it is configured
 
 
@@ -114,6 +116,24 @@ def check(
         raise_if(problems)
     else:
         collected.extend(problems)
+
+
+def stand_in(head: bytes) -> str | None:
+    """What was found, expected and to be done if a file that begins so is not the file itself but
+    what a clone or a download may leave in its place: a Git LFS pointer or a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d+)", head)
+        of_size = f" of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"found a Git LFS pointer, expected the file{of_size} that it stands for; run `git lfs "
+            "pull` in its folder, or download the file itself"
+        )
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head, re.IGNORECASE):
+        return (
+            "found a web page, expected a file; download it by the link of its raw content, signed "
+            "in where access must be granted"
+        )
+    return None
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:

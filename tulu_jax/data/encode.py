@@ -23,7 +23,7 @@ from tulu_jax.data import examples as examples_lib
 from tulu_jax.data import registry, truncation
 from tulu_jax.data.sources import readers
 
-FORMAT = 3  # of the cached files; raised when their meaning changes
+FORMAT = 4  # of the cached files; raised when their meaning changes
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
 SHARD_ROWS = 4096
 COUNTS, ASIDE = "counts.json", "aside.jsonl"

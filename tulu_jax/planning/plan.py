@@ -83,6 +83,7 @@ class Result:
             "model_flops": step.model_flops,
             "executed_flops": step.executed_flops,
             "mfu": step.mfu,
+            "mfu_counts": "visible attention",
             "tokens_per_second": step.positions / seconds,
             "tokens_per_second_per_chip": step.positions / seconds / self.topology.num_chips,
             "examples_per_second": step.examples / seconds,
@@ -360,7 +361,8 @@ def fragment(result: Result) -> str:
     whole = config.micro_batch_size == config.batch_size
     lines = [
         f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
-        f"an update, MFU {step.mfu:.0%}, {step.memory.spare:.0%} of HBM to spare.",
+        f"an update, MFU {step.mfu:.0%} (visible attention counted), "
+        f"{step.memory.spare:.0%} of HBM to spare.",
         "# Written by python -m tulu_jax.dryrun --plan.",
         "from __gin__ import dynamic_registration",
         "from tulu_jax import recipe",

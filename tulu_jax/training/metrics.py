@@ -188,7 +188,9 @@ def rates(
     """`perf/*` of updates that took `seconds`: hardware MFU, and the rates of useful work.
 
     MFU counts every position of the batch, padding included: `flops` is model FLOPs for all of
-    them, `peak_flops` that of all devices. The useful rates say how much of it was worth doing.
+    them (`LlamaConfig.flops_per_token`: causal attention over the whole row, more than documents
+    of a packed row see), `peak_flops` that of all devices. The useful rates say how much of it was
+    worth doing.
     """
     return {
         "perf/step_seconds": seconds,
@@ -204,8 +206,11 @@ def peak_flops(devices: list[jax.Device]) -> float:
     """Peak FLOP/s of `devices` together: published bfloat16 peaks, or on a CPU what a matrix
     multiplication reaches here (all devices share the cores)."""
     kind = devices[0].device_kind
+    counted = "perf/mfu counts causal attention over whole rows and padding"
     if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * len(devices)
+        peak = PEAK_FLOPS[kind] * len(devices)
+        logging.info("%s, against a published %.3g FLOP/s bfloat16", counted, peak)
+        return peak
     x = jax.device_put(np.ones((1024, 1024), np.float32), jax.local_devices()[0])
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()
@@ -215,6 +220,6 @@ def peak_flops(devices: list[jax.Device]) -> float:
         multiply(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     measured = 2 * 1024**3 / min(seconds)
-    logging.info("No published peak for device %r; MFU is against a measured %.3g FLOP/s float32",
-                 kind, measured)  # fmt: skip
+    logging.info("%s, against a measured %.3g FLOP/s float32: no published peak for device %r",
+                 counted, measured, kind)  # fmt: skip
     return measured

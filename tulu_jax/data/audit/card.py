@@ -143,7 +143,7 @@ def _aside(folder) -> list[dict]:
 
 def _shortened(folder) -> dict[str, int]:
     """Tokens that are kept of each example that was cut, or left out for its length, by id."""
-    outcomes = (truncation.CUT, truncation.TOO_LONG, truncation.NO_TURN)
+    outcomes = (truncation.CUT, truncation.TOO_LONG, truncation.NO_TURN, truncation.FILLED)
     found = {}
     for file in encode.shards(folder):
         table = encode.read_table(file)
