@@ -397,7 +397,7 @@ def test_show_as_a_process(tmp_path):
     late = prepare(tmp_path, "--show=1", "--split=validation", "--row=100000")
     assert late.returncode == 2 and "it has rows 0 to" in late.stderr
     alone = prepare(tmp_path, f"--html={page}")
-    assert alone.returncode == 1 and "give --show=N" in alone.stdout + alone.stderr
+    assert alone.returncode == 2 and "give --show=N" in alone.stdout + alone.stderr
 
 
 def test_check_as_a_process_finds_a_tokenizer_json_unlike_its_model(llama2_dir, tmp_path):

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 
