@@ -139,6 +139,16 @@ def test_a_bug_keeps_its_traceback():
         _, _ = [1]
 
 
+def test_what_the_system_says_of_a_path(capsys):
+    with pytest.raises(SystemExit) as ended, validation.refusing():
+        pathlib.Path("/nowhere/page.html").write_text("")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "/nowhere/page.html: No such file or directory; mend that path, or give another\n"
+    )
+
+
 def test_files_of_users_are_refused_whatever_their_readers_raise(capsys):
     for error in (ValueError("row 3 is malformed"), OSError("the bucket is out of reach")):
         with pytest.raises(SystemExit), validation.refusing(), validation.reading():

@@ -55,7 +55,7 @@ def main(config) -> None:
 def _card(config) -> None:
     from etils import epath
 
-    from tulu_jax.data import registry
+    from tulu_jax.data import loader, registry
     from tulu_jax.data.audit import benchmarks, card
 
     prompts = None
@@ -64,7 +64,8 @@ def _card(config) -> None:
             prompts = benchmarks.read_prompts(validation.expanded(_EVAL_DATA.value))
         except (OSError, ValueError) as error:
             cli.stop_if([f"--eval_data: {error}"])
-    prepared = {split: _prepared(config.data, split) for split in registry.SPLITS}
+    with validation.reading():
+        prepared = {split: loader.prepare(config.data, split=split) for split in registry.SPLITS}
     splits = {split: rows for split, rows in prepared.items() if rows is not None}
     built = card.build(config.data, splits, batch_size=config.batch_size, prompts=prompts)
     folder = epath.Path(config.workdir) / "data"
@@ -73,31 +74,21 @@ def _card(config) -> None:
     print(f"Wrote {folder}/card.md")
 
 
-def _prepared(data, split: str):
-    """The rows of a split; ends the process with code 2 for rows that are malformed, or lacking."""
-    from tulu_jax.data import loader
-
-    try:
-        return loader.prepare(data, split=split)
-    except (OSError, ValueError) as error:
-        cli.stop_if([str(error)])
-
-
 def _check(data) -> int:
     from tulu_jax.data.audit import check
 
-    try:
+    with validation.reading():
         outcomes = check.check(data)
-    except (OSError, ValueError) as error:
-        cli.stop_if([str(error)])
     print(check.report(outcomes, data))
     return int(any(outcome.difference for outcome in outcomes))
 
 
 def _show(data) -> None:
+    from tulu_jax.data import loader
     from tulu_jax.data.audit import show, show_html, show_text
 
-    rows = _prepared(data, _SPLIT.value)
+    with validation.reading():
+        rows = loader.prepare(data, split=_SPLIT.value)
     cli.stop_if(show.problems(rows, first=_ROW.value, split=_SPLIT.value))
     shown = list(show.shown_rows(rows, first=_ROW.value, count=_SHOW.value, split=_SPLIT.value))
     facts = show.facts(rows, split=_SPLIT.value)

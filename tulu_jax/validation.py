@@ -52,7 +52,10 @@ def refusing() -> Iterator[None]:
         yield
     except (UsageError, *_OF_A_PATH) as error:
         logging.debug("Refused", exc_info=True)
-        print(error, file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{error.filename}: {error.strerror}; mend that path, or give another"
+        print(said, file=sys.stderr)
         raise SystemExit(REFUSED) from error
 
 

@@ -122,6 +122,20 @@ def test_a_step_that_is_not_there(workdir, tmp_path):
         assert "there is no checkpoint in" in said and "train first" in said
 
 
+def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
+    config = checkpoint.CheckpointConfig(every=1, keep=1, best="eval/loss")
+    for step, loss in ((1, 2.0), (2, 3.0), (3, 4.0)):
+        checkpoints = checkpoint.Checkpoints(str(tmp_path), config)
+        checkpoints.save(step, state(step), ABOUT, {"eval/loss": loss, "eval/kl": np.inf})
+        checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+    file = tmp_path / "checkpoints/1/metrics/metrics"
+    assert "Infinity" not in file.read_text()
+    half(file)
+    with pytest.raises(validation.UsageError, match="is damaged .* move .*/checkpoints/1 out of"):
+        checkpoint.Checkpoints(str(tmp_path), config)
+
+
 @pytest.mark.parametrize("losses", [(2.0, np.nan, 3.0), (np.nan, 2.0, 3.0)])
 def test_what_is_not_finite_is_never_the_best(tmp_path, losses):
     config = checkpoint.CheckpointConfig(every=1, keep=1, best="eval/loss")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -59,11 +60,17 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(read_only=config is None)
         if config is not None:
-            keep = [policies.LatestN(config.keep)]
+            keep, tracked = [policies.LatestN(config.keep)], {}
             if config.best:
+                _check_metrics(self.folder)
+
+                def best(metrics):
+                    return metrics[config.best]
+
+                tracked = {"best_fn": best, "best_mode": "min"}  # a resumed run has the metrics too
                 keep.append(
                     policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[config.best],
+                        get_metric_fn=best,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -73,6 +80,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
+                **tracked,
             )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -222,6 +230,18 @@ class _Explained:
                 f"{self.checkpoints.describe_latest()}. Free some space or repair the folder and "
                 "start the same command again."
             ) from error
+
+
+def _check_metrics(folder: epath.Path) -> None:
+    """Raises `UsageError` for checkpoints whose metrics cannot be read: Orbax reads them at once."""
+    problems = []
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            step = file.parent.parent
+            problems.append(f"{file} is damaged ({error}); move {step} out of that folder")
+    validation.raise_if(problems)
 
 
 def _without_echoes(former: Callable[[Any], None], unraisable) -> None:
