@@ -20,12 +20,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from tulu_jax.interop import folder, placement, weight_files
+from tulu_jax.interop import config_file, folder, placement, weight_files
 from tulu_jax.interop import layout as layout_lib
+from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
 from tulu_jax.interop.weight_files import WeightFiles
 from tulu_jax.models import llama
@@ -41,14 +43,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a constant
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_WHOLE = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -56,63 +50,32 @@ def read_config(path: Path) -> LlamaConfig:
 
     Raises `ValueError` that lists every field this project does not compute.
     """
-    file = epath.Path(path).expanduser() / "config.json"
-    if not file.exists():
-        raise ValueError(f"{file} does not exist; expected the folder of a Hugging Face checkpoint")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}; expected a JSON object")
-    problems = _unsupported(fields)
+    folder_ = epath.Path(path).expanduser()
+    fields = config_file.read(folder_)
+    file = folder_ / config_file.NAME
+    problems = config_file.unsupported(fields)
     if problems:
         raise ValueError(_listed(f"{file} describes a model that is not supported", problems))
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    rope = fields.get("rope_parameters") or fields
     try:
-        return LlamaConfig(
-            vocab_size=fields["vocab_size"],
-            num_layers=fields["num_hidden_layers"],
-            embed_dim=width,
-            mlp_dim=fields["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=_or(fields.get("num_key_value_heads"), heads),
-            head_dim=_or(fields.get("head_dim"), width // heads),
-            rope_theta=float(_or(rope.get("rope_theta"), _or(fields.get("rope_theta"), 1e4))),
-            norm_eps=float(_or(fields.get("rms_norm_eps"), 1e-6)),
-            tie_embeddings=bool(fields.get("tie_word_embeddings")),
-            max_positions=_or(fields.get("max_position_embeddings"), 2048),
-        )
+        return config_file.parse(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a `config.json`, readable by `transformers` 4 and 5 alike."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
+def config_problems(path: Path, config: LlamaConfig) -> list[str]:
+    """How the `config.json` in `path` describes another function than `config`, one line a field.
+
+    `max_position_embeddings` is not compared: nothing is computed from it.
+    """
+    folder_ = epath.Path(path).expanduser()
+    try:
+        fields = config_file.read(folder_)
+        problems = config_file.unsupported(fields)
+        if not problems:
+            problems = config_file.differences(config_file.parse(fields), config)
+    except ValueError as error:
+        return [str(error)]
+    return [f"{folder_ / config_file.NAME} says {text}" for text in problems]
 
 
 def check_weights(path: Path, config: LlamaConfig) -> list[str]:
@@ -124,12 +87,16 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
     """The parameters in the safetensors files of `path`, in `dtype`, placed as `shardings` says.
 
     `shardings` is a `Sharding` for every parameter, in the structure of the parameters, or one for
-    all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape.
+    all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape,
+    and each field of `config.json` by which the folder's model computes another function.
     """
     files = WeightFiles(epath.Path(path).expanduser())
-    problems = _weight_problems(files, config)
+    problems = config_problems(path, config) + _weight_problems(files, config)
     if problems:
         raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
+    logging.info("Reading %s in %s", ", ".join(files.files), path)
+    if files.unread:
+        logging.warning("Not read, as transformers does not: %s in %s", files.unread, path)
     layouts = layout_lib.layouts(config)
     if isinstance(shardings, Sharding):
         everywhere = shardings
@@ -192,52 +159,8 @@ def save(
         multihost_utils.sync_global_devices("tulu_jax.interop.hf.save")
 
 
-def _or(value, default):
-    return default if value is None else value
-
-
 def _listed(heading: str, problems: list[str]) -> str:
     return f"{heading}:\n" + "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
-
-
-def _unsupported(fields: dict[str, Any]) -> list[str]:
-    """Fields of a `config.json` whose values this project does not compute, or that are absent."""
-    problems = [f"{name} is missing" for name in _REQUIRED if fields.get(name) is None]
-    kinds = dict.fromkeys(_REQUIRED + _WHOLE, (int, "a positive whole number"))
-    kinds |= dict.fromkeys(("rope_theta", "rms_norm_eps"), ((int, float), "a positive number"))
-    for name, (kind, meaning) in kinds.items():
-        value = fields.get(name, 1)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-            problems.append(f"{name} = {value!r}: expected {meaning}")
-    expected = {
-        "model_type": ("llama",),
-        "tie_word_embeddings": (False, True, None),
-        "hidden_act": ("silu", "swish", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "pretraining_tp": (1, None),
-        "partial_rotary_factor": (1, 1.0, None),
-        "sliding_window": (None,),
-        "quantization_config": (None,),
-    }
-    problems += [
-        f"{name} = {fields.get(name)!r}: expected {allowed[0]!r}"
-        for name, allowed in expected.items()
-        if fields.get(name) not in allowed
-    ]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            problems.append(f"{name} = {rope!r}: expected null or rope_type 'default'")
-        elif rope.get("partial_rotary_factor") not in (1, 1.0, None):
-            factor = rope["partial_rotary_factor"]
-            problems.append(f"{name}.partial_rotary_factor = {factor!r}: expected 1")
-    return problems
 
 
 def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
