@@ -162,10 +162,11 @@ def test_a_config_that_computes_otherwise_is_told_by_field(tmp_path):
     assert hf.config_problems(tmp_path, model) == []  # the same float32; positions are unbounded
     read(tmp_path, **LLAMA | dict(rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True))
     file = tmp_path / "config.json"
+    end = ". Take the model of that value in the gin file, or mend config.json if it is wrong"
     assert hf.config_problems(tmp_path, model) == [
-        f"{file} says rope_theta = 1000000.0; the run's model has rope_theta = 10000.0",
-        f"{file} says rms_norm_eps = 1e-06; the run's model has norm_eps = 1e-05",
-        f"{file} says tie_word_embeddings = True; the run's model has tie_embeddings = False",
+        f"{file} says rope_theta = 1000000.0; the run's model has rope_theta = 10000.0{end}",
+        f"{file} says rms_norm_eps = 1e-06; the run's model has norm_eps = 1e-05{end}",
+        f"{file} says tie_word_embeddings = True; the run's model has tie_embeddings = False{end}",
     ]
     file.write_text(json.dumps(LLAMA | dict(rope_scaling={"type": "linear", "factor": 2.0})))
     (problem,) = hf.config_problems(tmp_path, model)
@@ -184,6 +185,9 @@ def test_missing_and_broken_files_are_named(tmp_path):
         hf.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
+        hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 7\n")
+    with pytest.raises(ValueError, match=r"config\.json: found a Git LFS pointer"):
         hf.read_config(tmp_path)
 
 

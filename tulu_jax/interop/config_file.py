@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from tulu_jax import validation
 from tulu_jax.models.config import LlamaConfig
 
 NAME = "config.json"
@@ -54,8 +55,11 @@ def read(folder: epath.Path) -> dict[str, Any]:
     file = folder / NAME
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected the folder of a Hugging Face checkpoint")
+    text = file.read_bytes()
+    if found := validation.stand_in(text):
+        raise ValueError(f"{file}: {found}")
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -130,7 +134,8 @@ def differences(found: LlamaConfig, expected: LlamaConfig) -> list[str]:
     """What `found`, of a `config.json`, computes otherwise than `expected`, one line a field."""
     return [
         f"{_FIELDS[name]} = {getattr(found, name)}; the run's model has {name} = "
-        f"{getattr(expected, name)}"
+        f"{getattr(expected, name)}. Take the model of that value in the gin file, or mend "
+        f"{NAME} if it is wrong"
         for name in found.computed_otherwise(expected)
     ]
 

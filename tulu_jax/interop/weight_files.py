@@ -1,9 +1,9 @@
 """Reading rows of weights from safetensors files, local or in a bucket.
 
-Of the files in a folder, those are read that `transformers` opens; a folder that could mean two sets
-of weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one
-memory-mapped copy, or one ranged request. Local files go through the safetensors library; it cannot open `gs://`, so there
-the header (8 bytes of length, then JSON) is read here.
+Of a folder's files, those are read that `transformers` opens; a folder that could mean two sets of
+weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one
+memory-mapped copy, or one ranged request. Local files go through the safetensors library; it cannot
+open `gs://`, so there the header (8 bytes of length, then JSON) is read here.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
+
+from tulu_jax import validation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -91,9 +93,12 @@ class WeightFiles:
         return [SINGLE]
 
     def _of_index(self, *, quietly: bool = False) -> list[str]:
-        """Names of the files in the index; none, and unless `quietly` a problem, for a broken one."""
+        """Names of the files in the index; none for a broken one, a problem unless `quietly`."""
         try:
-            weight_map = json.loads((self._path / INDEX).read_text())["weight_map"]
+            text = (self._path / INDEX).read_bytes()
+            if found := validation.stand_in(text):
+                raise ValueError(found)
+            weight_map = json.loads(text)["weight_map"]
             names = sorted(set(weight_map.values()))
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError("its weight_map names no files")
@@ -136,6 +141,10 @@ class WeightFiles:
         if not path.exists():
             self.problems.append(f"{path} is missing, although {INDEX} names it")
             return
+        with path.open("rb") as start:
+            if found := validation.stand_in(start.read(validation.HEAD)):
+                self.problems.append(f"{path}: {found}")
+                return
         try:
             headers = _remote_headers(path) if is_remote(path) else self._local_headers(file)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
