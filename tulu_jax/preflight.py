@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import loader
@@ -32,7 +31,7 @@ def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
         return found + away  # what lies there cannot be looked at
     if config.num_steps is not None:
         found += optim.problems(config.optimizer, config.num_steps)
-    for part in (not_writable, _data, _weights, _disk):
+    for part in (not_writable, _data, base_lib.problems, _disk):
         try:
             found += part(config)
         except validation.UsageError as error:
@@ -134,12 +133,6 @@ def _data(config: TrainConfig) -> Iterator[str]:
             f"the tokenizer {config.data.tokenizer} has {size} ids; the model's vocabulary has "
             f"{config.model.vocab_size}"
         )
-
-
-def _weights(config: TrainConfig) -> Iterator[str]:
-    if config.base is not None:
-        for problem in base_lib.problems(config.base, config):
-            yield f"base = {config.base!r}: {problem}"
 
 
 def _disk(config: TrainConfig) -> Iterator[str]:

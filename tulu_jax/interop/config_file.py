@@ -55,6 +55,11 @@ def read(folder: epath.Path) -> dict[str, Any]:
     file = folder / NAME
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected the folder of a Hugging Face checkpoint")
+    return read_object(file)
+
+
+def read_object(file: epath.Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises `ValueError` that names it if it holds none."""
     text = file.read_bytes()
     if found := validation.stand_in(text):
         raise ValueError(f"{file}: {found}")

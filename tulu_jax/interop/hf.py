@@ -43,6 +43,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a constant
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -76,6 +77,25 @@ def config_problems(path: Path, config: LlamaConfig) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return [f"{folder_ / config_file.NAME} says {text}" for text in problems]
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """The fields of `generation_config.json` in `path`; none where there is no such file.
+
+    Raises `ValueError` if it is no JSON object.
+    """
+    file = epath.Path(path).expanduser() / "generation_config.json"
+    return config_file.read_object(file) if file.exists() else {}
+
+
+def weights_dtype(path: Path) -> str:
+    """What `config.json` in `path` says the dtype of the weights is; else that of the embedding."""
+    folder_ = epath.Path(path).expanduser()
+    fields = config_file.read(folder_)
+    said = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
+    if said in weight_files.DTYPES.values():
+        return said
+    return weight_files.DTYPES[WeightFiles(folder_).headers[_EMBEDDING].dtype]
 
 
 def check_weights(path: Path, config: LlamaConfig) -> list[str]:
@@ -113,6 +133,12 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
         )
 
 
+def target_problems(path: Path, config: LlamaConfig, *, dtype: str, overwrite: bool) -> list[str]:
+    """Why `save` could not write a `config` in `dtype` to `path`, one line each."""
+    num_bytes = config.num_params * DTYPES[dtype].itemsize
+    return folder.problems(folder.located(path), overwrite=overwrite, num_bytes=num_bytes)
+
+
 def save(
     path: Path,
     params: Params,
@@ -129,14 +155,17 @@ def save(
     `generation_config` becomes generation_config.json; its bos, eos and pad ids go into config.json
     as well. `write_tokenizer` puts the tokenizer's files, chat template included, into the local
     folder it is given. The leaves of `params` may be anything `placement.gather` reads. Every
-    process of a multi-host run calls this; process 0 writes. The folder has the name
-    `path.partial` until it is complete. Raises `ValueError` for an existing `path`, unless
-    `overwrite`, and for parameters that are not a `config`.
+    process of a multi-host run calls this; process 0 writes. The folder appears when it is
+    complete (`folder.finished`). An id that is none of the vocabulary is left out with a word in
+    the log: `transformers` does not open a model whose padding is not in its embedding. Raises
+    `ValueError` for what `target_problems` finds, and for parameters that are not a `config`.
     """
-    target = epath.Path(path).expanduser()
-    folder.check_target(target, overwrite=overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {sorted(DTYPES)}")
+    problems = target_problems(path, config, dtype=dtype, overwrite=overwrite)
+    if problems:
+        raise ValueError("\n".join(problems))
+    target = folder.located(path)
     _check_params(params, config)
     shards = _shards(config, DTYPES[dtype].itemsize, max_shard_bytes)
     weights = _gathered(params, config, DTYPES[dtype])
@@ -144,6 +173,7 @@ def save(
         for _ in weights:
             pass
     else:
+        generation_config = _within(generation_config, config.vocab_size)
         fields = write_config(config) | {"torch_dtype": dtype}
         fields |= {
             name: generation_config[name] for name in _TOKEN_IDS if name in generation_config
@@ -185,7 +215,7 @@ def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
             report(name, f"is missing; expected shape {list(shape)}")
         elif header.shape != shape:
             report(name, f"has shape {list(header.shape)}; expected {list(shape)}")
-        elif not weight_files.readable(header.dtype):
+        elif header.dtype not in weight_files.DTYPES:
             report(name, f"is of type {header.dtype}; expected F32, BF16 or F16")
     for name, header in files.headers.items():
         if name not in expected and not _IGNORED.fullmatch(name):
@@ -215,6 +245,27 @@ def _check_tied(files: WeightFiles, layouts, shardings, pool) -> None:
             f"{_HEAD} differs from {_EMBEDDING} although the model ties them; set "
             "tie_word_embeddings to false in config.json, or remove the weight"
         )
+
+
+def _within(generation_config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`generation_config` without the ids, one or several a field, beyond the vocabulary."""
+    kept = dict(generation_config)
+    for name, value in generation_config.items():
+        if value is None or not (name.endswith("_token_id") or name in _SUPPRESSED):
+            continue
+        ids = value if isinstance(value, list) else [value]
+        known = [id for id in ids if type(id) is int and 0 <= id < vocab_size]
+        if known == ids:
+            continue
+        logging.warning(
+            "%s = %s of the generation config is not written so: the vocabulary has ids 0 to %d",
+            *(name, value, vocab_size - 1),
+        )
+        if known:
+            kept[name] = known
+        else:
+            del kept[name]
+    return kept
 
 
 def _check_params(params: Params, config: LlamaConfig) -> None:
@@ -265,7 +316,10 @@ def _write_weights(target: epath.Path, shards: list[dict[str, int]], weights) ->
         tensors = dict(itertools.islice(weights, len(shard)))
         weight_map |= dict.fromkeys(tensors, file)
         with folder.local_folder(target) as local:
+            (local / file).touch()
+            mode = (local / file).stat().st_mode  # the usual one; the library makes a private file
             safetensors.numpy.save_file(tensors, local / file, metadata={"format": "pt"})
+            (local / file).chmod(mode)
     if len(shards) > 1:
         size = sum(sum(shard.values()) for shard in shards)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

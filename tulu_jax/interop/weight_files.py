@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
@@ -23,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that are read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class WeightFiles:
         start, stop, _ = rows.indices(header.shape[0])
         if header.start is None:
             return self._open[header.file].get_slice(name)[start:stop]
-        dtype = np.dtype(_DTYPES[header.dtype])
+        dtype = np.dtype(DTYPES[header.dtype])
         row_bytes = math.prod(header.shape[1:]) * dtype.itemsize
         with (self._path / header.file).open("rb") as file:
             file.seek(header.start + start * row_bytes)
@@ -170,11 +169,6 @@ class WeightFiles:
 def is_remote(path: epath.Path) -> bool:
     """Whether the path is an address (`gs://…`) rather than a file of this machine."""
     return "://" in str(path)
-
-
-def readable(dtype: str) -> bool:
-    """Whether weights of this safetensors dtype are read."""
-    return dtype in _DTYPES
 
 
 def _remote_headers(path: epath.Path) -> Mapping[str, Header]:
