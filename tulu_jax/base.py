@@ -30,6 +30,48 @@ def initial_params(config: TrainConfig, abstract_params: dict) -> dict:
     return load(config.base, config.model, abstract_params)
 
 
+def problems(config: TrainConfig) -> list[str]:
+    """Why the run cannot begin from its base, one line each, from headers and JSON alone."""
+    if config.base is None:
+        return []
+    folder, name = config.base, f"base = {config.base!r}"
+    if not epath.Path(folder).exists():
+        return [f"{name} does not exist; expected a Hugging Face folder or a run's workdir"]
+    if (epath.Path(folder) / "config.json").exists():
+        found = hf.config_problems(folder, config.model) + hf.check_weights(folder, config.model)
+        return [f"{name}: {problem}" for problem in found]
+    checkpoints = checkpoint_lib.Checkpoints(folder)
+    step = checkpoints.latest_step()
+    if step is None:
+        return [f"{name} has neither config.json nor a checkpoint"]
+    params = llama.abstract_params(config.model, config.param_dtype)
+    found = checkpoint_lib.problems(checkpoints, step, config.model, params)
+    return [f"{name}: {problem}" for problem in found]
+
+
+def first_step_problems(config: TrainConfig) -> list[str]:
+    """Why the base cannot become the checkpoint of step 0 of the run, one line each."""
+    found = []
+    if config.base is None:
+        found.append("base = None: the run begins with random parameters; set BASE to a folder")
+    checkpoints = checkpoint_lib.Checkpoints(config.workdir)
+    if steps := checkpoints.steps():
+        found.append(f"{checkpoints.folder} has steps {steps} already; choose another --workdir")
+    return found
+
+
+def weights_dtype(config: TrainConfig) -> str:
+    """The dtype of the weights that the run begins with, where they were published or made."""
+    if config.base is None:
+        return config.param_dtype
+    if (epath.Path(config.base) / "config.json").exists():
+        with validation.reading():
+            return hf.weights_dtype(config.base)
+    checkpoints = checkpoint_lib.Checkpoints(config.base)
+    about = checkpoints.about(checkpoints.require(None))
+    return about.get("base_dtype", config.param_dtype)
+
+
 def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
     """Parameters from a Hugging Face folder or from the latest checkpoint of a run's workdir.
 
@@ -42,7 +84,7 @@ def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
         with validation.reading():
             params = hf.load(folder, model, shardings=shardings, dtype=dtype.name)
     else:
-        params = checkpoint_lib.load_params(folder, abstract_params)
+        params = checkpoint_lib.load_params(folder, model, abstract_params)
     bad = state_lib.not_finite(params)
     if published:
         named = _weights_in_files(folder, model, bad)

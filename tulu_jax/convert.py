@@ -14,17 +14,30 @@ _OUT = flags.DEFINE_string("out", None, "Hugging Face folder to write. Default: 
 _STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint. Default: the latest.", lower_bound=0
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Dtype of the weights. Default: that of the base (for float16, bfloat16); of a run that began "
+    "with random parameters, theirs.",
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it exists.")
 _FROM_HF = flags.DEFINE_bool("from_hf", False, "Write the config's base as checkpoint of step 0.")
+_OUTWARD = ("out", "step", "dtype", "overwrite")
+flags.register_multi_flags_validator(
+    ["from_hf", *_OUTWARD],
+    lambda given: not given["from_hf"] or {given[name] for name in _OUTWARD} <= {None, False},
+    message=f"--from_hf writes into the workdir; {', '.join(_OUTWARD)} are of the other direction",
+)
 
 
 def main(config) -> None:
     """Writes the folder, or the checkpoint of step 0 that `train` goes on from."""
     cli.check(config)
-    from tulu_jax import trained, trainer
+    from tulu_jax import base, trained, trainer
 
     if _FROM_HF.value:
+        cli.stop_if(base.first_step_problems(config))
         trainer.Run(config, cli.operative_config()).save_initial()
         return
     out = validation.expanded(_OUT.value or f"{config.workdir}/hf")

@@ -15,11 +15,9 @@ from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.data.sources import readers
-from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import optim
 
 _NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
@@ -33,7 +31,7 @@ def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
         return found + away  # what lies there cannot be looked at
     if config.num_steps is not None:
         found += optim.problems(config.optimizer, config.num_steps)
-    for part in (not_writable, _data, _weights, _disk):
+    for part in (not_writable, _data, base_lib.problems, _disk):
         try:
             found += part(config)
         except validation.UsageError as error:
@@ -135,27 +133,6 @@ def _data(config: TrainConfig) -> Iterator[str]:
             f"the tokenizer {config.data.tokenizer} has {size} ids; the model's vocabulary has "
             f"{config.model.vocab_size}"
         )
-
-
-def _weights(config: TrainConfig) -> Iterator[str]:
-    base = config.base
-    if base is None:
-        return
-    if not epath.Path(base).exists():
-        yield f"base = {base!r} does not exist; expected a Hugging Face folder or a run's workdir"
-    elif (epath.Path(base) / "config.json").exists():
-        for problem in hf.check_weights(base, config.model):
-            yield f"base = {base!r}: {problem}"
-    else:
-        checkpoints = checkpoint_lib.Checkpoints(base)
-        step = checkpoints.latest_step()
-        if step is None:
-            yield f"base = {base!r} has neither config.json nor a checkpoint"
-        else:
-            yield from checkpoint_lib.param_problems(
-                checkpoints.about(step)["params"],
-                llama.abstract_params(config.model, config.param_dtype),
-            )
 
 
 def _disk(config: TrainConfig) -> Iterator[str]:

@@ -1,15 +1,13 @@
 """What a run trained: its parameters, its replies, its Hugging Face folder."""
 
-import json
-
 import jax
-from etils import epath
+from absl import logging
 
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import tokenizer_training
+from tulu_jax.data import tokenizer_files, tokenizer_training
 from tulu_jax.decode import sampler
 from tulu_jax.interop import hf
 from tulu_jax.parallel import mesh as mesh_lib
@@ -32,7 +30,7 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, d
     with jax.set_mesh(mesh):
         if step is None:
             return mesh, base_lib.initial_params(config, abstract)
-        return mesh, checkpoint_lib.load_params(config.workdir, abstract, step)
+        return mesh, checkpoint_lib.load_params(config.workdir, config.model, abstract, step)
 
 
 class Generator:
@@ -81,30 +79,51 @@ class Generator:
         return [self.tokenizer.decode(ids).strip() for ids in new_tokens]
 
 
-def export(config: TrainConfig, out: str, *, step: int | None, dtype: str, overwrite: bool) -> None:
+def export(
+    config: TrainConfig, out: str, *, step: int | None, dtype: str | None, overwrite: bool
+) -> None:
     """Writes the checkpoint of `step` (default: the latest) as the Hugging Face folder `out`.
 
     The folder has the tokenizer with a chat template that makes exactly the training ids, and the
-    generation config of the base where there is one.
+    generation config of the base where there is one. `dtype` None is that of the base, where it is
+    float32, else bfloat16. Raises `UsageError`, before the parameters are loaded, if there is no
+    such checkpoint or `out` cannot be written.
     """
-    mesh, params = load(config, step=saved_step(config, step))
-    tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    base = config.base and epath.Path(config.base) / "generation_config.json"
-    if base and base.exists():
-        generation = json.loads(base.read_text()) | generation
+    step = saved_step(config, step)
+    dtype = dtype or _dtype_of_base(config, step)
+    problems = hf.target_problems(out, config.model, dtype=dtype, overwrite=overwrite)
+    if problems:
+        raise validation.UsageError("\n".join(problems))
+    with validation.reading():
+        tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
+        backend = tokenizer_files.for_plain_text(tokenizer.backend, config.data.tokenizer)
+        generation = hf.read_generation_config(config.base) if config.base else {}
+    mesh, params = load(config, step=step)
     with jax.set_mesh(mesh):
         hf.save(
             out,
             params,
             config.model,
             dtype=dtype,
-            generation_config=generation,
+            generation_config=generation
+            | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
             overwrite=overwrite,
             write_tokenizer=lambda folder: tokenizer_training.save_tokenizer(
-                tokenizer.backend,
+                backend,
                 str(folder),
                 max_length=config.data.max_length,
                 mode=config.data.chat,
             ),
         )
+
+
+def _dtype_of_base(config: TrainConfig, step: int) -> str:
+    about = checkpoint_lib.Checkpoints(config.workdir).about(step)
+    base = about.get("base_dtype", config.param_dtype)
+    dtype = base if base in hf.DTYPES else "bfloat16"  # float16 is read, never written
+    logging.info(
+        "Weights are written in %s: what the run began from is %s, the parameters are %s; "
+        "--dtype chooses",
+        *(dtype, base, config.param_dtype),
+    )
+    return dtype

@@ -111,6 +111,7 @@ class Run:
             logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
             return self.checkpoints.restore(step, self.abstract), about["weights"]
         params = base_lib.initial_params(self.config, self.abstract.params)
+        self.base_dtype = base_lib.weights_dtype(self.config)
         self._warn_of_rounding(params)
         init = optim.make(self.config.optimizer, self.num_steps).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
@@ -144,6 +145,7 @@ class Run:
         return {
             "params": checkpoint_lib.param_shapes(self.abstract.params),
             "weights": self.weights,
+            "base_dtype": self.base_dtype,
             "must_match": {
                 "data": self.rows.fingerprint,
                 "data_seed": config.data.seed,
@@ -158,6 +160,7 @@ class Run:
 
     def _resume_problems(self, about: dict) -> list[str]:
         self.weights = about["weights"]
+        self.base_dtype = about.get("base_dtype", self.config.param_dtype)
         ours, theirs = self.about()["must_match"], about["must_match"]
         return checkpoint_lib.param_problems(about["params"], self.abstract.params) + [
             f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "

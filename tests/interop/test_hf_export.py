@@ -109,7 +109,9 @@ def test_an_existing_folder_is_refused_unless_told(tmp_path):
     save(target)
     first = (target / "model.safetensors").read_bytes()
     doubled = {"model": hf.jax.tree.map(lambda x: 2 * x, random_params(CONFIG)["model"])}
-    with pytest.raises(ValueError, match="exists; choose another folder, or pass overwrite=True"):
+    with pytest.raises(
+        ValueError, match="exists; choose another folder, or replace it with --overwrite"
+    ):
         save(target, doubled)
     assert (target / "model.safetensors").read_bytes() == first
     save(target, doubled, overwrite=True)
@@ -124,10 +126,92 @@ def test_a_folder_that_is_no_export_is_never_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    save(tmp_path / "out")
-    assert_equal_trees(reload(tmp_path / "out"), random_params(CONFIG))
+def test_a_folder_that_exists_stays_the_same_folder(tmp_path):
+    """It may be a mounted disk, which has `lost+found` and cannot be renamed."""
+    target = tmp_path / "out"
+    (target / "lost+found").mkdir(parents=True)
+    (target / ".partial").mkdir()  # of a killed export
+    inode = target.stat().st_ino
+    save(target, max_shard_bytes=2000)
+    doubled = {"model": hf.jax.tree.map(lambda x: 2 * x, random_params(CONFIG)["model"])}
+    save(target, doubled, overwrite=True)
+    assert_equal_trees(reload(target), doubled)
+    assert target.stat().st_ino == inode
+    expected = {"config.json", "generation_config.json", "model.safetensors", "lost+found"}
+    assert set(os.listdir(target)) == expected
+
+
+def test_a_killed_replacement_can_be_done_again(tmp_path):
+    save(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / ".partial").mkdir()  # files were being moved up
+    save(tmp_path, overwrite=True)
+    assert_equal_trees(reload(tmp_path), random_params(CONFIG))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_names_is_filled(tmp_path, there):
+    disk, link = tmp_path / "disk" / "out", tmp_path / "link"
+    if there:
+        disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    save(link)
+    save(link, overwrite=True)
+    assert link.is_symlink() and not disk.is_symlink()
+    assert_equal_trees(reload(disk), random_params(CONFIG))
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and os.listdir(disk.parent) == ["out"]
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+
+    def problem(target, num_bytes=1):
+        (text,) = hf.folder.problems(
+            hf.folder.located(target), overwrite=False, num_bytes=num_bytes
+        )
+        return text
+
+    assert problem(file) == f"{file} is a file; choose another folder"
+    assert f"{file} cannot be written to (Not a directory)" in problem(file / "out")
+    assert "cannot be written to" in problem("/proc/out")  # to nobody, root included
+    assert "GB free; the export takes 1000000000.0 GB" in problem(tmp_path / "out", 10**18)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save(tmp_path / "out", max_shard_bytes=4000, write_tokenizer=lambda f: (f / "t").touch())
+    finally:
+        os.umask(old)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"pad_token_id": 48}, {}),
+        ({"pad_token_id": -1, "bos_token_id": 1}, {"bos_token_id": 1}),
+        ({"pad_token_id": None}, {"pad_token_id": None}),
+        ({"eos_token_id": [2, 3, 50]}, {"eos_token_id": [2, 3]}),
+        ({"eos_token_id": [48], "forced_bos_token_id": 99}, {}),
+        ({"suppress_tokens": [0, 48], "max_new_tokens": 99}, {"suppress_tokens": [0]}),
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_not_copied(tmp_path, given, written, caplog):
+    transformers = pytest.importorskip("transformers")
+    with caplog.at_level("WARNING"):
+        save(tmp_path / "out", generation_config=given)
+    fields = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {k: v for k, v in fields.items() if k != "max_new_tokens"} == written
+    left_out = [name for name in given if given[name] != fields.get(name)]
+    assert all(name in caplog.text for name in left_out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.pad_token_id is None
+    assert model.generation_config.eos_token_id == written.get("eos_token_id")
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

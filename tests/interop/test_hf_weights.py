@@ -279,6 +279,64 @@ def test_damaged_folders_are_named(checkpoint, tmp_path):
     assert any("is missing; expected shape" in problem for problem in problems[1:])
 
 
+@pytest.fixture
+def both_forms(checkpoint):
+    """A folder with a whole `model.safetensors` and, beside it, an older whole sharded form."""
+    config, params = load(checkpoint)
+    old = jax.tree.map(lambda leaf: 2 * leaf, params)
+    save(checkpoint.parent / "old", old, config, max_shard_bytes=4000)
+    for file in (checkpoint.parent / "old").glob("model*"):
+        file.rename(checkpoint / file.name)
+    return checkpoint, config, params
+
+
+def test_an_index_beside_a_whole_file_is_refused_with_both_names(both_forms):
+    folder, config, _ = both_forms
+    (problem,) = (p for p in hf.check_weights(folder, config))
+    assert "model.safetensors and the" in problem and "model.safetensors.index.json" in problem
+    assert "remove" in problem and "model-00001-of-" in problem
+    with pytest.raises(ValueError, match="both whole"):
+        load(folder)
+
+
+@pytest.mark.parametrize("left", ["none", "some", "a broken index"])
+def test_a_leftover_index_does_not_hide_the_whole_file(both_forms, left, caplog):
+    """As in transformers, which opens `model.safetensors` before it looks for an index."""
+    folder, config, params = both_forms
+    for file in sorted(folder.glob("model-*"))[left == "some" :]:
+        file.unlink()
+    if left == "a broken index":
+        (folder / "model.safetensors.index.json").write_text("{")
+    assert hf.check_weights(folder, config) == []
+    with caplog.at_level("WARNING"):
+        assert_equal_trees(load(folder)[1], params)
+    assert "Not read" in caplog.text and "model.safetensors.index.json" in caplog.text
+
+
+def test_files_beside_those_that_are_read_are_told(checkpoint, caplog):
+    for name in ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors"):
+        (checkpoint / name).write_bytes(b"not opened")
+    (checkpoint / "training_args.bin").touch()
+    with caplog.at_level("WARNING"):
+        load(checkpoint)
+    (record,) = (r for r in caplog.records if "Not read" in r.getMessage())
+    found = "['consolidated.safetensors', 'model.fp16.safetensors', 'pytorch_model.bin']"
+    assert found in record.getMessage()
+
+
+def test_the_folder_of_an_adapter_is_refused(checkpoint):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    (problem,) = hf.check_weights(checkpoint, hf.read_config(checkpoint))
+    assert "PEFT adapter" in problem and "merge_and_unload" in problem
+
+
+def test_weights_are_not_read_for_a_model_that_computes_otherwise(checkpoint):
+    config = hf.dataclasses.replace(hf.read_config(checkpoint), rope_theta=1e6, max_positions=1)
+    with pytest.raises(ValueError, match=r"says rope_theta = 10000.0; the run's model has") as said:
+        hf.load(checkpoint, config, shardings=one_device(), dtype="float32")
+    assert "max_position" not in str(said.value)
+
+
 def test_parameters_of_another_model_are_not_exported(checkpoint, tmp_path):
     config, params = load(checkpoint)
     with pytest.raises(ValueError, match=r"model/norm/scale: found \(16,\), expected \(32,\)"):

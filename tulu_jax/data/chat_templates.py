@@ -1,12 +1,24 @@
 """The TÜLU chat format as the Jinja templates that a tokenizer carries, one for each mode."""
 
 _RENDER = (
-    "{%- set ns = namespace(text='') -%}"
+    "{%- set ns = namespace(text='', content='') -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
     "{{- raise_exception('unknown role ' + message['role']) -}}"
     "{%- endif -%}"
-    "{%- set ns.text = ns.text + '<|' + message['role'] + '|>\\n' + message['content'] | trim -%}"
+    "{%- set ns.content = '' -%}"
+    "{%- if message['content'] is string -%}{%- set ns.content = message['content'] -%}"
+    "{%- elif message['content'] is mapping or not message['content'] -%}"
+    "{{- raise_exception('content of a message is no text') -}}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}"
+    "{{- raise_exception('content of a message has a part that is no text') -}}"
+    "{%- endif -%}"
+    "{%- set ns.content = ns.content + part['text'] -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- set ns.text = ns.text + '<|' + message['role'] + '|>\\n' + ns.content | trim -%}"
     "{%- if message['role'] == 'assistant' -%}"
     "{%- set ns.text = ns.text + eos_token -%}"
     "{%- endif -%}"
@@ -28,6 +40,7 @@ _EMIT = (
     "{%- else -%}{{- ns.text | trim -}}{%- endif -%}"
 )
 # Each renders as its mode does, BOS first, and keeps system turns, which the released one drops.
+# Content may also come as a list of parts, `{"type": "text", "text": …}`: their texts are joined.
 TEMPLATES = {
     "spec": _RENDER + _EMIT,
     "paper": _RENDER + _TIGHTEN + _EMIT,

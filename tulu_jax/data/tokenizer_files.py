@@ -56,6 +56,31 @@ def load(path: str):
     return backend
 
 
+def for_plain_text(backend, path: str):
+    """`backend`, loaded from `path`, as it encodes plain text when it is asked for special tokens.
+
+    A tokenizer.json says itself what it adds. Llama's tokenizer.model is read with `<s>` in front
+    of a text and nothing behind it, unless `tokenizer_config.json` beside it says otherwise.
+    """
+    import tokenizers
+    from tokenizers import processors
+
+    file = _find(path)
+    if file.suffix == ".json":
+        return backend
+    config = _object(file.with_name(CONFIG))
+    begin, end = SPECIAL[:2]
+    first = [begin] if config.get("add_bos_token", True) else []
+    last = [end] if config.get("add_eos_token", False) else []
+    around = tokenizers.Tokenizer.from_str(backend.to_str())
+    around.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *(f"{t}:1" for t in first), "$B:1", *(f"{t}:1" for t in last)],
+        special_tokens=[(token, backend.token_to_id(token)) for token in first + last],
+    )
+    return around
+
+
 def model_file(path: str):
     """The tokenizer.model that `path` is, holds, or lies beside; None if there is none."""
     given = readers.as_path(path)

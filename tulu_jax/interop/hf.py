@@ -20,13 +20,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from tulu_jax import validation
-from tulu_jax.interop import folder, placement, weight_files
+from tulu_jax.interop import config_file, folder, placement, weight_files
 from tulu_jax.interop import layout as layout_lib
+from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
 from tulu_jax.interop.weight_files import WeightFiles
 from tulu_jax.models import llama
@@ -42,14 +43,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a constant
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_WHOLE = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -57,66 +51,51 @@ def read_config(path: Path) -> LlamaConfig:
 
     Raises `ValueError` that lists every field this project does not compute.
     """
-    file = epath.Path(path).expanduser() / "config.json"
-    if not file.exists():
-        raise ValueError(f"{file} does not exist; expected the folder of a Hugging Face checkpoint")
-    text = file.read_bytes()
-    if found := validation.stand_in(text):
-        raise ValueError(f"{file}: {found}")
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}; expected a JSON object")
-    problems = _unsupported(fields)
+    folder_ = epath.Path(path).expanduser()
+    fields = config_file.read(folder_)
+    file = folder_ / config_file.NAME
+    problems = config_file.unsupported(fields)
     if problems:
         raise ValueError(_listed(f"{file} describes a model that is not supported", problems))
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    rope = fields.get("rope_parameters") or fields
     try:
-        return LlamaConfig(
-            vocab_size=fields["vocab_size"],
-            num_layers=fields["num_hidden_layers"],
-            embed_dim=width,
-            mlp_dim=fields["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=_or(fields.get("num_key_value_heads"), heads),
-            head_dim=_or(fields.get("head_dim"), width // heads),
-            rope_theta=float(_or(rope.get("rope_theta"), _or(fields.get("rope_theta"), 1e4))),
-            norm_eps=float(_or(fields.get("rms_norm_eps"), 1e-6)),
-            tie_embeddings=bool(fields.get("tie_word_embeddings")),
-            max_positions=_or(fields.get("max_position_embeddings"), 2048),
-        )
+        return config_file.parse(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a `config.json`, readable by `transformers` 4 and 5 alike."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
+def config_problems(path: Path, config: LlamaConfig) -> list[str]:
+    """How the `config.json` in `path` describes another function than `config`, one line a field.
+
+    `max_position_embeddings` is not compared: nothing is computed from it.
+    """
+    folder_ = epath.Path(path).expanduser()
+    try:
+        fields = config_file.read(folder_)
+        problems = config_file.unsupported(fields)
+        if not problems:
+            problems = config_file.differences(config_file.parse(fields), config)
+    except ValueError as error:
+        return [str(error)]
+    return [f"{folder_ / config_file.NAME} says {text}" for text in problems]
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """The fields of `generation_config.json` in `path`; none where there is no such file.
+
+    Raises `ValueError` if it is no JSON object.
+    """
+    file = epath.Path(path).expanduser() / "generation_config.json"
+    return config_file.read_object(file) if file.exists() else {}
+
+
+def weights_dtype(path: Path) -> str:
+    """What `config.json` in `path` says the dtype of the weights is; else that of the embedding."""
+    folder_ = epath.Path(path).expanduser()
+    fields = config_file.read(folder_)
+    said = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
+    if said in weight_files.DTYPES.values():
+        return said
+    return weight_files.DTYPES[WeightFiles(folder_).headers[_EMBEDDING].dtype]
 
 
 def check_weights(path: Path, config: LlamaConfig) -> list[str]:
@@ -128,12 +107,16 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
     """The parameters in the safetensors files of `path`, in `dtype`, placed as `shardings` says.
 
     `shardings` is a `Sharding` for every parameter, in the structure of the parameters, or one for
-    all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape.
+    all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape,
+    and each field of `config.json` by which the folder's model computes another function.
     """
     files = WeightFiles(epath.Path(path).expanduser())
-    problems = _weight_problems(files, config)
+    problems = config_problems(path, config) + _weight_problems(files, config)
     if problems:
         raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
+    logging.info("Reading %s in %s", ", ".join(files.files), path)
+    if files.unread:
+        logging.warning("Not read, as transformers does not: %s in %s", files.unread, path)
     layouts = layout_lib.layouts(config)
     if isinstance(shardings, Sharding):
         everywhere = shardings
@@ -148,6 +131,12 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
             layouts,
             shardings,
         )
+
+
+def target_problems(path: Path, config: LlamaConfig, *, dtype: str, overwrite: bool) -> list[str]:
+    """Why `save` could not write a `config` in `dtype` to `path`, one line each."""
+    num_bytes = config.num_params * DTYPES[dtype].itemsize
+    return folder.problems(folder.located(path), overwrite=overwrite, num_bytes=num_bytes)
 
 
 def save(
@@ -166,14 +155,17 @@ def save(
     `generation_config` becomes generation_config.json; its bos, eos and pad ids go into config.json
     as well. `write_tokenizer` puts the tokenizer's files, chat template included, into the local
     folder it is given. The leaves of `params` may be anything `placement.gather` reads. Every
-    process of a multi-host run calls this; process 0 writes. The folder has the name
-    `path.partial` until it is complete. Raises `ValueError` for an existing `path`, unless
-    `overwrite`, and for parameters that are not a `config`.
+    process of a multi-host run calls this; process 0 writes. The folder appears when it is
+    complete (`folder.finished`). An id that is none of the vocabulary is left out with a word in
+    the log: `transformers` does not open a model whose padding is not in its embedding. Raises
+    `ValueError` for what `target_problems` finds, and for parameters that are not a `config`.
     """
-    target = epath.Path(path).expanduser()
-    folder.check_target(target, overwrite=overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {sorted(DTYPES)}")
+    problems = target_problems(path, config, dtype=dtype, overwrite=overwrite)
+    if problems:
+        raise ValueError("\n".join(problems))
+    target = folder.located(path)
     _check_params(params, config)
     shards = _shards(config, DTYPES[dtype].itemsize, max_shard_bytes)
     weights = _gathered(params, config, DTYPES[dtype])
@@ -181,6 +173,7 @@ def save(
         for _ in weights:
             pass
     else:
+        generation_config = _within(generation_config, config.vocab_size)
         fields = write_config(config) | {"torch_dtype": dtype}
         fields |= {
             name: generation_config[name] for name in _TOKEN_IDS if name in generation_config
@@ -196,52 +189,8 @@ def save(
         multihost_utils.sync_global_devices("tulu_jax.interop.hf.save")
 
 
-def _or(value, default):
-    return default if value is None else value
-
-
 def _listed(heading: str, problems: list[str]) -> str:
     return f"{heading}:\n" + "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
-
-
-def _unsupported(fields: dict[str, Any]) -> list[str]:
-    """Fields of a `config.json` whose values this project does not compute, or that are absent."""
-    problems = [f"{name} is missing" for name in _REQUIRED if fields.get(name) is None]
-    kinds = dict.fromkeys(_REQUIRED + _WHOLE, (int, "a positive whole number"))
-    kinds |= dict.fromkeys(("rope_theta", "rms_norm_eps"), ((int, float), "a positive number"))
-    for name, (kind, meaning) in kinds.items():
-        value = fields.get(name, 1)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-            problems.append(f"{name} = {value!r}: expected {meaning}")
-    expected = {
-        "model_type": ("llama",),
-        "tie_word_embeddings": (False, True, None),
-        "hidden_act": ("silu", "swish", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "pretraining_tp": (1, None),
-        "partial_rotary_factor": (1, 1.0, None),
-        "sliding_window": (None,),
-        "quantization_config": (None,),
-    }
-    problems += [
-        f"{name} = {fields.get(name)!r}: expected {allowed[0]!r}"
-        for name, allowed in expected.items()
-        if fields.get(name) not in allowed
-    ]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            problems.append(f"{name} = {rope!r}: expected null or rope_type 'default'")
-        elif rope.get("partial_rotary_factor") not in (1, 1.0, None):
-            factor = rope["partial_rotary_factor"]
-            problems.append(f"{name}.partial_rotary_factor = {factor!r}: expected 1")
-    return problems
 
 
 def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
@@ -266,7 +215,7 @@ def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
             report(name, f"is missing; expected shape {list(shape)}")
         elif header.shape != shape:
             report(name, f"has shape {list(header.shape)}; expected {list(shape)}")
-        elif not weight_files.readable(header.dtype):
+        elif header.dtype not in weight_files.DTYPES:
             report(name, f"is of type {header.dtype}; expected F32, BF16 or F16")
     for name, header in files.headers.items():
         if name not in expected and not _IGNORED.fullmatch(name):
@@ -296,6 +245,27 @@ def _check_tied(files: WeightFiles, layouts, shardings, pool) -> None:
             f"{_HEAD} differs from {_EMBEDDING} although the model ties them; set "
             "tie_word_embeddings to false in config.json, or remove the weight"
         )
+
+
+def _within(generation_config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`generation_config` without the ids, one or several a field, beyond the vocabulary."""
+    kept = dict(generation_config)
+    for name, value in generation_config.items():
+        if value is None or not (name.endswith("_token_id") or name in _SUPPRESSED):
+            continue
+        ids = value if isinstance(value, list) else [value]
+        known = [id for id in ids if type(id) is int and 0 <= id < vocab_size]
+        if known == ids:
+            continue
+        logging.warning(
+            "%s = %s of the generation config is not written so: the vocabulary has ids 0 to %d",
+            *(name, value, vocab_size - 1),
+        )
+        if known:
+            kept[name] = known
+        else:
+            del kept[name]
+    return kept
 
 
 def _check_params(params: Params, config: LlamaConfig) -> None:
@@ -346,7 +316,10 @@ def _write_weights(target: epath.Path, shards: list[dict[str, int]], weights) ->
         tensors = dict(itertools.islice(weights, len(shard)))
         weight_map |= dict.fromkeys(tensors, file)
         with folder.local_folder(target) as local:
+            (local / file).touch()
+            mode = (local / file).stat().st_mode  # the usual one; the library makes a private file
             safetensors.numpy.save_file(tensors, local / file, metadata={"format": "pt"})
+            (local / file).chmod(mode)
     if len(shards) > 1:
         size = sum(sum(shard.values()) for shard in shards)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

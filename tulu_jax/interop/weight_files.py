@@ -1,8 +1,9 @@
 """Reading rows of weights from safetensors files, local or in a bucket.
 
-Only whole rows of a weight are read, which are contiguous in the file: one memory-mapped copy, or
-one ranged request. Local files go through the safetensors library; it cannot open `gs://`, so there
-the header (8 bytes of length, then JSON) is read here.
+Of a folder's files, those are read that `transformers` opens; a folder that could mean two sets of
+weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one
+memory-mapped copy, or one ranged request. Local files go through the safetensors library; it cannot
+open `gs://`, so there the header (8 bytes of length, then JSON) is read here.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
@@ -20,8 +20,9 @@ from tulu_jax import validation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that are read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,19 @@ class Header:
 
 
 class WeightFiles:
-    """The safetensors files of one folder: `headers`, `problems` met in them, and `rows`."""
+    """The safetensors files of one folder: `headers`, `problems` met in them, and `rows`.
+
+    `files` are those that are read, `unread` other files of weights that lie beside them.
+    """
 
     def __init__(self, path: epath.Path):
         self._path = path
         self._open: dict[str, safetensors.safe_open] = {}
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
-        for file in self._files():
+        self.files = self._chosen()
+        self.unread = self._others()
+        for file in self.files:
             self._read_headers(file)
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
@@ -51,29 +57,57 @@ class WeightFiles:
         start, stop, _ = rows.indices(header.shape[0])
         if header.start is None:
             return self._open[header.file].get_slice(name)[start:stop]
-        dtype = np.dtype(_DTYPES[header.dtype])
+        dtype = np.dtype(DTYPES[header.dtype])
         row_bytes = math.prod(header.shape[1:]) * dtype.itemsize
         with (self._path / header.file).open("rb") as file:
             file.seek(header.start + start * row_bytes)
             data = file.read((stop - start) * row_bytes)
         return np.frombuffer(data, dtype).reshape(stop - start, *header.shape[1:])
 
-    def _files(self) -> list[str]:
-        """Names of the files, after the index where there is one; else an entry in `problems`."""
+    def _chosen(self) -> list[str]:
+        """Names of the files to read; none where an entry in `problems` says why."""
         if not self._path.is_dir():
             self.problems.append(
                 f"{self._path} is not a folder; expected a Hugging Face checkpoint"
             )
             return []
-        if (self._path / INDEX).exists():
-            try:
-                weight_map = json.loads((self._path / INDEX).read_text())["weight_map"]
-                return sorted(set(weight_map.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if (self._path / ADAPTER).exists():
+            self.problems.append(
+                f"{self._path / ADAPTER} makes the folder a PEFT adapter, to be read on top of "
+                "another model; give the folder of the whole model (merge_and_unload() and "
+                f"save_pretrained make one), or remove {ADAPTER} if the weights are whole"
+            )
+            return []
+        single, index = self._path / SINGLE, self._path / INDEX
+        if not single.exists():
+            return self._of_index() if index.exists() else self._nothing()
+        shards = self._of_index(quietly=True) if index.exists() else []
+        if shards and shards != [SINGLE] and all((self._path / name).exists() for name in shards):
+            self.problems.append(
+                f"{single} and the {len(shards)} files of {index} are both whole, and one may be "
+                f"older than the other (transformers reads {SINGLE}); remove the one that is not "
+                f"meant: {SINGLE}, or {INDEX} with {', '.join(shards)}"
+            )
+            return []
+        return [SINGLE]
+
+    def _of_index(self, *, quietly: bool = False) -> list[str]:
+        """Names of the files in the index; none for a broken one, a problem unless `quietly`."""
+        try:
+            text = (self._path / INDEX).read_bytes()
+            if found := validation.stand_in(text):
+                raise ValueError(found)
+            weight_map = json.loads(text)["weight_map"]
+            names = sorted(set(weight_map.values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map names no files")
+            return names
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not quietly:
                 self.problems.append(f"{self._path / INDEX} is not a weight index: {error!r}")
-                return []
-        if (self._path / SINGLE).exists():
-            return [SINGLE]
+            return []
+
+    def _nothing(self) -> list[str]:
         found = sorted(file.name for file in self._path.iterdir())
         if any(name.startswith("pytorch_model") for name in found):
             self.problems.append(
@@ -86,6 +120,20 @@ class WeightFiles:
                 f"{self._path} has neither {SINGLE} nor {INDEX}; found {found or 'nothing'}"
             )
         return []
+
+    def _others(self) -> list[str]:
+        if not self.files:
+            return []
+        return sorted(
+            file.name
+            for file in self._path.iterdir()
+            if file.name not in self.files
+            and (
+                file.name.endswith((".safetensors", ".pth", ".bin.index.json"))
+                or (file.name == INDEX and self.files == [SINGLE])
+                or (file.name.startswith("pytorch_model") and file.name.endswith(".bin"))
+            )
+        )
 
     def _read_headers(self, file: str) -> None:
         path = self._path / file
@@ -121,11 +169,6 @@ class WeightFiles:
 def is_remote(path: epath.Path) -> bool:
     """Whether the path is an address (`gs://…`) rather than a file of this machine."""
     return "://" in str(path)
-
-
-def readable(dtype: str) -> bool:
-    """Whether weights of this safetensors dtype are read."""
-    return dtype in _DTYPES
 
 
 def _remote_headers(path: epath.Path) -> Mapping[str, Header]:

@@ -1,6 +1,9 @@
 """Llama configurations: the published sizes by name, and how a model is executed."""
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from tulu_jax import validation
 
@@ -54,6 +57,19 @@ class LlamaConfig:
             f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}",
         )
         yield self.head_dim % 2 == 0, f"head_dim = {self.head_dim}: rotary needs an even number"
+
+    def computed_otherwise(self, other: "LlamaConfig") -> list[str]:
+        """The fields by which `other` computes another function of the same weights.
+
+        Numbers are compared as the float32 that the model computes with: some converters write
+        9.999999747378752e-06 for 1e-5.
+        """
+        return [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name != "max_positions"
+            and _in_float32(getattr(self, field.name)) != _in_float32(getattr(other, field.name))
+        ]
 
     @property
     def num_params(self) -> int:
@@ -132,6 +148,10 @@ NAMED = {
     "codellama_13b": LlamaConfig(**_CODE, **_13B),
     "codellama_34b": LlamaConfig(**(_CODE | {"vocab_size": 32000}), **_34B),
 }
+
+
+def _in_float32(value: Any) -> Any:
+    return np.float32(value) if isinstance(value, float) else value
 
 
 def named(name: str) -> LlamaConfig:

@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from tulu_jax import validation
+from tulu_jax.models.config import LlamaConfig
 from tulu_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -258,17 +259,33 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
 
 
-def load_params(workdir: str, abstract_params: dict, step: int | None = None) -> dict:
+def load_params(
+    workdir: str, model: LlamaConfig, abstract_params: dict, step: int | None = None
+) -> dict:
     """Parameters of a run's checkpoint (default: the latest), sharded as `abstract_params` says.
 
-    Raises `UsageError` if there is no checkpoint, if it cannot be read, or if its parameters have
-    other names or shapes.
+    Raises `UsageError` if there is no checkpoint, if it cannot be read, if its parameters have
+    other names or shapes, or if they were trained as another function than `model`.
     """
     checkpoints = Checkpoints(workdir)
     step = checkpoints.require(step)
-    validation.raise_if(param_problems(checkpoints.about(step)["params"], abstract_params))
+    validation.raise_if(problems(checkpoints, step, model, abstract_params))
     logging.info("Restoring parameters of step %d from %s", step, checkpoints.folder)
     return checkpoints.restore_params(step, abstract_params)
+
+
+def problems(
+    checkpoints: Checkpoints, step: int, model: LlamaConfig, abstract_params: dict
+) -> list[str]:
+    """Why the parameters of `step` are not of `model`, one line each, from JSON alone."""
+    about = checkpoints.about(step)
+    trained = LlamaConfig(**about["must_match"]["model"])
+    return [
+        f"the checkpoint in {checkpoints.folder / str(step)} was trained with {name} = "
+        f"{getattr(trained, name)}; this run's model has {getattr(model, name)}. Restore it in the "
+        "gin file, or take another checkpoint"
+        for name in trained.computed_otherwise(model)
+    ] + param_problems(about["params"], abstract_params)
 
 
 def param_shapes(params: dict) -> dict[str, list[int]]:
