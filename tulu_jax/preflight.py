@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import loader

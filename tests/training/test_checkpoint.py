@@ -132,7 +132,7 @@ def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
     file = tmp_path / "checkpoints/1/metrics/metrics"
     assert "Infinity" not in file.read_text()
     half(file)
-    with pytest.raises(validation.UsageError, match="is damaged .* move .*/checkpoints/1 out of"):
+    with pytest.raises(validation.UsageError, match=r"is damaged .* move .*/checkpoints/1 out of"):
         checkpoint.Checkpoints(str(tmp_path), config)
 
 

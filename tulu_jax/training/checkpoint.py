@@ -234,7 +234,7 @@ class _Explained:
 
 
 def _check_metrics(folder: epath.Path) -> None:
-    """Raises `UsageError` for checkpoints whose metrics cannot be read: Orbax reads them at once."""
+    """Raises `UsageError` for metrics that cannot be read: Orbax reads them at once."""
     problems = []
     for file in folder.glob("*/metrics/metrics"):
         try:
