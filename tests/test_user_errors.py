@@ -260,7 +260,10 @@ def test_a_base_that_is_not_finite_is_named(tmp_path, kind, value):
         checkpoints = checkpoint.Checkpoints(
             str(tmp_path / "base"), checkpoint.CheckpointConfig(every=1)
         )
-        about = {"params": checkpoint.param_shapes(params), "weights": "w", "must_match": {}}
+        model = {"model": dataclasses.asdict(builders.MODEL)}
+        about = {
+            "params": checkpoint.param_shapes(params), "weights": "w", "must_match": model,
+        }  # fmt: skip
         checkpoints.save(1, TrainState(step=jnp.int32(1), params=params, opt_state={}), about, {})
         checkpoints.close()
         wanted = ("model/layers/mlp/up_proj/kernel (layers [1])", "model/norm/scale")

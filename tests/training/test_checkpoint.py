@@ -1,7 +1,9 @@
 """A damaged checkpoint is named, with one that is whole, whichever file is damaged and how."""
 
+import dataclasses
 import shutil
 
+import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,11 @@ from tulu_jax.training import checkpoint
 from tulu_jax.training.state import TrainState
 
 SIZE = 64
-ABOUT = {"params": {"kernel": [SIZE, SIZE]}, "weights": "w", "must_match": {}}
+ABOUT = {
+    "params": {"kernel": [SIZE, SIZE]},
+    "weights": "w",
+    "must_match": {"model": dataclasses.asdict(builders.MODEL)},
+}
 
 
 def state(step):
@@ -101,7 +107,7 @@ def test_parameters_alone_and_what_is_said_of_them(workdir):
     """What generate, evaluate, convert and a base read."""
     half(workdir / "checkpoints/8/about/metadata")
     assert "That of step 4 is whole." in refusal(
-        checkpoint.load_params, str(workdir), abstract().params
+        checkpoint.load_params, str(workdir), builders.MODEL, abstract().params
     )
     DAMAGES["the database's nodes are gone"](workdir / "checkpoints/4")
     said = refusal(checkpoint.Checkpoints(str(workdir)).restore_params, 4, abstract().params)
@@ -109,6 +115,13 @@ def test_parameters_alone_and_what_is_said_of_them(workdir):
     shutil.rmtree(workdir / "checkpoints/8")
     said = refusal(checkpoint.Checkpoints(str(workdir)).restore_params, 4, abstract().params)
     assert "There is no other." in said
+
+
+def test_parameters_of_another_function_are_refused(workdir):
+    other = builders.replace(builders.MODEL, rope_theta=1e6, norm_eps=1e-6)
+    said = refusal(checkpoint.load_params, str(workdir), other, abstract().params)
+    assert "trained with rope_theta = 10000.0; this run's model has 1000000.0" in said
+    assert "trained with norm_eps = 1e-05; this run's model has 1e-06" in said
 
 
 def test_a_step_that_is_not_there(workdir, tmp_path):

@@ -278,10 +278,18 @@ def problems(
     checkpoints: Checkpoints, step: int, model: LlamaConfig, abstract_params: dict
 ) -> list[str]:
     """Why the parameters of `step` are not of `model`, one line each, from JSON alone."""
-    about = checkpoints.about(step)
-    trained = LlamaConfig(**about["must_match"]["model"])
+    about, folder = checkpoints.about(step), checkpoints.folder / str(step)
+    recorded = about["must_match"].get("model", {})
+    expected = {field.name for field in dataclasses.fields(LlamaConfig)}
+    if recorded.keys() != expected:
+        return [
+            f"the checkpoint in {folder} records a model of {sorted(recorded) or 'no fields'}; "
+            f"expected {sorted(expected)}: another version wrote it. Export it to Hugging Face "
+            "with that version, and take the export"
+        ]
+    trained = LlamaConfig(**recorded)
     return [
-        f"the checkpoint in {checkpoints.folder / str(step)} was trained with {name} = "
+        f"the checkpoint in {folder} was trained with {name} = "
         f"{getattr(trained, name)}; this run's model has {getattr(model, name)}. Restore it in the "
         "gin file, or take another checkpoint"
         for name in trained.computed_otherwise(model)
