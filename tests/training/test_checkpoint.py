@@ -119,7 +119,9 @@ def test_parameters_alone_and_what_is_said_of_them(workdir):
 
 def test_parameters_of_another_function_are_refused(workdir):
     other = builders.replace(builders.MODEL, rope_theta=1e6, norm_eps=1e-6)
-    said = refusal(checkpoint.load_params, str(workdir), other, abstract().params)
+    with pytest.raises(validation.UsageError) as refused:
+        checkpoint.load_params(str(workdir), other, abstract().params)
+    said = str(refused.value)
     assert "trained with rope_theta = 10000.0; this run's model has 1000000.0" in said
     assert "trained with norm_eps = 1e-05; this run's model has 1e-06" in said
 
