@@ -6,7 +6,7 @@ Both start from the same `messages` of real rows and the same Llama-2 tokenizer,
 the same ids and the same trained positions (TRL's template has the generation markers that its
 `assistant_only_loss` needs). A rate is rows over the time that the second half of them adds, which
 leaves out what starting costs. Alternating runs, medians; TRL has the better of one and two worker
-processes.
+processes. Other work on the machine lowers the ratio (docs/benchmarks.md).
 """
 
 import argparse

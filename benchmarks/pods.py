@@ -9,7 +9,8 @@
 FOLDER holds what `benchmarks/maxtext_aot.py` wrote. Each compilation is a process of its own
 (`python -m tulu_jax.dryrun`); its result is kept below runs/pods, so that a stopped table goes on.
 Runs that differ in their data alone, as the ablations do, share a compilation.
-The last line is JSON.
+An MFU of ours counts the attention that is visible in the rows. MaxText's step is compared at full
+rematerialisation, not at its fastest published policy. The last line is JSON.
 """
 
 import argparse
@@ -27,7 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / "runs" / "pods"
 SHORT = [("sft_7b.gin", "v5p_64_7b_sft"), ("dpo_70b.gin", "v5p_512_70b_dpo")]
 SPARE, SECONDS, GIGABYTES = 0.05, 180, 12
-# tokens/s a chip or MFU that MaxText published, and the module of that run; the slice of its name.
+# The module of a run, its slice, and the MFU that MaxText published. Whether that counts attention
+# whole or its causal half is not said; MaxText's formula had it whole until July 2025 (its #1988).
 PUBLISHED = [
     ("llama2_70b_v5p_512", "v5p:4x8x8", 0.654),
     ("llama2_70b_v6e_256", "v6e:16x16", 0.438),
@@ -123,8 +125,8 @@ def row(result: dict) -> str:
 
 
 HEAD = (
-    "| file | slice | mesh | remat | GiB / HBM (spare) | s an update | MFU | binds | hours "
-    "| chip-hours | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| file | slice | mesh | remat | GiB / HBM (spare) | s an update | MFU (visible) | binds "
+    "| hours | chip-hours | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -191,9 +193,8 @@ def calibrate(folder: pathlib.Path) -> dict:
     from tulu_jax.planning import topology as topology_lib
 
     errors = {}
-    print(
-        "MaxText, Llama-2-70B    published   predicted   error   matrix attention HBM interconnect"
-    )
+    print("MaxText, Llama-2-70B    published   predicted MFU by its count of attention")
+    print(f"{'':24}{'':9}  causal  error    full  error   matrix attention HBM interconnect")
     for stem, topology, published in PUBLISHED:
         if not (folder / f"{stem}.json").exists():
             print(f"{stem:<24}{published:8.1%}   not compiled")
@@ -202,24 +203,26 @@ def calibrate(folder: pathlib.Path) -> dict:
         hardware = topology_lib.parse(topology).hardware
         model = config.named("llama2_70b")
         length = int(about["settings"]["max_target_length"])
-        flops = model.flops_per_token(length) * about["tokens_per_device"]
-        mfu = flops / seconds / hardware.peak
-        errors[stem] = mfu / published - 1
-        print(
-            f"{stem:<24}{published:8.1%}{mfu:12.1%}{errors[stem]:+9.1%}   "
-            + " ".join(f"{value:.2f}" for value in parts.values())
-        )
+        line = f"{stem:<24}{published:9.1%}"
+        for counted, seen in (("causal", length), ("full", 2 * length)):
+            flops = model.flops_per_token(seen) * about["tokens_per_device"]
+            mfu = flops / seconds / hardware.peak
+            errors[f"{stem}, {counted}"] = mfu / published - 1
+            line += f"{mfu:8.1%}{mfu / published - 1:+7.1%}"
+        print(f"{line}   " + " ".join(f"{value:.2f}" for value in parts.values()))
     worst = max(map(abs, errors.values()))
     return {"name": "pods_calibration", "ratio": 1 + worst, "target": 1.15, "ok": worst < 0.15,
             "errors": errors}  # fmt: skip
 
 
 def against_maxtext(folder: pathlib.Path) -> dict:
-    """Seconds per token a chip of a step of the same shape, ours over theirs."""
+    """Seconds per token a chip of a step of the same shape, theirs with full rematerialisation over
+    ours; theirs is faster with a policy that keeps more."""
     stem = "llama2_70b_v5p_512-max_target_length_8192-per_device_batch_size_1-remat_policy_full"
     theirs, parts, about = maxtext(folder, stem, "v5p:4x8x8")
     ours = dry_run("sft_70b.gin", "v5p_512_70b_wide", "--gin.BATCH_SIZE=256", "--whole_rows")
     tokens = 256 * 8192 / 256
+    print("MaxText with full rematerialisation, not its fastest policy")
     print(f"{'':<10} s a step  matrix attention    HBM interconnect  GiB temporaries")
     for name, seconds, values, temporaries in (
         ("MaxText", theirs, parts, about["bytes"]["temp"]),
@@ -230,7 +233,13 @@ def against_maxtext(folder: pathlib.Path) -> dict:
             f"{values['memory']:7.2f} {values['interconnect']:9.2f} {temporaries / 2**30:15.1f}"
         )
     ratio = (theirs / about["tokens_per_device"]) / (ours["seconds"]["step"] / tokens)
-    return {"name": "pods_vs_maxtext", "ratio": ratio, "target": 1 / 0.85, "ok": ratio >= 1 / 0.85}
+    return {
+        "name": "pods_vs_maxtext",
+        "ratio": ratio,
+        "target": 1 / 0.85,
+        "ok": ratio >= 1 / 0.85,
+        "measure": "seconds a token a chip, MaxText with full rematerialisation / ours",
+    }
 
 
 def scaling() -> dict:

@@ -1,4 +1,5 @@
-# Shared by the launchers, which source it: flags, dry runs, and no secret on any command line.
+# Shared by the launchers and worker.sh, which source it: flags, dry runs, files of variables, and no
+# secret on any command line.
 # shellcheck shell=bash disable=SC2034
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
@@ -14,7 +15,7 @@ set_flags() {
   while [ $# -gt 0 ]; do
     argument=$1; shift
     [ "$argument" = -- ] && { TRAIN_ARGS=("$@"); break; }
-    [[ $argument == --* ]] || die "unexpected argument $argument; flags are --name=value"
+    [[ $argument == --* ]] || die "unexpected argument ${argument%%=*}; flags are --name=value"
     name=${argument#--}; name=${name%%=*}
     [[ " ${known[*]} " == *" $name "* ]] || die "unknown flag --$name; known are ${known[*]/#/--}"
     if [[ $argument == *=* ]]; then printf -v "FLAG_$name" '%s' "${argument#*=}"
@@ -33,6 +34,48 @@ require() {
     flag=FLAG_$name
     [ -n "${!flag}" ] || die "--$name is missing; see --help"
   done
+}
+
+NUMBER='0|[1-9][0-9]{0,5}'
+POSITIVE='[1-9][0-9]{0,5}'
+LABEL='[a-z]([-a-z0-9]{0,47}[a-z0-9])?'  # a name that Google Cloud and Kubernetes both take
+
+# check PATTERN NAME...: each of these flags is absent or all of it matches PATTERN.
+check() {
+  local pattern=$1 name flag
+  shift
+  for name in "$@"; do
+    flag=FLAG_$name
+    [[ -z ${!flag} || ${!flag} =~ ^($pattern)$ ]] ||
+      die "--$name=${!flag} must match $pattern"
+  done
+}
+
+# export_variables FILE: exports what its NAME=value lines say. A value is what stands behind the
+# first =, to the end of the line, less the one pair of quotes that may enclose it; nothing in it is
+# evaluated. Passed over: blank lines, lines that begin with #, a carriage return that ends a line, a
+# byte order mark. Wrong lines are told all at once, by number, and never printed.
+export_variables() {
+  local LC_ALL=C line name value number=0 wrong=""  # C: any byte is a character
+  [ -r "$1" ] || die "$1 cannot be read"
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1)) line=${line%$'\r'}
+    [ "$number" -gt 1 ] || line=${line#$'\xef\xbb\xbf'}
+    [[ $line =~ ^[[:blank:]]*(#.*)?$ ]] && continue
+    if ! [[ $line =~ ^[[:blank:]]*([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]]; then
+      wrong+="; line $number is not NAME=value"
+      continue
+    fi
+    name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+    [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]] && value=${BASH_REMATCH[1]}
+    # An integer or readonly variable of bash, such as UID, is no place for a value.
+    if [[ $(declare -p "$name" 2>/dev/null) =~ ^declare\ -[^\ ]*[aAinr] ]]; then
+      wrong+="; line $number: bash has a variable $name of its own, take another name"
+      continue
+    fi
+    declare -gx "$name=$value"
+  done <"$1"
+  [ -z "$wrong" ] || die "$1: ${wrong#; }"
 }
 
 require_train_args() {

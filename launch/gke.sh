@@ -31,12 +31,18 @@ esac
 set_flags name cluster location project slices spot machine_type topology chips accelerator image \
   secret restarts namespace xpk type every dry_run -- "$@"
 require name cluster location
+check "$LABEL" name
+check "$POSITIVE" slices chips
+check "$NUMBER" every restarts
+check "$POSITIVE(x$POSITIVE){1,2}" topology
 SLICES="${FLAG_slices:-1}" CHIPS="${FLAG_chips:-4}" RESTARTS="${FLAG_restarts:-100}"
 EVERY="${FLAG_every:-60}" NAMESPACE="${FLAG_namespace:-default}"
 PLACE=(--location="$FLAG_location")
 [ -n "$FLAG_project" ] && PLACE+=(--project="$FLAG_project")
 [ -z "$FLAG_xpk" ] || [ -z "$FLAG_secret" ] || die "--xpk prints the environment it sets; drop --secret, or use the JobSet (without --xpk)"
 require_train_args
+SLICE_CHIPS=$((${FLAG_topology//x/*})) HOSTS=$((SLICE_CHIPS / CHIPS))  # of a slice
+[ $((SLICE_CHIPS % CHIPS)) -eq 0 ] || die "--topology=$FLAG_topology has $SLICE_CHIPS chips, which hosts of --chips=$CHIPS do not divide"
 
 kube() { run kubectl --namespace="$NAMESPACE" "$@"; }
 
@@ -45,22 +51,22 @@ create() {
   for ((i = 0; i < SLICES; i++)); do
     run gcloud container node-pools create "$FLAG_name-$i" --cluster="$FLAG_cluster" "${PLACE[@]}" \
       --machine-type="$FLAG_machine_type" --tpu-topology="$FLAG_topology" \
-      --num-nodes="$(hosts)" ${FLAG_spot:+--spot} \
+      --num-nodes="$HOSTS" ${FLAG_spot:+--spot} \
       --scopes=https://www.googleapis.com/auth/cloud-platform
   done
 }
 
-hosts() { echo $(($(tr x '*' <<<"$FLAG_topology") / CHIPS)); }  # of a slice
-
 # Status 75 and evictions restart all pods; 1 and 2 are errors that a restart repeats.
 jobset() {
   local arguments="" argument
-  for argument in "${TRAIN_ARGS[@]}"; do arguments+=", $(json "$argument")"; done
+  for argument in "${TRAIN_ARGS[@]}"; do
+    arguments+=", $(json "${argument//\$/\$\$}")"  # Kubernetes expands $(NAME) and makes $$ a $
+  done
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $FLAG_name
+  name: $(json "$FLAG_name")
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
@@ -74,8 +80,8 @@ spec:
     replicas: $SLICES
     template:
       spec:
-        parallelism: $(hosts)
-        completions: $(hosts)
+        parallelism: $HOSTS
+        completions: $HOSTS
         completionMode: Indexed
         backoffLimit: 0
         podFailurePolicy:
@@ -87,15 +93,15 @@ spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 120
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: $FLAG_accelerator
-              cloud.google.com/gke-tpu-topology: $FLAG_topology
+              cloud.google.com/gke-tpu-accelerator: $(json "$FLAG_accelerator")
+              cloud.google.com/gke-tpu-topology: $(json "$FLAG_topology")
 ${FLAG_spot:+              cloud.google.com/gke-spot: \"true\"
 }            tolerations:
             - {key: google.com/tpu, operator: Exists}
             - {key: cloud.google.com/gke-spot, operator: Exists}
             containers:
             - name: train
-              image: $FLAG_image
+              image: $(json "$FLAG_image")
               command: [bash, -c, '. launch/tpu_env.sh && exec python -m tulu_jax.train "\$@"', train$arguments]
               ports:
               - containerPort: 8471  # libtpu
@@ -103,12 +109,16 @@ ${FLAG_spot:+              cloud.google.com/gke-spot: \"true\"
               resources:
                 limits: {google.com/tpu: $CHIPS}
 ${FLAG_secret:+              envFrom:
-              - secretRef: {name: $FLAG_secret\}
+              - secretRef: {name: $(json "$FLAG_secret")\}
 }
 YAML
 }
 
-json() { local text=${1//\\/\\\\}; printf '"%s"' "${text//\"/\\\"}"; }
+json() {  # as a string in YAML
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\r'/\\r} text=${text//$'\t'/\\t}
+  printf '"%s"' "$text"
+}
 
 start() {
   require image

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe on a CPU: environment, SFT, DPO, export, a short chat, and a page of curves.
-#   bash launch/quickstart.sh            about six minutes on two cores after installation
+#   bash launch/quickstart.sh            four to six minutes on two cores after installation
 # PYTHON chooses the interpreter (3.11 or later); RUNS the output folder (default runs).
 set -euo pipefail
 cd "$(dirname "$0")/.."

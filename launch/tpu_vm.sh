@@ -12,8 +12,8 @@
 # Flags: --name --zone --type --version (the runtime, e.g. v2-alpha-tpuv5), --project, --slices=1,
 # --spot, --env_file=FILE, --every=60 (seconds between looks), --dry_run (print the commands only).
 # What follows -- goes to `python -m tulu_jax.train`, with a gs:// workdir: disks go with the slice.
-# Secrets (WANDB_API_KEY, HF_TOKEN) stand in --env_file as NAME=value lines, are copied to the hosts
-# by scp, readable by you alone, and appear on no command line and in no output.
+# Secrets (WANDB_API_KEY, HF_TOKEN) stand in --env_file as NAME=value lines, values as they are, are
+# copied to the hosts by scp, readable by you alone, and appear on no command line and in no output.
 # shellcheck disable=SC2154  # set_flags assigns FLAG_*
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,10 +28,13 @@ case "$ACTION" in
 esac
 set_flags name zone type version project slices spot env_file every dry_run -- "$@"
 require name zone
+check "$LABEL" name
+check "$POSITIVE" slices
+check "$NUMBER" every
 SLICES="${FLAG_slices:-1}" EVERY="${FLAG_every:-60}"
 PLACE=(--zone="$FLAG_zone")
 [ -n "$FLAG_project" ] && PLACE+=(--project="$FLAG_project")
-[ -z "$FLAG_env_file" ] || [ -r "$FLAG_env_file" ] || die "--env_file=$FLAG_env_file cannot be read"
+[ -z "$FLAG_env_file" ] || (export_variables "$FLAG_env_file") || exit
 require_train_args
 
 NODES=("$FLAG_name")

@@ -5,9 +5,11 @@
 #                                       in run.log; stops what runs there first
 #   worker.sh status                    "running", "ended CODE" or "absent"
 #   worker.sh stop                      SIGTERM: the run saves and ends
-# Secrets are read from ~/tulu_jax/run.env (NAME=value lines), which is never printed.
+# Secrets are read from ~/tulu_jax/run.env (NAME=value lines, see export_variables in common.sh),
+# which is never printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/common.sh
 
 PYTHON="${PYTHON:-.venv/bin/python}"
 SECONDS_TO_SAVE=120
@@ -32,10 +34,9 @@ case "${1:-}" in
     ;;
   start)
     shift
+    if [ -f run.env ]; then export_variables run.env; fi
     stop
     rm -f run.pid run.status
-    # shellcheck disable=SC1091
-    if [ -f run.env ]; then set -a; . ./run.env; set +a; fi
     . launch/tpu_env.sh
     # shellcheck disable=SC2016  # the inner shell expands it
     setsid bash -c '"$@" >>run.log 2>&1 & echo $! >run.pid; wait $!; echo $? >run.status' \
@@ -49,5 +50,5 @@ case "${1:-}" in
     else echo "absent"; fi
     ;;
   stop) stop ;;
-  *) echo "worker.sh: expected install, start, status or stop" >&2; exit 2 ;;
+  *) die "expected install, start, status or stop" ;;
 esac

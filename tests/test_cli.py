@@ -1,12 +1,14 @@
 """What a user can get wrong on the command line is refused with what was found and expected."""
 
+import dataclasses
+import json
 import pathlib
 
 import gin
 import pytest
 
 from tulu_jax import cli, preflight
-from tulu_jax.data import registry
+from tulu_jax.data import examples, registry
 from tulu_jax.recipe import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -81,6 +83,83 @@ def test_a_mixture_written_in_gin(tmp_path):
     assert "no mixture or task is named 'tulu_v2.limo'; did you mean 'tulu_v2.lima'" in said
     said = refusal(write(tmp_path, MIXTURE.replace("0.5", "1.5")))
     assert "mine: 1.5 of 'tulu_v2.science'; expected None (all), a positive number of rows" in said
+
+
+TASK = """
+from tulu_jax.data import registry
+from tulu_jax.data.sources import conversations
+MIXTURE = @registry.Task()
+registry.Task.name = 'mine'
+registry.Task.sources = {'train': 'my.jsonl'}
+"""
+
+
+@pytest.fixture
+def my_rows(folder):
+    path = folder / "my.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n")
+    yield path
+    path.unlink()
+
+
+def test_a_task_of_own_rows_written_in_gin(tmp_path, my_rows):
+    config = cli.load(write(tmp_path, TASK), workdir="out/here")
+    assert (config.data.train.name, config.data.kind) == ("mine", "sft")
+    assert config.data.train.licence == "not stated"
+    saved = tmp_path / "config.gin"
+    saved.write_text(cli.operative_config())
+    assert cli.load(str(saved), workdir=None).data == config.data
+
+
+def test_a_task_with_a_converter_written_in_gin(tmp_path, my_rows):
+    my_rows.write_text(json.dumps({"conversations": ["q", "a"]}) + "\n")
+    more = "registry.Task.convert = @conversations.lima\nregistry.Task.kind = 'sft'\n"
+    data = cli.load(write(tmp_path, TASK + more), workdir=None).data
+    task = dataclasses.replace(data.train, sources={"train": str(my_rows)})
+    drawing = data.drawing(registry.components(task)[0], "train")
+    (example,) = examples.load_examples(task, drawing).examples
+    assert [message["content"] for message in example["messages"]] == ["q", "a"]
+    saved = tmp_path / "config.gin"
+    saved.write_text(cli.operative_config())
+    assert cli.load(str(saved), workdir=None).data == data
+    said = refusal(write(tmp_path, TASK + more.split("\n")[0]))
+    assert "mine: kind is missing; with a converter, expected one of ('sft', 'preference')" in said
+
+
+def test_files_of_own_rows_by_macros(my_rows):
+    overrides = [
+        '--gin.MIXTURE="my.jsonl"',
+        "--gin.HOLDOUT_EVERY=3",
+        f'--gin.VALIDATION="{my_rows}"',
+    ]
+    data = cli.load("tulu_tiny_sft.gin", overrides, workdir=None).data
+    assert (data.train, data.validation, data.holdout_every) == ("my.jsonl", str(my_rows), 3)
+    said = refusal("tulu_tiny_sft.gin", '--gin.MIXTURE="mine.jsonl"')
+    assert "train: no mixture or task is named 'mine.jsonl'" in said
+    assert "there is no such file: looked for " in said and "did you mean 'my.jsonl'?" in said
+
+
+@pytest.mark.parametrize("text", [MIXTURE, TASK])
+def test_a_mixture_on_the_command_line_stands_before_the_files(tmp_path, my_rows, text):
+    for wanted in ("tulu_tiny", "my.jsonl"):
+        config = cli.load(write(tmp_path, text), [f'--gin.MIXTURE="{wanted}"'], workdir=None)
+        assert config.data.train == wanted
+    cli.load(write(tmp_path, text), workdir="out/here")
+    saved = tmp_path / "config.gin"
+    saved.write_text(cli.operative_config())
+    override = ['--gin.MIXTURE="tulu_tiny"']
+    assert cli.load(str(saved), override, workdir=None).data.train == "tulu_tiny"
+
+
+def test_what_an_override_replaces_is_not_missed_and_what_else_is_unread_is(tmp_path):
+    text = MIXTURE.replace("2000", "%ROWS") + "ROWS = 2000\nFORGOTTEN = 3\n"
+    override = '--gin.MIXTURE="tulu_tiny"'
+    assert "1 problem in" in (said := refusal(write(tmp_path, text), override))
+    assert "macro FORGOTTEN = 3 is set but nothing reads it" in said
+    text = text.replace("FORGOTTEN = 3", "")
+    assert cli.load(write(tmp_path, text), [override], workdir=None).data.train == "tulu_tiny"
+    said = refusal(write(tmp_path, text), "--gin.ROWS=7", override)
+    assert "macro ROWS = 7 is set but nothing reads it" in said
 
 
 def test_operative_config_rebuilds_the_run(tmp_path):

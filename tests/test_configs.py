@@ -203,6 +203,15 @@ def test_workdir_and_bucket():
     assert config.workdir == "here"
 
 
+def test_a_tokenizer_of_ones_own(shared_data):
+    """Whole, or below the root that the file's other paths are below."""
+    roots = {"sft_7b": ("BUCKET", "gs://b/x"), "stories260k_dpo": ("DATA_ROOT", str(shared_data))}
+    for run, (macro, root) in roots.items():
+        for path, found in (("/mine/tok", "/mine/tok"), ("mine/tok", f"{root}/mine/tok")):
+            config = load(run, f'--gin.{macro}="{root}"', f'--gin.TOKENIZER="{path}"')
+            assert config.data.tokenizer == found
+
+
 PLACE = """
 import json, sys
 from jax.experimental import topologies

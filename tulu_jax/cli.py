@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from tulu_jax import validation
 from tulu_jax.parallel import distributed
 from tulu_jax.recipe import TrainConfig, under
+from tulu_jax.validation import UsageError
 
 _GIN_FILE = flags.DEFINE_string(
     "gin_file", None, "Complete gin file: a path, or a name in configs/. Override macros with "
@@ -51,35 +52,44 @@ _MACRO = "gin.macro"
 _PODS = "pods"
 
 
-class UsageError(ValueError):
-    """The command line or the configuration is wrong; the message lists every problem found."""
-
-
 def run(main: Callable[[TrainConfig], None]) -> None:
-    """Runs `main(config)` with absl's flags; configuration problems end the process with code 2."""
+    """Runs `main(config)` with absl's flags.
+
+    What a user can mend (`validation.refusing`) ends the process, and with several all of them,
+    with its message and exit status 2.
+    """
     overrides: list[str] = []
 
-    def parse_flags(argv: Sequence[str]) -> list[str]:
+    def parse(argv: Sequence[str]) -> list[str]:
         overrides.extend(arg for arg in argv if arg.startswith("--gin."))
-        return app.parse_flags_with_usage([a for a in argv if not a.startswith("--gin.")])
+        return parse_flags([a for a in argv if not a.startswith("--gin.")])
 
     def start(argv: Sequence[str]) -> None:
+        del argv
         logging.use_absl_handler()
+        verbosity = max(logging.get_verbosity(), logging.INFO)
         logging.set_verbosity(logging.FATAL)  # gin logs every place where an include is not
-        try:
-            if len(argv) > 1:
-                raise UsageError(f"unexpected arguments {argv[1:]}; options start with --")
+        with validation.refusing():
             config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value, pod=_POD.value)
-        except UsageError as error:
-            print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
-            sys.exit(2)
-        logging.set_verbosity(logging.INFO)
+        logging.set_verbosity(verbosity)
         handler = logging.get_absl_handler()
         handler.addFilter(_ours_or_serious)  # Orbax and TensorStore tell every step of a save
-        with distributed.together():
+        with distributed.together(), validation.refusing():
             main(config)
 
-    app.run(start, flags_parser=parse_flags)
+    app.run(start, flags_parser=parse)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses flags for `app.run`; a wrong one ends the process with code 2."""
+    with validation.refusing():
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UsageError(f"{error}; --help lists the options") from error
+        if len(rest) > 1:
+            raise UsageError(f"unexpected arguments {rest[1:]}; options start with --")
+    return rest
 
 
 def _ours_or_serious(record) -> bool:
@@ -108,8 +118,8 @@ def find(name: str | None) -> pathlib.Path:
     if not name:
         raise UsageError(f"--gin_file is missing; complete files are {sorted(known)}")
     for folder in config_folders():
-        if (folder / name).is_file():
-            return folder / name
+        if (folder / validation.expanded(name)).is_file():
+            return folder / validation.expanded(name)
     raise UsageError(
         f"--gin_file={name} was not found in {[str(f) for f in config_folders()]}"
         f"{validation.nearest(name, known)}; complete files are {sorted(known)}"
@@ -150,11 +160,10 @@ def load(
     problems += invalid
     if config is not None:
         problems += _unread()
-    if problems:
-        try:
-            validation.raise_if(problems)
-        except ValueError as error:
-            raise UsageError(f"{path.name}: {error}") from None
+    try:
+        validation.raise_if(problems)
+    except UsageError as error:
+        raise UsageError(f"{path.name}: {error}") from None
     return config
 
 
@@ -165,7 +174,7 @@ def _default_workdir(path: pathlib.Path) -> str:
 
 
 def check(config: TrainConfig) -> None:
-    """Joins the processes of the run and ends this one with code 2 if the run cannot work."""
+    """Joins the processes of the run. Raises `UsageError` if the run cannot work."""
     import jax
 
     from tulu_jax import preflight
@@ -208,17 +217,13 @@ def peer_timeout() -> float:
 
 
 def workdir() -> str | None:
-    """What --workdir says."""
-    return _WORKDIR.value
+    """What --workdir says, with a leading `~` expanded."""
+    return _WORKDIR.value and validation.expanded(_WORKDIR.value)
 
 
 def stop_if(problems: Iterable[str]) -> None:
-    """Ends the process with code 2 after printing all of `problems`, if there are any."""
-    try:
-        validation.raise_if(problems)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    """Raises one `UsageError` that lists `problems`, if there are any."""
+    validation.raise_if(problems)
 
 
 def operative_config() -> str:
@@ -328,7 +333,7 @@ def _macros() -> list[str]:
 
 def _override(overrides: Sequence[str]) -> list[str]:
     """Applies `--gin.NAME=value`; NAME is a macro of the files."""
-    problems, known = [], _macros()
+    problems, known, replaced, given = [], _macros(), [], set()
     for override in overrides:
         name, separator, value = override.removeprefix("--gin.").partition("=")
         try:
@@ -345,8 +350,39 @@ def _override(overrides: Sequence[str]) -> list[str]:
                 f"configuration has {sorted(known)}"
             )
             continue
+        replaced.append(gin.config._CONFIG[(name, _MACRO)]["value"])
+        replaced += [] if value.startswith(("@", "%")) else _of_macro(name)
+        given.add((name, _MACRO))
         gin.parse_config(f"{name} = {value}")
+    _forget(replaced, given)
     return problems
+
+
+def _of_macro(name: str) -> list:
+    """The values that a saved config has under the scope of a macro, which are taken out."""
+    config = gin.config._CONFIG
+    scoped = [key for key in config if key[1] != _MACRO and key[0].split("/")[0] == name]
+    return [value for key in scoped for value in config.pop(key).values()]
+
+
+def _forget(replaced: list, given: set[tuple[str, str]]) -> None:
+    """Drops what only the values that overrides have `replaced` refer to, but for what is `given`:
+    a mixture of the file, say, where the command line names another."""
+    config = gin.config._CONFIG
+    for key in _references(replaced) - given:
+        others = [list(bindings.values()) for other, bindings in config.items() if other != key]
+        if key in config and key not in _references(others):
+            _forget(list(config.pop(key).values()), given)
+
+
+def _references(value) -> set[tuple[str, str]]:
+    """(scope, name) of the configurables, macros among them, that a bound value refers to."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        return {value.config_key}
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(inner, list | tuple):
+        return set().union(*map(_references, inner))
+    return set()
 
 
 def _build(problems: list[str]) -> TrainConfig | None:

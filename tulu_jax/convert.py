@@ -8,10 +8,12 @@ Examples:
 
 from absl import flags, logging
 
-from tulu_jax import cli
+from tulu_jax import cli, validation
 
 _OUT = flags.DEFINE_string("out", None, "Hugging Face folder to write. Default: <workdir>/hf.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the latest.")
+_STEP = flags.DEFINE_integer(
+    "step", None, "Step of the checkpoint. Default: the latest.", lower_bound=0
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it exists.")
 _FROM_HF = flags.DEFINE_bool("from_hf", False, "Write the config's base as checkpoint of step 0.")
@@ -25,7 +27,7 @@ def main(config) -> None:
     if _FROM_HF.value:
         trainer.Run(config, cli.operative_config()).save_initial()
         return
-    out = _OUT.value or f"{config.workdir}/hf"
+    out = validation.expanded(_OUT.value or f"{config.workdir}/hf")
     trained.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
     logging.info("Wrote %s", out)
 

@@ -8,13 +8,12 @@ searches the mesh, the micro-batch, rematerialisation, the optimizer's dtype and
 for one slice and writes the fragment that wins. `docs/pods.md` tells how the time is estimated.
 """
 
-import json
 import sys
 
 from absl import flags, logging
 from etils import epath
 
-from tulu_jax import cli
+from tulu_jax import cli, strict_json, validation
 from tulu_jax.recipe import TrainConfig
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -33,26 +32,22 @@ def main(config: TrainConfig) -> None:
     from tulu_jax.planning import plan, report, rows, topology
 
     held = rows.WHOLE if _WHOLE_ROWS.value else None
-    out = epath.Path(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}")
+    out = epath.Path(validation.expanded(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}"))
+    names = _TOPOLOGIES.value or [_TOPOLOGY.value or config.mesh.topology]
+    if names == [None]:
+        raise validation.UsageError(
+            "this config names no topology; give --topology, e.g. --topology=v5p:4x8x8"
+        )
+    slices = [topology.parse(name) for name in names]
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        names = _TOPOLOGIES.value or [_TOPOLOGY.value or config.mesh.topology]
-        if names == [None]:
-            raise ValueError(
-                "this config names no topology; give --topology, e.g. --topology=v5p:4x8x8"
-            )
-        slices = [topology.parse(name) for name in names]
-        if _PLAN.value:
-            results = plan.search(config, slices[0], compiles=_COMPILES.value, out=out)
-        else:
-            runs = [(plan.suited(config, s), s) for s in slices]
-            cli.stop_if(problem for run in runs for problem in plan.problems(*run))
-            results = [plan.price(*run, held=held) for run in runs]
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    if _PLAN.value:
+        results = plan.search(config, slices[0], compiles=_COMPILES.value, out=out)
+    else:
+        runs = [(plan.suited(config, s), s) for s in slices]
+        cli.stop_if(problem for run in runs for problem in plan.problems(*run))
+        results = [plan.price(*run, held=held) for run in runs]
     print(report.table(results))
-    (out / "dryrun.json").write_text(json.dumps([r.as_dict() for r in results], indent=1))
+    (out / "dryrun.json").write_text(strict_json.dumps([r.as_dict() for r in results], indent=1))
     report.draw(results, out / "dryrun.png")
     if results[0].step:
         (out / "step.hlo.txt").write_text(results[0].step.text)
@@ -64,9 +59,6 @@ def main(config: TrainConfig) -> None:
 if __name__ == "__main__":
     from tulu_jax.planning import topology as topology_lib
 
-    try:
+    with validation.refusing():
         topology_lib.enter()
-    except ValueError as missing:
-        print(missing, file=sys.stderr)
-        sys.exit(2)
     cli.run(main)

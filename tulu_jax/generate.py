@@ -10,8 +10,12 @@ from absl import flags
 from tulu_jax import cli
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "User message to answer; may be repeated.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the latest.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest reply, in tokens.")
+_STEP = flags.DEFINE_integer(
+    "step", None, "Step of the checkpoint. Default: the latest.", lower_bound=0
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 256, "Longest reply, in tokens.", lower_bound=1
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")

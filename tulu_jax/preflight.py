@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import pathlib
 import shutil
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 from etils import epath
 
 from tulu_jax import step as step_lib
+from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.data.sources import readers
 from tulu_jax.interop import hf
@@ -18,6 +20,7 @@ from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import optim
 
 _NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
 
@@ -28,7 +31,31 @@ def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
     away = [*_unnamed(config)] or [*_out_of_reach(config)]
     if away:
         return found + away  # what lies there cannot be looked at
-    return [*found, *_data(config), *_weights(config), *_disk(config)]
+    if config.num_steps is not None:
+        found += optim.problems(config.optimizer, config.num_steps)
+    for part in (not_writable, _data, _weights, _disk):
+        try:
+            found += part(config)
+        except validation.UsageError as error:
+            found.append(str(error))
+    return found
+
+
+def not_writable(config: TrainConfig) -> Iterator[str]:
+    """Local folders that the run writes to, and that cannot be made or written."""
+    written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
+    if config.reference_dir is not None:
+        written["reference_dir"] = config.reference_dir
+    for name, path in written.items():
+        if "://" in path:
+            continue
+        there = pathlib.Path(path).absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            yield f"{name} = {path!r}: {there} is a file; expected a folder, or a path to make one"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            yield f"{name} = {path!r}: {there} cannot be written to; choose another folder"
 
 
 def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
@@ -95,6 +122,12 @@ def _data(config: TrainConfig) -> Iterator[str]:
         yield (
             f"checkpoint.best = {best!r} needs a validation split, and {config.data.train!r} has "
             "none; set holdout_every, or name a mixture as validation"
+        )
+    known = [f"eval/{name}" for name in objective.METRICS]
+    if best and best not in known and not best.startswith(("eval/by_source/", "eval/by_length/")):
+        yield (
+            f"checkpoint.best = {best!r} is no metric of an evaluation; expected one of {known}"
+            f"{validation.nearest(best, known)}"
         )
     size = loader.vocab_size(config.data)
     if size is not None and size > config.model.vocab_size:

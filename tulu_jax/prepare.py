@@ -10,6 +10,7 @@ Examples:
   python -m tulu_jax.prepare --gin_file=stories260k_dpo.gin --eval_data=/data/eval
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --show=3 --html=/tmp/rows.html
   python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin --check
+  python -m tulu_jax.prepare --gin_file=tulu_tiny_sft.gin '--gin.MIXTURE="my.jsonl"'
 """
 
 import os
@@ -18,7 +19,7 @@ import sys
 
 from absl import flags
 
-from tulu_jax import cli
+from tulu_jax import cli, validation
 
 _EVAL_DATA = flags.DEFINE_string(
     "eval_data", None, "Folder of evaluation data; the card lists its prompts in the train rows."
@@ -37,9 +38,12 @@ flags.register_multi_flags_validator(
 
 def main(config) -> None:
     """Encodes both splits (or finds them encoded) and writes their card; or shows, or checks."""
+    from tulu_jax import preflight
     from tulu_jax.data import loader
 
-    cli.stop_if(loader.problems(config.data, kind=config.data.kind))
+    cli.stop_if(
+        [*preflight.not_writable(config), *loader.problems(config.data, kind=config.data.kind)]
+    )
     if _CHECK.value:
         sys.exit(_check(config.data))
     if _SHOW.value:
@@ -51,16 +55,16 @@ def main(config) -> None:
 def _card(config) -> None:
     from etils import epath
 
-    from tulu_jax.data import loader, registry
+    from tulu_jax.data import registry
     from tulu_jax.data.audit import benchmarks, card
 
     prompts = None
     if _EVAL_DATA.value:
         try:
-            prompts = benchmarks.read_prompts(_EVAL_DATA.value)
+            prompts = benchmarks.read_prompts(validation.expanded(_EVAL_DATA.value))
         except (OSError, ValueError) as error:
             cli.stop_if([f"--eval_data: {error}"])
-    prepared = {split: loader.prepare(config.data, split=split) for split in registry.SPLITS}
+    prepared = {split: _prepared(config.data, split) for split in registry.SPLITS}
     splits = {split: rows for split, rows in prepared.items() if rows is not None}
     built = card.build(config.data, splits, batch_size=config.batch_size, prompts=prompts)
     folder = epath.Path(config.workdir) / "data"
@@ -69,19 +73,31 @@ def _card(config) -> None:
     print(f"Wrote {folder}/card.md")
 
 
+def _prepared(data, split: str):
+    """The rows of a split; ends the process with code 2 for rows that are malformed, or lacking."""
+    from tulu_jax.data import loader
+
+    try:
+        return loader.prepare(data, split=split)
+    except (OSError, ValueError) as error:
+        cli.stop_if([str(error)])
+
+
 def _check(data) -> int:
     from tulu_jax.data.audit import check
 
-    outcomes = check.check(data)
+    try:
+        outcomes = check.check(data)
+    except (OSError, ValueError) as error:
+        cli.stop_if([str(error)])
     print(check.report(outcomes, data))
     return int(any(outcome.difference for outcome in outcomes))
 
 
 def _show(data) -> None:
-    from tulu_jax.data import loader
     from tulu_jax.data.audit import show, show_html, show_text
 
-    rows = loader.prepare(data, split=_SPLIT.value)
+    rows = _prepared(data, _SPLIT.value)
     cli.stop_if(show.problems(rows, first=_ROW.value, split=_SPLIT.value))
     shown = list(show.shown_rows(rows, first=_ROW.value, count=_SHOW.value, split=_SPLIT.value))
     facts = show.facts(rows, split=_SPLIT.value)
@@ -91,7 +107,7 @@ def _show(data) -> None:
         print(lines)
     if _HTML.value:
         page = "".join(show_html.page(facts, shown))
-        pathlib.Path(_HTML.value).write_text(page, encoding="utf-8")
+        pathlib.Path(validation.expanded(_HTML.value)).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self):
-        validation.check(self, self._rules)
+        validation.check(self, self._rules, paths=("workdir", "base", "reference_dir"))
 
     def _rules(self):
         for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
@@ -102,9 +102,19 @@ class TrainConfig:
         return max(1, math.floor(self.num_epochs * rows_per_epoch / self.batch_size))
 
 
-def under(root: str, path: str) -> str:
+def under(root: str, path: str | None) -> str | None:
     """`root/path`, for gin files, which cannot join strings: real data lies below one root.
 
-    A `path` that is whole (`/…`, `gs://…`) is itself.
+    A `path` that is whole (`/…`, `~/…`, `gs://…`) is itself, and None stays None. Raises
+    `UsageError` for what is no text.
     """
+    if path is None:
+        return None
+    for name, value in (("root", root), ("path", path)):
+        if not isinstance(value, str):
+            raise validation.UsageError(
+                f"recipe.under.{name} = {value!r} is a {type(value).__name__}; expected a path: "
+                "give the macro that it is set to (such as BUCKET, DATA_ROOT, BASE) a string"
+            )
+    path = validation.expanded(path)
     return path if path.startswith("/") or "://" in path else f"{root.rstrip('/')}/{path}"

@@ -12,7 +12,6 @@ Examples:
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -26,7 +25,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from tulu_jax import cli
+from tulu_jax import cli, strict_json
 from tulu_jax.data import loader
 from tulu_jax.parallel import lifeline
 from tulu_jax.parallel import mesh as mesh_lib
@@ -266,7 +265,7 @@ def main(config: TrainConfig) -> None:
         cli.check(config)
         from tulu_jax import trainer
 
-        print(json.dumps(trainer.Run(config).train()))
+        print(strict_json.dumps(trainer.Run(config).train()))
         return
     missing = list(loader.problems(config.data, kind=config.data.kind))
     arguments = _without(sys.argv[1:], "--processes", "--workdir")

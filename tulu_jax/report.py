@@ -9,11 +9,13 @@ import base64
 import fnmatch
 import html
 import io
-import json
+from collections.abc import Iterable, Iterator
 
 from absl import app, flags
 from etils import epath
 
+from tulu_jax import cli, validation
+from tulu_jax.evals import tulu_tiny
 from tulu_jax.training import metrics
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Workdirs of runs, in order.", required=True)
@@ -38,14 +40,14 @@ PROMPTS_SHOWN = 12
 
 
 def series(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was written."""
-    points = [(line["step"], line[name]) for line in lines if name in line]
+    """Steps and values of one metric, where it was written and finite."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def matching(lines: list[dict], patterns: tuple[str, ...]) -> list[str]:
+def matching(lines: list[dict], patterns: Iterable[str]) -> list[str]:
     """The metrics that were written and match one of the patterns, in the order of these."""
-    names = sorted({name for line in lines for name in line})
+    names = sorted({name for line in lines for name in line if line[name] is not None})
     return [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
 
 
@@ -87,13 +89,12 @@ def summary(lines: list[dict]) -> list[tuple[str, float, float]]:
 
 
 def scores(workdir: str) -> list[tuple[str, dict]]:
-    """What `evaluate` left in a workdir: ("before" or "after", its JSON)."""
-    found = []
-    for file, label in (("tulu_tiny_initial.json", "before"), ("tulu_tiny_final.json", "after")):
-        path = epath.Path(workdir) / file
-        if path.exists():
-            found.append((label, json.loads(path.read_text())))
-    return found
+    """What `evaluate` left in a workdir: ("before training" or "at update N", scores and replies),
+    in their order."""
+    return [
+        ("before training" if found["step"] is None else f"at update {found['step']}", found)
+        for found in tulu_tiny.saved(workdir)
+    ]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -117,30 +118,44 @@ def page(workdirs: list[str]) -> str:
         parts.append(f"<h2>{html.escape(name)}</h2><img src='data:image/png;base64,{picture}'>")
         rows = [[n, f"{first:.4f}", f"{last:.4f}"] for n, first, last in summary(lines)]
         parts.append(_table(["metric", "first", "last"], rows))
-        for label, found in scores(workdir):
+        scored = scores(workdir)
+        for label, found in scored:
             cells = [[n, f"{value:.3f}"] for n, value in found["scores"].items()]
-            parts.append(_table([f"held-out prompts, {label} training", "share"], cells))
-            if label == "after":
-                said = [
-                    [r["prompt"], r["answer"], r["reply"]] for r in found["replies"][:PROMPTS_SHOWN]
-                ]
-                parts.append(_table(["prompt", "right answer", "reply"], said))
+            parts.append(_table([f"held-out prompts of tulu_tiny, {label}", "share"], cells))
+        if scored and scored[-1][1]["step"] is not None:
+            last = scored[-1][1]["replies"][:PROMPTS_SHOWN]
+            said = [[r["prompt"], r["answer"], r["reply"]] for r in last]
+            parts.append(_table(["prompt", "right answer", "reply"], said))
     return "\n".join(parts)
+
+
+def problems(workdirs: list[str]) -> Iterator[str]:
+    """The workdirs without a curve to show."""
+    for workdir in workdirs:
+        try:
+            if not matching(metrics.read(workdir), (pattern for _, p in PANELS for pattern in p)):
+                yield f"{workdir}/{metrics.FILE} has no metric to show: the run has made no update"
+        except validation.UsageError as error:
+            yield str(error)
 
 
 def main(argv: list[str]) -> None:
     """Writes the page and prints its tables."""
     del argv
-    for workdir in _WORKDIRS.value:
-        print(epath.Path(workdir).name)
-        for name, first, last in summary(metrics.read(workdir)):
-            print(f"  {name:28} {first:10.4f} -> {last:10.4f}")
-        for label, found in scores(workdir):
-            values = ", ".join(f"{name} {value:.3f}" for name, value in found["scores"].items())
-            print(f"  held-out prompts, {label:6} {values}")
-    epath.Path(_OUT.value).write_text(page(_WORKDIRS.value))
-    print(f"Wrote {_OUT.value}")
+    with validation.refusing():
+        workdirs = [validation.expanded(workdir) for workdir in _WORKDIRS.value]
+        out = validation.expanded(_OUT.value)
+        validation.raise_if(problems(workdirs))
+        for workdir in workdirs:
+            print(epath.Path(workdir).name)
+            for name, first, last in summary(metrics.read(workdir)):
+                print(f"  {name:28} {first:10.4f} -> {last:10.4f}")
+            for label, found in scores(workdir):
+                values = ", ".join(f"{n} {value:.3f}" for n, value in found["scores"].items())
+                print(f"  held-out prompts, {label}: {values}")
+        epath.Path(out).write_text(page(workdirs))
+    print(f"Wrote {out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -10,10 +10,9 @@ Exit status 75 means that nothing is wrong with the run: a host was preempted or
 died, and the same command goes on from the last checkpoint.
 """
 
-import json
 import sys
 
-from tulu_jax import cli
+from tulu_jax import cli, strict_json
 from tulu_jax.parallel import lifeline, preemption
 
 
@@ -23,7 +22,7 @@ def main(config) -> None:
     from tulu_jax import trainer
 
     try:
-        print(json.dumps(trainer.Run(config, cli.operative_config()).train()))
+        print(strict_json.dumps(trainer.Run(config, cli.operative_config()).train()))
     except preemption.Preempted as stopped:
         print(f"{stopped}. Start the same command again to go on.", file=sys.stderr)
         sys.exit(lifeline.TRY_AGAIN)

@@ -5,8 +5,9 @@ import json
 import jax
 from etils import epath
 
+from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
-from tulu_jax import trainer
+from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_training
 from tulu_jax.decode import sampler
@@ -18,19 +19,28 @@ from tulu_jax.training import checkpoint as checkpoint_lib
 Messages = list[dict[str, str]]
 
 
-def load(config: TrainConfig, *, step: int | None, initial: bool) -> tuple[jax.sharding.Mesh, dict]:
-    """The mesh of the run and the parameters of `step` (default: the latest), or with `initial`
-    those that training starts from. Raises `ValueError` if there is no such checkpoint."""
+def saved_step(config: TrainConfig, step: int | None) -> int:
+    """`step`, or the latest of the run. Raises `UsageError` if there is no such checkpoint."""
+    return checkpoint_lib.Checkpoints(config.workdir).require(step)
+
+
+def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, dict]:
+    """The mesh of the run and the parameters of `step`, or with None those that training starts
+    from. Raises `UsageError` if there is no such checkpoint."""
     mesh = mesh_lib.make(config.mesh)
     abstract = step_lib.abstract_state(config, mesh, num_steps=1).params
     with jax.set_mesh(mesh):
-        if initial:
-            return mesh, trainer.initial_params(config, abstract)
+        if step is None:
+            return mesh, base_lib.initial_params(config, abstract)
         return mesh, checkpoint_lib.load_params(config.workdir, abstract, step)
 
 
 class Generator:
-    """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`."""
+    """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`.
+
+    `step` is that of the checkpoint (None: the latest, and then known), or None with `initial`: the
+    parameters that training starts from.
+    """
 
     def __init__(
         self,
@@ -44,8 +54,10 @@ class Generator:
         seed: int = 0,
     ):
         self.config = config
-        self.mesh, self.params = load(config, step=step, initial=initial)
-        self.tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
+        self.step = None if initial else saved_step(config, step)
+        self.mesh, self.params = load(config, step=self.step)
+        with validation.reading():
+            self.tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
         self.settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         self.key = jax.random.key(seed)
 
@@ -75,7 +87,7 @@ def export(config: TrainConfig, out: str, *, step: int | None, dtype: str, overw
     The folder has the tokenizer with a chat template that makes exactly the training ids, and the
     generation config of the base where there is one.
     """
-    mesh, params = load(config, step=step, initial=False)
+    mesh, params = load(config, step=saved_step(config, step))
     tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     base = config.base and epath.Path(config.base) / "generation_config.json"

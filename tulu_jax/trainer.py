@@ -12,12 +12,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from tulu_jax import base as base_lib
 from tulu_jax import pairs, validation
 from tulu_jax import step as step_lib
 from tulu_jax.data import loader
-from tulu_jax.interop import hf
-from tulu_jax.models import llama
-from tulu_jax.models.config import LlamaConfig
 from tulu_jax.objectives import dpo
 from tulu_jax.parallel import compiler, preemption, sharding
 from tulu_jax.parallel import mesh as mesh_lib
@@ -29,29 +27,6 @@ from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import TrainState
 
 CONFIG_FILE = "config.gin"
-
-
-def initial_params(config: TrainConfig, abstract_params: dict) -> dict:
-    """Parameters of `config.base`, or random ones from `config.seed`, as `abstract_params` says."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
-    if config.base is None:
-        logging.info("Random parameters from seed %d", config.seed)
-
-        def init(key):
-            params = llama.init_params(config.model, key)
-            return jax.tree.map(lambda p: p.astype(config.param_dtype), params)
-
-        return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-    return load_base(config.base, config.model, abstract_params)
-
-
-def load_base(base: str, model: LlamaConfig, abstract_params: dict) -> dict:
-    """Parameters from a Hugging Face folder or from the latest checkpoint of a run's workdir."""
-    if (epath.Path(base) / "config.json").exists():
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
-        dtype = jax.tree.leaves(abstract_params)[0].dtype
-        return hf.load(base, model, shardings=shardings, dtype=dtype.name)
-    return checkpoint_lib.load_params(base, abstract_params)
 
 
 def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
@@ -78,10 +53,12 @@ class Run:
         self.mesh = mesh_lib.make(config.mesh)
         self.row_share = mesh_lib.row_share(self.mesh)
         self.objective = step_lib.OBJECTIVES[type(config.objective)]
-        self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
-        held_out = loader.prepare(config.data, split="validation")
+        with validation.reading():
+            self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
+            held_out = loader.prepare(config.data, split="validation")
         self.eval_split = None if held_out is None else pairs.Split(held_out)
         self.num_steps = config.num_updates(self.rows.rows_per_epoch)
+        validation.raise_if(optim.problems(config.optimizer, self.num_steps))
         logging.info(
             "%d updates of %d rows, %.1f examples on average; %d updates of warm-up",
             self.num_steps,
@@ -133,7 +110,8 @@ class Run:
             validation.raise_if(self._resume_problems(about))
             logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
             return self.checkpoints.restore(step, self.abstract), about["weights"]
-        params = initial_params(self.config, self.abstract.params)
+        params = base_lib.initial_params(self.config, self.abstract.params)
+        self._warn_of_rounding(params)
         init = optim.make(self.config.optimizer, self.num_steps).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
         state = TrainState(
@@ -142,6 +120,23 @@ class Run:
             opt_state=jax.jit(init, out_shardings=shardings)(params),
         )
         return state, state_lib.fingerprint(params)
+
+    def _warn_of_rounding(self, params: dict) -> None:
+        """Warns if much of what the updates would change is below the parameters' precision."""
+        rate, dtype = self.config.optimizer.learning_rate, jnp.dtype(self.config.param_dtype)
+        if rate >= jnp.finfo(dtype).eps:
+            return
+        share = optim.share_below_rounding(params, rate)
+        if share > 0:
+            advice = "a higher learning_rate"
+            if dtype != jnp.float32:
+                advice = "recipe.TrainConfig.param_dtype = 'float32'"
+            logging.warning(
+                "Estimate: %.2f %% of the parameters stay as they are in an update at the peak "
+                "rate: learning_rate = %g, about what AdamW moves each by, is less than half of "
+                "the step to the next %s. What would train them: %s",
+                *(100 * share, rate, dtype.name, advice),
+            )
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of the run, and what a resumed run must agree with."""
@@ -202,14 +197,14 @@ class Run:
     def _reference_params(self, state: TrainState) -> dict:
         """The parameters the run began with; a resumed run without its cache loads its base again.
 
-        Raises `ValueError` if the base is no longer the one that the run began with.
+        Raises `UsageError` if the base is no longer the one that the run began with.
         """
         if int(state.step) == 0:
             return state.params
-        params = initial_params(self.config, self.abstract.params)
+        params = base_lib.initial_params(self.config, self.abstract.params)
         found = state_lib.fingerprint(params)
         if found != self.weights:
-            raise ValueError(
+            raise validation.UsageError(
                 f"base = {self.config.base!r} has weights {found}; this run began with "
                 f"{self.weights}, and its cached reference log-probabilities are gone. Restore "
                 "that base, or start anew in another --workdir"

@@ -1,22 +1,82 @@
-"""Checks of configuration values: types and rules, reported together.
+"""What a user can get wrong: checks of configuration values, reported together, and how they end.
 
-Every config dataclass calls `check` from `__post_init__`. Alone it raises one `ValueError` that
+Every config dataclass calls `check` from `__post_init__`. Alone it raises one `UsageError` that
 lists every problem of that object; inside `collect()` the problems of a whole tree of configs are
-gathered, so a user sees all of them at once.
+gathered, so a user sees all of them at once. An entry point runs inside `refusing()`.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import difflib
+import math
+import os
+import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
+
+from absl import logging
 
 _collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
     "collected", default=None
 )
 
 Rule = tuple[bool, str]
+HEAD = 512  # bytes that `stand_in` needs
+REFUSED = 2  # exit status: the run cannot work as it is configured
+
+
+class UsageError(ValueError):
+    """A user can mend this: the message tells what was found, what was expected, what to change."""
+
+
+# What the system says of a path that somebody named.
+_OF_A_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Around an entry point: what a user can mend becomes its message and exit status 2.
+
+    That is `UsageError`, and what the system says of a path. All else keeps its traceback;
+    `--verbosity=1` shows that of a refusal too.
+    """
+    try:
+        yield
+    except (UsageError, *_OF_A_PATH) as error:
+        logging.debug("Refused", exc_info=True)
+        print(error, file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Around what reads a user's files and says by `ValueError` or `OSError` what is wrong in them:
+    that becomes a `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def expanded(path: str) -> str:
+    """`path` with a leading `~` or `~name` as that home folder, as a shell would have it.
+
+    Raises `UsageError` for a name that is no user's.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UsageError(f"{path}: there is no such home folder; write the whole path")
+    return found
 
 
 @contextlib.contextmanager
@@ -31,20 +91,23 @@ def collect() -> Iterator[list[str]]:
 
 
 def raise_if(problems: Iterable[str]) -> None:
-    """Raises one `ValueError` that lists `problems`, if there are any."""
+    """Raises one `UsageError` that lists `problems`, if there are any."""
     problems = list(problems)
     if problems:
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
         noun = "problem" if len(problems) == 1 else "problems"
-        raise ValueError(f"{len(problems)} {noun} in the configuration:\n{lines}")
+        raise UsageError(f"{len(problems)} {noun} in the configuration:\n{lines}")
 
 
-def check(config, rules: Callable[[], Iterable[Rule]] = lambda: ()) -> None:
+def check(
+    config, rules: Callable[[], Iterable[Rule]] = lambda: (), *, paths: Iterable[str] = ()
+) -> None:
     """Checks the field types of a dataclass and then `rules`: pairs of (holds, message if not).
 
-    The rules run only if every type is right. Raises `ValueError`, or adds to `collect()`.
+    The rules run only if every type is right. A leading `~` is expanded in the fields `paths`.
+    Raises `UsageError`, or adds to `collect()`.
     """
-    problems = _type_problems(config)
+    problems = _type_problems(config) or _expand(config, paths)
     if not problems:
         name = type(config).__name__
         problems = [f"{name}: {message}" for holds, message in rules() if not holds]
@@ -53,6 +116,24 @@ def check(config, rules: Callable[[], Iterable[Rule]] = lambda: ()) -> None:
         raise_if(problems)
     else:
         collected.extend(problems)
+
+
+def stand_in(head: bytes) -> str | None:
+    """What was found, expected and to be done if a file that begins so is not the file itself but
+    what a clone or a download may leave in its place: a Git LFS pointer or a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d+)", head)
+        of_size = f" of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"found a Git LFS pointer, expected the file{of_size} that it stands for; run `git lfs "
+            "pull` in its folder, or download the file itself"
+        )
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head, re.IGNORECASE):
+        return (
+            "found a web page, expected a file; download it by the link of its raw content, signed "
+            "in where access must be granted"
+        )
+    return None
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:
@@ -70,6 +151,19 @@ def nearest(value: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def _expand(config, paths: Iterable[str]) -> list[str]:
+    """Expands the fields `paths` of a frozen dataclass; what could not be."""
+    problems = []
+    for name in paths:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            try:
+                object.__setattr__(config, name, expanded(value))
+            except UsageError as error:
+                problems.append(f"{type(config).__name__}.{name} = {error}")
+    return problems
+
+
 def _type_problems(config) -> list[str]:
     from beartype import BeartypeConf
     from beartype.door import is_bearable
@@ -85,5 +179,9 @@ def _type_problems(config) -> list[str]:
             problems.append(
                 f"{type(config).__name__}.{field.name} = {value!r} is a {type(value).__name__}; "
                 f"expected {name}"
+            )
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(
+                f"{type(config).__name__}.{field.name} = {value}: expected a finite number"
             )
     return problems

@@ -5,7 +5,7 @@ import functools
 from raw_rows import messages
 
 from tulu_jax.data import examples, registry
-from tulu_jax.data.sources import hh, preference, rankings, ultrafeedback
+from tulu_jax.data.sources import hh, own, preference, rankings, ultrafeedback
 
 h4 = functools.partial(
     preference.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
@@ -57,6 +57,8 @@ LAYOUTS = {  # converter, a row in its layout
             "score_rejected": 8.0,
         },
     ),
+    "own": (own.pair, {"chosen": messages("p", "good"), "rejected": messages("p", "bad")}),
+    "own_text": (own.pair, {"prompt": "p", "chosen": "good", "rejected": "bad"}),
     "argilla": (
         argilla,
         {

@@ -4,12 +4,15 @@
 each stretch between them to the `sentencepiece` library. With `strip`, white space on both sides of
 a special token goes first, as in transformers 4.31, which the TÜLU 2 trainer ran on.
 
+What is trained is held against the originals' rule, `original_rule`, which counts ids of prefixes.
+
 `reference_vectors/sft_encoding.jsonl`, the outputs of open-instruct of November 2023, is mode
 `open_instruct` to the last label. `easylm_labels` there differ from `labels` at position 0 alone,
 where it labels BOS, which no shifted example has among its targets. `spec` has the same ids and
 trains the same but for 29871 13, the newline after an inner `</s>`.
 """
 
+import itertools
 import json
 import re
 
@@ -83,13 +86,53 @@ def slow_ids(text: str, pieces, *, strip: bool) -> list[int]:
     return ids
 
 
-def template(messages: list[dict]) -> str:
-    """The text as the original wrote it: BOS as text, one message after the other, stripped."""
+def untrimmed(messages: list[dict]) -> str:
     text = ""
     for message in messages:
         eos = "</s>" if message["role"] == "assistant" else ""
         text += "<|" + message["role"] + "|>\n" + message["content"].strip() + eos + "\n"
-    return "<s>" + text.strip()
+    return text
+
+
+def template(messages: list[dict]) -> str:
+    """The text as the original wrote it: BOS as text, one message after the other, stripped."""
+    return "<s>" + untrimmed(messages).strip()
+
+
+def original_rule(messages: list[dict], encode, *, max_seq_length: int) -> list[bool]:
+    """Which ids of a conversation, BOS first, the originals train, by their rule in our words.
+
+    Each run of non-assistant text is masked from the number of ids of all text before it, to the
+    number of ids of all text up to its end and a following assistant header, BOS counted on top.
+    """
+
+    def count(part: str) -> int:
+        return min(len(encode(part)), max_seq_length)
+
+    trains = [True] * min(len(encode(template(messages))), max_seq_length)
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            continue
+        before_an_answer = [m["role"] for m in messages[place + 1 : place + 2]] == ["assistant"]
+        start = count(untrimmed(messages[:place]))
+        stop = count(untrimmed(messages[: place + 1]) + "<|assistant|>\n" * before_an_answer)
+        for index in range(start + 1, min(stop + 1, len(trains))):
+            trains[index] = False
+    return trains
+
+
+def assert_trained_as_the_originals(conversation, llama2, pieces, max_seq_length=1 << 20):
+    """`max_seq_length` counts ids before the shift, `max_length` those behind it."""
+    for mode in ("paper", "open_instruct"):
+        theirs = original_rule(
+            conversation,
+            lambda text, strip=mode == "paper": slow_ids(text, pieces, strip=strip),
+            max_seq_length=max_seq_length,
+        )
+        ours = chat.encode_conversation(
+            conversation, llama2, chat=mode, max_length=max_seq_length - 1
+        )
+        assert ours.loss_mask.tolist() == theirs[1:], mode
 
 
 def assert_as_the_slow_encoder(conversation, llama2, pieces):
@@ -138,6 +181,54 @@ CHATS = st.lists(
 @hypothesis.given(CHATS)
 def test_drawn_conversations_as_the_slow_encoder(llama2, pieces, conversation):
     assert_as_the_slow_encoder(conversation, llama2, pieces)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_every_order_of_roles_is_trained_as_the_originals(llama2, pieces, length):
+    """The assistant first, twice in a row, alone, last or not; empty answers; typed specials."""
+    for roles in itertools.product(["system", "user", "assistant"], repeat=length):
+        for content in ("Hi there", "", "</s> x", "<s>"):
+            conversation = [{"role": role, "content": content} for role in roles]
+            assert_trained_as_the_originals(conversation, llama2, pieces)
+
+
+def test_the_header_of_a_first_assistant_turn(llama2):
+    """`<|assistant|>` LF where nothing that is masked stands before it; `spec` masks it."""
+    conversation = [
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Yes"},
+        {"role": "assistant", "content": "So"},
+    ]
+    header = llama2.encode("<|assistant|>\n")
+    for mode, trained in (("spec", 0), ("paper", len(header)), ("open_instruct", len(header))):
+        encoded = chat.encode_conversation(conversation, llama2, chat=mode)
+        assert encoded.targets[: len(header)].tolist() == header
+        assert encoded.loss_mask[: len(header)].sum() == trained
+
+
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(CHATS, st.integers(2, 60))
+def test_drawn_conversations_are_trained_as_the_originals(llama2, pieces, conversation, length):
+    assert_trained_as_the_originals(conversation, llama2, pieces)
+    assert_trained_as_the_originals(conversation, llama2, pieces, max_seq_length=length)
+
+
+def test_real_conversations_are_trained_as_the_originals(real_chats, llama2, pieces):
+    for conversation in real_chats:
+        if len(conversation) < 12:  # the rule encodes a text once for each of its turns
+            assert_trained_as_the_originals(conversation, llama2, pieces)
+
+
+def test_a_pair_trains_its_last_turn_as_the_original(llama2):
+    """EasyLM's preference rows: all before the last message is masked, and its header with it."""
+    answer = [{"role": "assistant", "content": "So"}]
+    for prompt, first in (([], 0), (answer, None), ([{"role": "user", "content": "Hi"}], None)):
+        for mode in ("paper", "open_instruct"):
+            pair = {"prompt": prompt, "chosen": answer, "rejected": answer}
+            ((chosen, _),) = chat.tokenize_pairs([pair], tokenizer=llama2, chat=mode, names=["t/0"])
+            ((start, stop),) = chosen.spans.tolist()
+            assert stop == len(chosen.ids) - 1
+            assert start == (first if first is not None else stop - 2)
 
 
 def test_reference_vectors_are_open_instruct(llama2, shared_data):

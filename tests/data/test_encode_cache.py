@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
-from raw_rows import chats, messages, pair, write_jsonl
+from raw_rows import chats, identity, messages, pair, write_jsonl
 
-from tulu_jax.data import chat, encode, loader, registry, tokenizer_training
+from tulu_jax.data import chat, encode, examples, loader, registry, tokenizer_training
 
 
 @pytest.fixture
@@ -87,6 +89,135 @@ def test_another_rule_of_the_task_encodes_again(config, encoded):
     registry.TaskRegistry.remove("a")
     registry.TaskRegistry.add(dataclasses.replace(task, sample=8))
     assert train_rows(config).num_examples == 8 and encoded == [10, 8]
+
+
+def test_a_validation_file_taken_away_encodes_again(config, tmp_path):
+    """Held out of train, and train itself: the rows of one run are not those of the other."""
+    write_jsonl(tmp_path / "own.jsonl", chats(3))
+    kept = {}
+    for sources in ({"train": "rows.jsonl", "validation": "own.jsonl"}, {"train": "rows.jsonl"}):
+        task = registry.Task(name="b", kind="sft", sources=sources, convert=identity)
+        rows = train_rows(config, train=task, holdout_every=5)
+        kept[len(sources)] = {rows.store.name(i) for i in range(rows.num_examples)}
+    assert len(kept[2]) == 10 and kept[1] == kept[2] - {"b/4", "b/9"}
+
+
+def plain(row):
+    return row
+
+
+def other(row):
+    return dict(row)
+
+
+FILES = registry.Files(paths=("rows.jsonl",))
+TASK = {
+    "name": "a",
+    "kind": "sft",
+    "sources": {"train": FILES},
+    "convert": plain,
+    "filters": (),
+    "sample": 8,
+    "seed": 1,
+    "expected": None,
+    "version": None,
+    "licence": "x",
+    "origin": "x",
+}
+DRAWING = {"split": "train", "amount": 4, "seed": 2, "holdout_every": 5, "data_root": "."}
+KEEP = registry.Filter(name="f", keep=plain)
+ANOTHER_KEY = [  # every field that rows depend on, with other values that it may have
+    ("name", "b"),
+    ("kind", "preference"),
+    ("sources", {"train": dataclasses.replace(FILES, paths=("other.jsonl",))}),
+    ("sources", {"train": dataclasses.replace(FILES, paths=("rows.jsonl", "other.jsonl"))}),
+    ("sources", {"train": dataclasses.replace(FILES, paths=("rows.tsv",))}),  # the same bytes
+    ("sources", {"train": dataclasses.replace(FILES, where={"id": "x"})}),
+    ("sources", {"train": FILES, "validation": "other.jsonl"}),
+    ("sources", {"train": lambda: chats(10)}),
+    ("convert", other),
+    ("convert", functools.partial(plain)),
+    ("filters", (KEEP,)),
+    ("filters", (dataclasses.replace(KEEP, name="g"),)),
+    ("filters", (dataclasses.replace(KEEP, keep=other),)),
+    ("filters", (KEEP, KEEP)),
+    ("sample", None),
+    ("sample", 7),
+    ("seed", 3),
+    ("version", "2"),
+    ("version", "3"),
+]
+ANOTHER_DRAWING = [
+    ("split", "validation"),
+    ("amount", None),
+    ("amount", 5),
+    ("amount", 0.5),
+    ("amount", 1.0),
+    ("seed", 9),
+    ("holdout_every", 4),
+    ("holdout_every", None),
+]
+ANOTHER_ENCODING = [
+    ("chat", "paper"),
+    ("max_length", 63),
+    ("truncation", "drop"),
+    ("one_row", True),
+]
+SAME_KEY = [("expected", 3), ("licence", "y"), ("origin", "y")]
+
+
+def test_no_two_runs_whose_rows_may_differ_share_a_folder(tmp_path, tokenizer):
+    """Every field of what makes rows is here: either another value is another key, or it is not."""
+    for name, rows in (("rows.jsonl", chats(10)), ("other.jsonl", chats(9))):
+        write_jsonl(tmp_path / name, rows)
+    (tmp_path / "rows.tsv").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    encoding = encode.Encoding(
+        tokenizer=tokenizer, chat="spec", max_length=64, truncation="cut", one_row=False
+    )
+
+    def key(task=(), drawing=(), encoded=()):
+        wanted = registry.Task(**{**TASK, **dict(task)})
+        drawn = examples.Drawing(**{**DRAWING, "data_root": str(tmp_path), **dict(drawing)})
+        digest = examples.source_digest(wanted, drawn)
+        return encode._fingerprint(digest, dataclasses.replace(encoding, **dict(encoded)))
+
+    first = key()
+    changed = {("task", *map(repr, c)): key(task=[c]) for c in ANOTHER_KEY}
+    changed |= {("drawing", *map(repr, c)): key(drawing=[c]) for c in ANOTHER_DRAWING}
+    changed |= {("encoding", *map(repr, c)): key(encoded=[c]) for c in ANOTHER_ENCODING}
+    keys = [first, *changed.values()]
+    assert [name for name, found in changed.items() if keys.count(found) > 1] == []
+    assert {key(task=[c]) for c in SAME_KEY} == {key()} == {first}
+    for kind, covered in (
+        (registry.Task, ANOTHER_KEY + SAME_KEY),
+        (examples.Drawing, [*ANOTHER_DRAWING, ("data_root", "")]),
+        (encode.Encoding, [*ANOTHER_ENCODING, ("tokenizer", "")]),
+    ):
+        assert {name for name, _ in covered} == {f.name for f in dataclasses.fields(kind)}
+
+
+def test_what_a_split_is_not_drawn_by_does_not_encode_again(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", chats(10))
+    own = registry.Task(**{**TASK, "sources": {"train": FILES, "validation": FILES}})
+
+    def key(task=own, **changes):
+        return examples.source_digest(
+            task, examples.Drawing(**{**DRAWING, "data_root": str(tmp_path), **changes})
+        )
+
+    assert key(holdout_every=None) == key(holdout_every=7)
+    assert key(split="validation", amount=3, seed=4) == key(split="validation")
+    assert key(dataclasses.replace(own, sample=None, seed=4), amount=None) == key(
+        dataclasses.replace(own, sample=None), amount=None, seed=5
+    )
+
+
+def test_a_file_written_anew_with_size_and_time_as_before_is_seen(config, tmp_path):
+    before, stat = train_rows(config), (tmp_path / "rows.jsonl").stat()
+    text = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(text.replace("answer 3", "answer 4"))
+    os.utime(tmp_path / "rows.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert train_rows(config).fingerprint != before.fingerprint
 
 
 def test_finished_tasks_survive_a_failing_one(config, encoded, tmp_path, add_task):
@@ -174,14 +305,14 @@ def test_long_rows_are_cut_on_the_right_and_counted(config, tmp_path, tokenizer)
     write_jsonl(tmp_path / "rows.jsonl", [*chats(2), LONG, LATE])
     rows = train_rows(config, packing="none")
     assert (rows.num_examples, rows.stats.cut) == (3, 1)
-    assert rows.stats.dropped == {"no trained token": 1}
+    assert rows.stats.dropped == {"prompt fills the row": 1}
     whole = chat.encode_conversation(LONG["messages"], tokenizer, chat="spec")
     cut = rows.in_order(2)
     assert (cut["tokens"] == whole.tokens[:64]).all()
     assert (cut["targets"] == whole.targets[:64]).all()
     assert (cut["loss_mask"] == whole.loss_mask[:64]).all()
     table = str(rows.stats)
-    assert "left out: 1 × no trained token" in table and "a       4" in table
+    assert "left out: 1 × prompt fills the row" in table and "a       4" in table
 
 
 def test_long_rows_are_dropped_and_counted(config, tmp_path):
@@ -205,6 +336,61 @@ def test_no_examples_at_all(config, tmp_path):
     held_out = dataclasses.replace(config, holdout_every=2)
     with pytest.raises(ValueError, match=r"'a' has no examples in its validation split"):
         loader.prepare(held_out, split="validation")
+
+
+@pytest.mark.parametrize("split", ["test", "valid", "train[:3]"])
+def test_an_unknown_split_is_refused(config, split):
+    with pytest.raises(ValueError, match=r"no split is named .*; expected one of \('train', 'val"):
+        loader.prepare(config, split=split)
+
+
+@pytest.fixture
+def two(config, tmp_path, add_task) -> loader.DataConfig:
+    """A mixture of "a" and "b", both of ten rows without a validation split of their own."""
+    write_jsonl(tmp_path / "b.jsonl", chats(10))
+    add_task("b", {"train": "b.jsonl"})
+    train = registry.Mixture(name="ab", tasks={"a": None, "b": None})
+    return dataclasses.replace(config, train=train, holdout_every=5)
+
+
+def held_out(config, **changes) -> dict[str, int]:
+    """The number of train rows of each task that are not trained on."""
+    config = dataclasses.replace(config, **changes)
+    assert list(loader.problems(config, kind="sft")) == []
+    assert loader.prepare(config, split="validation").num_examples
+    tasks = loader.prepare(config, split="train").stats.tasks
+    return {counts.task: counts.raw_rows - counts.examples for counts in tasks}
+
+
+def test_rows_are_held_out_only_for_the_validation_split_that_they_go_to(two, tmp_path, add_task):
+    write_jsonl(tmp_path / "own.jsonl", chats(3))
+    own = add_task("own", {"train": "a.jsonl", "validation": "own.jsonl"})
+    assert held_out(two) == {"a": 2, "b": 2}
+    assert held_out(two, validation="b") == {"a": 0, "b": 2}
+    for validation in ("own", own, str(tmp_path / "own.jsonl")):
+        assert held_out(two, validation=validation) == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"validation": "b", "holdout_every": None},
+            r"validation = 'b' has no validation split: its tasks have none of their own, and hold",
+        ),
+        ({"holdout_every": 11}, r"holdout_every = 11 holds nothing out of {'a': 10, 'b': 10} rows"),
+        ({"validation": "b", "holdout_every": 11}, r"holds nothing out of {'b': 10} rows"),
+    ],
+)
+def test_a_validation_split_without_rows_is_found_before_encoding(two, encoded, changes, message):
+    (problem,) = loader.problems(dataclasses.replace(two, **changes), kind="sft")
+    assert re.match(f".*{message}", problem) and encoded == []
+
+
+def test_a_file_of_both_splits_is_found_before_encoding(config, add_task):
+    task = add_task("both", {"train": "rows.jsonl", "validation": "rows.jsonl"})
+    (problem,) = loader.problems(dataclasses.replace(config, train=task), kind="sft")
+    assert "rows.jsonl is trained on (both) and is the validation split, too (both)" in problem
 
 
 def test_unexpected_counts_are_refused_unless_told_to_go_on(config):
@@ -231,7 +417,7 @@ def test_pairs_are_cut_side_by_side(config, tmp_path, add_task):
     add_task("p", {"train": "pairs.jsonl"}, kind="preference")
     rows = train_rows(config, train="p", packing="none")
     assert (rows.kind, rows.num_examples, rows.stats.cut) == ("preference", 2, 1)
-    assert rows.stats.dropped == {"identical sides": 1, "no trained token": 1}
+    assert rows.stats.dropped == {"identical sides": 1, "prompt fills the row": 1}
     assert rows.in_order(1)["segment_ids"].sum(axis=1).tolist()[0] == 64
     dropped = train_rows(config, train="p", packing="none", truncation="drop")
     assert dropped.stats.dropped == {"identical sides": 1, "longer than max_length": 2}

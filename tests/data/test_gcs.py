@@ -183,6 +183,17 @@ def shards_in(bucket: str) -> dict[str, str]:
     return {name: file["updated"] for name, file in files.items() if name.endswith(".arrow")}
 
 
+def test_own_rows_in_a_bucket(config, bucket):
+    """By their whole path, and below the data root."""
+    expected = local(dataclasses.replace(config, train=f"{config.data_root}/rows.jsonl"))
+    for path in (f"{bucket}/data/rows.jsonl", f"{bucket}/data/row*.jsonl", "rows.jsonl"):
+        found = in_bucket(dataclasses.replace(config, train=path), bucket)
+        assert found.stats.tasks[0].task == path and found.num_examples == expected.num_examples
+        assert (found.row(0)["tokens"] == expected.row(0)["tokens"]).all()
+    with pytest.raises(ValueError, match=rf"no such file: looked for {bucket}/data/none\.jsonl"):
+        dataclasses.replace(config, train=f"{bucket}/data/none.jsonl")
+
+
 def test_an_encoding_killed_between_shards_goes_on(config, bucket, tmp_path):
     """Real processes: the first is killed once some shards of 500 are in the bucket."""
     write_jsonl(tmp_path / "rows.jsonl", chats(2000))

@@ -41,7 +41,7 @@ UPSTREAM = {  # task: layout of its rows, files of the train split, files of the
     "orca_dpo_pairs": ("orca", ["orca_rlhf.jsonl"], []),
     "stack_exchange_paired": (
         "stack_exchange",
-        ["data/reward/train-00000-of-00020.parquet", "data/reward/train-00001-of-00020.parquet"],
+        ["data/reward/train-00000-of-00002.parquet", "data/reward/train-00001-of-00002.parquet"],
         [],
     ),
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from preference_rows import LAYOUTS, h4, of_rows, ranked, sharegpt_turn
 from raw_rows import messages, pair
 
+import tulu_jax.data.preferences  # noqa: F401  it registers the tasks
 from tulu_jax.data import registry
 from tulu_jax.data.sources import hh, rankings
 

@@ -1,5 +1,7 @@
 """Tasks and mixtures: names, splits, numbers of rows, and rows that break the rules."""
 
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -108,6 +110,21 @@ def test_a_validation_source_of_its_own(add_task):
     task = add_task("a", {"train": lambda: chats(20), "validation": lambda: chats(3)})
     assert load(task, split="validation").ids == [f"a.validation/{i}" for i in range(3)]
     assert len(load(task).ids) == 20
+
+
+@pytest.mark.parametrize("split", ["test", "valid", "train[:3]", "Train", ""])
+def test_an_unknown_split_is_no_train_split(add_task, split):
+    task = add_task("a", {"train": lambda: chats(20), "validation": lambda: chats(3)})
+    expected = rf"no split is named '{re.escape(split)}'; expected one of \('train', 'validation'\)"
+    for ask in (
+        lambda: load(task, split=split),
+        lambda: task.source(split),
+        lambda: list(examples.raw_rows(task, split, None)),
+        lambda: examples.check_first_row(task, split=split, data_root=None),
+        lambda: registry.components("a", split=split),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            ask()
 
 
 def test_sample_is_drawn_from_the_raw_rows_with_the_seed(add_task):

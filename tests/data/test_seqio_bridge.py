@@ -298,6 +298,16 @@ def test_names_that_are_taken_and_names_that_are_not_there(options):
         theirs("oasst1_sample", "train", options)
 
 
+@pytest.mark.parametrize("split", ["test", "valid", "train[:3]", "validation"])
+def test_a_split_that_there_is_not(ab, split):
+    """seqio hands any text on to the source."""
+    seqio_bridge.register(**{**ab, "holdout_every": None})
+    with pytest.raises(ValueError, match=rf"'a' has no split '{re.escape(split)}'; expected one"):
+        theirs("a", split, ab)
+    with pytest.raises(ValueError, match=re.escape(split)):
+        theirs("ab.by_rate", split, ab)
+
+
 def test_bad_arguments(options):
     with pytest.raises(ValueError, match=r"chat = 'plain'"):
         seqio_bridge.register(**{**options, "chat": "plain"})

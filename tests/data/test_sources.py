@@ -7,6 +7,8 @@ import pytest
 
 from tulu_jax.data.sources import readers
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 80123\n"
+KINDS = ("json", "jsonl", "jsonl.gz", "tsv", "parquet")
 GOOD = '{"a": 1}\n'
 
 
@@ -41,6 +43,8 @@ def test_every_kind_of_file(tmp_path):
         ("r.json", "[1]", r"r.json: item 0 is a int; expected an object"),
         ("r.csv", "a,b", r"r.csv: cannot read this kind of file"),
         ("r.jsonl.gz", b"not gzip", r"r.jsonl.gz, after line 0: unreadable"),
+        *((f"r.{kind}", LFS, rf"r.{kind}: found a Git LFS pointer") for kind in KINDS),
+        ("r.jsonl", "\n<!DOCTYPE html>\n<html>", r"r.jsonl: found a web page, expected a file"),
         (
             "r.jsonl.gz",
             gzip.compress(GOOD.encode() * 9000)[:-9],

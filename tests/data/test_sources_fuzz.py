@@ -18,6 +18,7 @@ from tulu_jax.data.sources import (
     name_filter,
     oasst,
     orca,
+    own,
     published,
     readers,
     science,
@@ -87,6 +88,11 @@ CONVERTERS = {  # converter, a row it takes
             "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
         },
     ),
+    "own": (
+        own.conversation,
+        {"id": "1", "messages": [{"role": "user", "content": "q", "weight": 1}]},
+    ),
+    "own_sharegpt": (own.conversation, {"conversations": TURNS}),
     "best_path": (oasst.best_path, TREE),
     "leaf_paths": (oasst.leaf_paths, TREE),
     "sharegpt": (

@@ -111,7 +111,20 @@ def test_a_prompt_that_fills_the_row_leaves_nothing_to_train(rows_under):
             kind="preference",
             packing=packing,
         )
-        assert rows.stats.dropped == {"no trained token": 1}
+        assert rows.stats.dropped == {"prompt fills the row": 1}
+
+
+@pytest.mark.parametrize("rule", ["cut", "whole_turns", "split"])
+def test_a_filled_row_is_told_from_one_without_an_answer(rows_under, rule):
+    """And from an answer of which the row has room for a part only."""
+    filled = {"messages": messages("hen " * 100, "fox", "hen", "fox")}
+    rows = rows_under(
+        [filled, {"messages": messages("hen " * 100)}, {"messages": messages("hen", "fox")}],
+        *(rule, 60),
+    )
+    dropped = {"prompt fills the row": 1, "no trained token": 1}
+    assert rows.stats.dropped == dropped
+    assert rows.num_examples == (2 if rule == "split" else 1)
 
 
 @st.composite

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from preference_rows import completion, drawing, record
 
+import tulu_jax.data.preferences  # noqa: F401  it registers the tasks
 from tulu_jax.data import examples, registry
 from tulu_jax.data.sources import ultrafeedback
 

@@ -82,6 +82,22 @@ def test_chats_are_as_by_offsets(llama2, mode, conversation):
     assert_same([conversation], llama2, mode)
 
 
+@pytest.fixture(scope="module")
+def with_added_tokens(llama2) -> chat.ChatTokenizer:
+    """Ones that stand in the contents, in the tags and at their borders."""
+    backend = tokenizers.Tokenizer.from_str(llama2.backend.to_str())
+    texts = ("word", "b ", "<|assistant|>", "|>")
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
+    assert words.allows(backend)
+    return dataclasses.replace(llama2, backend=backend, words=words.Words(backend))
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(conversation=CHATS, mode=st.sampled_from(chat.MODES))
+def test_chats_with_added_tokens_are_as_by_offsets(with_added_tokens, conversation, mode):
+    assert_same([conversation], with_added_tokens, mode)
+
+
 @pytest.mark.parametrize("mode", chat.MODES)
 def test_real_rows_are_as_by_offsets(llama2, shared_data, mode):
     conversations = []

@@ -88,6 +88,9 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 7\n")
+    with pytest.raises(ValueError, match=r"config\.json: found a Git LFS pointer"):
+        hf.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(config_lib.NAMED))

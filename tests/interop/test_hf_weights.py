@@ -262,6 +262,9 @@ def test_damaged_folders_are_named(checkpoint, tmp_path):
     file.write_bytes(file.read_bytes()[:-5])
     (problem,) = hf.check_weights(checkpoint, config)
     assert f"{file} is not a complete safetensors file" in problem
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9000\n")
+    (problem,) = hf.check_weights(checkpoint, config)
+    assert f"{file}: found a Git LFS pointer, expected the file of 9,000 bytes" in problem
     file.unlink()
     (problem,) = hf.check_weights(checkpoint, config)
     assert "neither model.safetensors nor model.safetensors.index.json" in problem

@@ -59,12 +59,12 @@ def launch(tmp_path):
         "HF_TOKEN": SECRET,
     }
 
-    def run(script, action, *flags, code=0):
+    def run(script, action, *flags, code=0, train=TRAIN):
         log = tmp_path / "calls.jsonl"
         log.write_text("")
         command = ["bash", LAUNCH / script, action, *flags]
         if action in ("run", "resume", "watch"):
-            command += ["--", *TRAIN]
+            command += ["--", *train]
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
@@ -129,6 +129,139 @@ def test_a_tpu_vm_is_made_and_started_as_documented(launch):
     assert [c[5] for c in with_slices if "worker.sh start" in c[-1]] == ["t-0", "t-1"]
 
 
+HARD = [
+    *(
+        '--gin.A="a  b"',
+        "it's",
+        "",
+        "$HOME $(HOME) ${HOME} $$ $$(HOME)",
+        "`date` $(date)",
+        "a\\n\\\\b",
+    ),
+    *(
+        "two\nlines\tand tabs",
+        "--gin.B='ü'",
+        "*",
+        "~",
+        "#",
+        "a;b|c&d<e>f",
+        "{x}",
+        "- y: [z]",
+        "!!",
+        "%s",
+    ),
+]
+
+
+def kubernetes(argument):
+    """What a container gets: $(NAME) replaced by the variable if there is one, $$ made $."""
+    values = {"HOME": "/root"}
+    return re.sub(
+        r"\$(\$|\((\w+)\))",
+        lambda m: "$" if m[1] == "$" else values.get(m[2], m[0]),
+        argument,
+    )
+
+
+def test_arguments_arrive_as_they_are(launch, tmp_path):
+    stand_in = '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$RECORD"\n'
+    (tmp_path / "bin/python").write_text(stand_in)
+    (tmp_path / "bin/python").chmod(0o755)
+    (tmp_path / "tulu_jax/launch").mkdir(parents=True)
+    (tmp_path / "tulu_jax/launch/worker.sh").write_text(stand_in)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/tpu_env.sh").write_text("")
+
+    def received(*command):
+        environment = launch.environment | {"RECORD": str(tmp_path / "record")}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        return (tmp_path / "record").read_text().split("\0")[:-1]
+
+    def shell(call):
+        return received("bash", "-c", call[-1].removeprefix("--command="))
+
+    launch("tpu_vm.sh", "resume", *TPU, train=HARD)
+    assert shell(launch.calls[-1]) == ["start", *HARD]
+    without_secret = [flag for flag in GKE if "secret" not in flag]
+    launch("gke.sh", "run", *without_secret, "--xpk", "--type=v5p-256", train=HARD)
+    assert shell(launch.calls[-1]) == ["-m", "tulu_jax.train", *HARD]
+    launch("gke.sh", "run", *GKE, train=HARD)
+    jobset = yaml.safe_load((tmp_path / "applied.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    command = [kubernetes(argument) for argument in container["command"]]
+    assert received(*command) == ["-m", "tulu_jax.train", *HARD]
+
+
+def test_values_of_flags_stay_strings_in_yaml(launch):
+    flags = [flag for flag in GKE if flag.split("=")[0] not in ("--name", "--image", "--secret")]
+    launch("gke.sh", "run", *flags, "--name=on", "--image=1.50", "--secret=null")
+    jobset = yaml.safe_load((launch.home / "applied.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    found = (jobset["metadata"]["name"], container["image"], container["envFrom"])
+    assert found == ("on", "1.50", [{"secretRef": {"name": "null"}}])
+
+
+def exported(tmp_path, content):
+    """What bash has after `export_variables`: (variables, exit status, what it said)."""
+    (tmp_path / "run.env").write_bytes(content)
+    done = subprocess.run(
+        ["bash", "-euc", '. "$0"; export_variables "$1"; env -0', LAUNCH / "common.sh", "run.env"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": "/h"},
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+    )
+    variables = dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
+    return variables, done.returncode, done.stderr
+
+
+def test_a_file_of_variables_is_taken_as_it_stands(tmp_path):
+    lines = {
+        "A=plain": "plain",
+        "B=a b  c ": "a b  c ",
+        "C=$HOME $(touch made) `touch made` ${X:?} \\ ;|&<>*?!#": None,
+        'D="in double quotes $HOME"': "in double quotes $HOME",
+        "E='in single quotes'": "in single quotes",
+        "F=it's \"half": None,
+        "G=": "",
+        "H==a=b==": "=a=b==",
+        "  I=indented": "indented",
+        "J=ü": "ü",
+        "K=Latin-1 \udcfc": "Latin-1 \udcfc",
+        "LC_ALL=C.UTF-8": "C.UTF-8",
+        "line=lower": "lower",
+        "value=x": "x",
+    }
+    expected = {}
+    for line, value in lines.items():
+        name, _, rest = line.strip(" ").partition("=") if value is None else line.partition("=")
+        expected[name.strip()] = rest if value is None else value
+    text = "\ufeff# a comment\n\n   \n  # another\n" + "\n".join(lines)  # no newline at the end
+    for content in (text, text.replace("\n", "\r\n")):
+        variables, code, said = exported(tmp_path, content.encode(errors="surrogateescape"))
+        assert (code, said) == (0, "")
+        assert {name: variables.get(name) for name in expected} == expected
+    assert not (tmp_path / "made").exists()
+
+
+def test_wrong_lines_of_variables_are_told_by_number_alone(tmp_path):
+    text = f"A=1\n{SECRET}\nexport B={SECRET}\nC ={SECRET}\n1D={SECRET}\nUID={SECRET}\n"
+    variables, code, said = exported(tmp_path, text.encode())
+    assert code == 2 and SECRET not in said and variables == {}
+    assert said.count("\n") == 1 and "line 6: bash has a variable UID" in said
+    assert re.findall(r"line (\d) is not NAME=value", said) == ["2", "3", "4", "5"]
+
+
+def test_a_wrong_env_file_is_refused_before_anything_runs(launch):
+    secrets = launch.home / "secrets.env"
+    secrets.write_text(f"HF_TOKEN={SECRET}\r\n{SECRET}\r\n")
+    launch("tpu_vm.sh", "run", *TPU, f"--env_file={secrets}", code=2)
+    assert "line 2 is not NAME=value" in launch.stderr and launch.calls == []
+
+
 def test_secrets_travel_in_a_file_only(launch):
     secrets = launch.home / "secrets.env"
     secrets.write_text(f"HF_TOKEN={SECRET}\n")
@@ -137,7 +270,7 @@ def test_secrets_travel_in_a_file_only(launch):
     assert [call[5:7] for call in copies][-1] == [str(secrets), "t:tulu_jax/run.env"]
     assert any("umask 077" in call[-1] for call in launch.calls)
     launch("tpu_vm.sh", "run", *TPU, "--env_file=none", code=2)
-    assert "--env_file=none cannot be read" in launch.stderr and launch.calls == []
+    assert "none cannot be read" in launch.stderr and launch.calls == []
 
 
 def test_a_secret_on_the_command_line_is_refused_unseen(launch):
@@ -235,19 +368,27 @@ def test_xpk(launch):
         (["create", "--nmae=t"], "unknown flag --nmae; known are --name"),
         (["run", "--name=t", "--zone=z"], "give the arguments of tulu_jax.train after --"),
         (["run", "t"], "unexpected argument t"),
+        (["run", f"HF_TOKEN={SECRET}"], "unexpected argument HF_TOKEN;"),
+        (["create", *TPU, "--slices=two"], "--slices=two must match [1-9]"),
+        (["create", *TPU, "--every=1m"], "--every=1m must match"),
+        (["create", *TPU, "--name=a b"], "--name=a b must match"),
+        (["create", *GKE, "--topology=4x$(date)"], "--topology=4x$(date) must match"),
+        (["create", *GKE, "--chips=0"], "--chips=0 must match"),
+        (["create", *GKE, "--chips=5"], "has 128 chips, which hosts of --chips=5 do not divide"),
+        (["create", *GKE, "--restarts=x"], "--restarts=x must match"),
     ],
 )
 def test_wrong_usage(arguments, message):
-    done = subprocess.run(
-        ["bash", LAUNCH / "tpu_vm.sh", *arguments], capture_output=True, text=True
-    )
+    script = "gke.sh" if GKE[0] in arguments else "tpu_vm.sh"
+    done = subprocess.run(["bash", LAUNCH / script, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+    assert SECRET not in done.stdout + done.stderr
 
 
 def test_a_worker_starts_tells_and_stops(tmp_path):
     """The real worker.sh; in place of a training process a shell that takes SIGTERM as one."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
-    (tmp_path / "run.env").write_text(f"HF_TOKEN={SECRET}\n")
+    (tmp_path / "run.env").write_text(f"# token\r\nHF_TOKEN={SECRET} $(x\r\n")
     stand_in = tmp_path / "python"
     stand_in.write_text(
         "#!/usr/bin/env bash\ntrap 'exit 75' TERM\n"
@@ -273,16 +414,23 @@ def test_a_worker_starts_tells_and_stops(tmp_path):
             assert time.monotonic() < deadline, worker("status")
             time.sleep(0.1)
 
+    def started(times):
+        said = f"-m tulu_jax.train {' '.join(TRAIN)} {len(SECRET) + 4} --xla_tpu"
+        deadline = time.monotonic() + 30
+        while not log.exists() or log.read_text().count(said) != times:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert worker("status") == "running"
+
+    log = tmp_path / "run.log"
     assert worker("status") == "absent"
     assert worker("start", *TRAIN) == "started"
-    status_becomes("running")
+    started(1)
     assert worker("start", *TRAIN) == "started"  # stops the first
-    status_becomes("running")
+    started(2)
     worker("stop")
     status_becomes("ended 75")
-    log = (tmp_path / "run.log").read_text()
-    assert log.count(f"-m tulu_jax.train {' '.join(TRAIN)} {len(SECRET)} --xla_tpu") == 2
-    assert SECRET not in log
+    assert SECRET not in log.read_text()
 
 
 def test_the_real_gcloud_knows_every_flag(launch):

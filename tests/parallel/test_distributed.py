@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import http.server
+import itertools
 import json
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import threading
 
 import jax
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tulu_jax.parallel import distributed, lifeline
 
@@ -54,6 +57,13 @@ def find(environ, **flags):
         (SLURM, ("tpu007:61445", 4, 3)),
         (SLURM | {"SLURM_STEP_NODELIST": "a9,b"}, ("a9:61445", 4, 3)),
         ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "1"}, None),
+        (dict.fromkeys(SLURM | VARIABLES | SLICE | SECOND, ""), None),
+        (
+            SLURM | dict.fromkeys([*VARIABLES, *SLICE, *SECOND, "JAX_COORDINATOR_PORT"], " "),
+            ("tpu007:61445", 4, 3),
+        ),
+        (VARIABLES | {"JAX_PROCESS_ID": "", "JOB_COMPLETION_INDEX": "2"}, ("h:1", 3, 2)),
+        ({"TPU_WORKER_HOSTNAMES": "h0, h1,", "TPU_WORKER_ID": "1"}, ("h0:8482", 2, 1)),
     ],
 )
 def test_environments(environ, expected):
@@ -83,11 +93,66 @@ def without(environ, name):
         (SLICE | without(SECOND, "MEGASCALE_SLICE_ID"), {}, "without MEGASCALE_SLICE_ID; Multisl"),
         (SLICE | SECOND | {"MEGASCALE_SLICE_ID": "2"}, {}, "expected an id from 0 to 1"),
         (without(SLURM, "SLURM_STEP_NODELIST"), {}, "SLURM_STEP_NODELIST; start with srun"),
+        (SLURM | {"SLURM_STEP_NODELIST": "a[1-"}, {}, r"found SLURM_STEP_NODELIST = 'a\[1-'"),
+        (SLURM | {"SLURM_LOCALID": "x"}, {}, "found SLURM_LOCALID = 'x'; expected a number"),
+        ({"SLURM_NTASKS": "2(x3)"}, {}, r"SLURM_NTASKS = '2\(x3\)'; expected a number"),
+        ({"JAX_PROCESS_ID": "1"}, {}, "without JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+        ({"JAX_LOCAL_DEVICE_IDS": "all"}, {}, "found JAX_LOCAL_DEVICE_IDS = 'all'; expected num"),
+        (SLICE | {"JAX_COORDINATOR_PORT": "a"}, {}, "JAX_COORDINATOR_PORT = 'a'; expected a num"),
+        (SLICE | {"TPU_WORKER_ID": "-1"}, {}, "TPU_WORKER_ID = '-1'; expected a number"),
+        (SLICE | {"TPU_WORKER_HOSTNAMES": ","}, {}, "found TPU_WORKER_HOSTNAMES = ','"),
+        (SLICE | SECOND | {"MEGASCALE_NUM_SLICES": "two"}, {}, "MEGASCALE_NUM_SLICES = 'two'"),
     ],
 )
 def test_incomplete_environments_are_refused(environ, flags, message):
     with pytest.raises(ValueError, match=message):
         find(environ, **flags)
+
+
+def test_a_slurm_task_takes_its_gpu():
+    one = SLURM | {"SLURM_LOCALID": "2"}
+    assert distributed.find(FLAGS, one, on_tpu=False).gpu == 2
+    assert distributed.find(FLAGS, SLURM | {"SLURM_LOCALID": ""}, on_tpu=False).gpu is None
+    named = one | {"JAX_LOCAL_DEVICE_IDS": "0,1"}
+    assert distributed.find(FLAGS, named, on_tpu=False).gpu is None
+
+
+def numbers():
+    """Numbers in brackets as Slurm writes them, with what they stand for."""
+
+    def written(low, more, width):
+        names = [str(n).zfill(width) for n in range(low, low + more + 1)]
+        return (names[0] if not more else f"{names[0]}-{names[-1]}", names)
+
+    return st.builds(written, st.integers(0, 120), st.integers(0, 12), st.integers(1, 4))
+
+
+def grouped(ranges):
+    return (f"[{','.join(text for text, _ in ranges)}]", [n for _, names in ranges for n in names])
+
+
+PLAIN = st.from_regex(r"[a-z][a-z0-9.-]{0,5}", fullmatch=True).map(lambda text: (text, [text]))
+GROUP = st.lists(numbers(), min_size=1, max_size=3).map(grouped)
+NAME = st.tuples(PLAIN, st.lists(st.one_of(PLAIN, GROUP), max_size=4)).map(lambda x: [x[0], *x[1]])
+
+
+@given(st.lists(NAME, min_size=1, max_size=3))
+@example([[("rack", ["rack"]), ("[1-2]", ["1", "2"]), ("n", ["n"]), ("[01-04]", ["01", "02"])]])
+def test_the_first_host_of_a_slurm_list(names):
+    """Against the whole expansion: every combination, the last group running fastest."""
+    text = ",".join("".join(part for part, _ in name) for name in names)
+    expanded = [
+        "".join(parts)
+        for name in names
+        for parts in itertools.product(*(stands_for for _, stands_for in name))
+    ]
+    assert distributed.first_host(text) == expanded[0]
+
+
+@pytest.mark.parametrize("nodes", ["", ",a", "a,,b", "a[]", "a[1", "a]1", "a[1-]", "a[x]", "a b"])
+def test_what_is_no_slurm_list_is_refused(nodes):
+    with pytest.raises(ValueError, match="expected a host list of Slurm"):
+        distributed.first_host(nodes)
 
 
 ATTRIBUTES = {

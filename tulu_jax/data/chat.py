@@ -11,6 +11,12 @@ turns and on the `</s>` that ends each. Three modes, named after what they repro
 | `paper` | swallowed, as all white space around `<s>`, `</s>`, `<unk>`: the JAX trainer's |
 | `open_instruct` | a token, and trained, as in `finetune.py` of November 2023 |
 
+Both originals mask user and system turns, each with the header of the assistant's turn behind it,
+and train the rest: so also `<|assistant|>` LF where the assistant begins, or goes on after itself.
+They count the ids to mask on the text up to there. Where `paper` swallows the newline behind that
+header, as the answer is empty or begins with a special token, that token is masked instead.
+They cut to `max_seq_length` ids before the shift; we cut to `max_length` targets, one more.
+
 Source: TÜLU 2 (arXiv 2311.10702); EasyLM and open-instruct of November 2023. The tokenizers of
 that time (transformers 4.31) stripped the text on both sides of a special token.
 """
@@ -25,22 +31,13 @@ from typing import Any
 import numpy as np
 
 from tulu_jax import validation
-from tulu_jax.data import sentencepiece_bpe
+from tulu_jax.data import tokenizer_files
 from tulu_jax.data import words as words_lib
 from tulu_jax.data.examples import check_messages
-from tulu_jax.data.sources import readers
 
 MODES = ("spec", "paper", "open_instruct")
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
-_AROUND_SPECIAL = re.compile(rf"\s*({BOS}|{EOS}|{UNK})\s*")
-
-# Texts whose ids tell tokenizers apart: prefixes, newlines around special tokens, spaces, bytes.
-PROBES = (
-    "<|user|>\nHello world\n<|assistant|>\nYes</s>\n<|user|>\nAgain",
-    "<|system|>\n\n<|user|>\n  two  spaces\tand a tab \n\n<|assistant|>\n",
-    "naïve 東京 💡 \x00\r\n",
-    "a</s></s>b <s> c",
-)
+BOS, EOS, UNK = SPECIAL = tokenizer_files.SPECIAL
+_AROUND_SPECIAL = re.compile(rf"\s*({'|'.join(SPECIAL)})\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +64,14 @@ class ChatTokenizer:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
     """An assistant turn in the text, in characters: `text[start:content_end]` is its content and
-    `text[content_end:end]` its `</s>`; the next message begins at `next`, None after the last."""
+    `text[content_end:end]` its `</s>`; the next message begins at `behind`, which is `end` for the
+    last one. `before` is the role of the message before it, None if it is the first."""
 
     start: int
     content_end: int
     end: int
-    next: int | None
+    behind: int
+    before: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,21 +99,13 @@ class Encoded:
 
 
 def load_tokenizer(path: str) -> ChatTokenizer:
-    """Loads `tokenizer.json`, or else a SentencePiece `tokenizer.model`, from a file or its folder.
+    """Loads `tokenizer.json`, or else a SentencePiece `tokenizer.model`, from a file or its folder,
+    with the tokens that the files beside it add.
 
-    Raises `FileNotFoundError` if there is neither, and `ValueError` for a tokenizer without a
-    single-id `</s>` or `<s>`, or if both files are there and give some text different ids.
+    Raises what `tokenizer_files.load` does, and `ValueError` for a tokenizer without a single-id
+    `</s>` or `<s>`.
     """
-    import tokenizers
-
-    file = _tokenizer_file(path)
-    if file.suffix == ".json":
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    else:
-        backend = sentencepiece_bpe.convert(file.read_bytes(), str(file))
-    backend.no_truncation()
-    backend.no_padding()
-    _check_agreement(backend, file)
+    backend = tokenizer_files.load(path)
     return ChatTokenizer(
         backend=backend,
         words=words_lib.Words(backend) if words_lib.allows(backend) else None,
@@ -150,40 +141,11 @@ def tokenize(
     `ValueError` if a range does not begin and end exactly where the assistant's content does, or
     its last id is not EOS.
     """
-    for messages, name in zip(conversations, names, strict=True):
-        check_messages(messages, name)
-    rendered = [render(messages, chat=chat) for messages in conversations]
-    if tokenizer.words is not None:
-        return _tokenize_by_words(rendered, tokenizer, chat, names)
-    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    results = []
-    for text, encoding, name in zip(rendered, encodings, names, strict=True):
-        ids = np.array([tokenizer.bos_id, *encoding.ids], np.int32)
-        spans = [_span(turn, encoding, ids, tokenizer.eos_id, chat, name) for turn in text.turns]
-        results.append(TokenIds(ids=ids, spans=np.array(spans, np.int32).reshape(-1, 2)))
-    return results
-
-
-def _tokenize_by_words(
-    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, chat: str, names: Sequence[str]
-) -> list[TokenIds]:
-    """`tokenize` where no token crosses the border of a word: a turn begins behind a newline or a
-    special token, and its `</s>` is one, so its borders are borders of tokens."""
-
-    def cuts(turn: Turn) -> tuple[int, int, int]:
-        trains_newline = chat == "open_instruct" and turn.next is not None
-        return turn.start, turn.end, turn.next if trains_newline else turn.end
-
-    wanted = [[at for turn in row.turns for at in cuts(turn)] for row in rendered]
-    encoded = tokenizer.words.encode([row.text for row in rendered], wanted)
-    results = []
-    for (ids, at), name in zip(encoded, names, strict=True):
-        borders = np.array(at, np.int32).reshape(-1, 3)  # in ids before BOS, thus in targets
-        if (ids[borders[:, 1] - 1] != tokenizer.eos_id).any():
-            raise ValueError(f"row {name}: an assistant turn does not end with the id of {EOS}")
-        ids = np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
-        results.append(TokenIds(ids=ids, spans=borders[:, [0, 2]]))
-    return results
+    rendered, borders = _borders(conversations, tokenizer, chat, names)
+    return [
+        TokenIds(ids=ids, spans=_trained(text, at, chat))
+        for text, (ids, at) in zip(rendered, borders, strict=True)
+    ]
 
 
 def tokenize_pairs(
@@ -200,11 +162,67 @@ def tokenize_pairs(
     for (pair, side), name in zip(halves, doubled, strict=True):
         if not pair[side] or pair[side][-1]["role"] != "assistant":
             raise ValueError(f"row {name}: does not end with an assistant message")
-    sides = [
-        TokenIds(ids=side.ids, spans=side.spans[-1:])
-        for side in tokenize(conversations, tokenizer=tokenizer, chat=chat, names=doubled)
-    ]
+    rendered, borders = _borders(conversations, tokenizer, chat, doubled)
+    sides = []
+    for text, (ids, at) in zip(rendered, borders, strict=True):
+        last = dataclasses.replace(text, turns=text.turns[-1:])
+        sides.append(TokenIds(ids=ids, spans=_trained(last, at[-1:], chat, final_only=True)))
     return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def _borders(
+    conversations: Sequence[list[dict]], tokenizer: ChatTokenizer, chat: str, names: Sequence[str]
+) -> tuple[list[Rendered], list[tuple[np.ndarray, np.ndarray]]]:
+    """Of each conversation its text, and (ids, BOS first; int32 [turns, 3] in targets): where the
+    content of an assistant's turn begins, where its `</s>` ends, where the next message begins."""
+    for messages, name in zip(conversations, names, strict=True):
+        check_messages(messages, name)
+    rendered = [render(messages, chat=chat) for messages in conversations]
+    if tokenizer.words is not None:
+        return rendered, _borders_by_words(rendered, tokenizer, names)
+    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+    results = []
+    for text, encoding, name in zip(rendered, encodings, names, strict=True):
+        ids = np.array([tokenizer.bos_id, *encoding.ids], np.int32)
+        at = [_turn_borders(turn, encoding, ids, tokenizer.eos_id, name) for turn in text.turns]
+        results.append((ids, np.array(at, np.int32).reshape(-1, 3)))
+    return rendered, results
+
+
+def _borders_by_words(
+    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, names: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`_borders` where no token crosses the border of a word: a turn begins behind a newline or a
+    special token, and its `</s>` is one, so its borders are borders of tokens."""
+    wanted = [[at for t in row.turns for at in (t.start, t.end, t.behind)] for row in rendered]
+    encoded = tokenizer.words.encode([row.text for row in rendered], wanted)
+    results = []
+    for (ids, at), name in zip(encoded, names, strict=True):
+        borders = np.array(at, np.int32).reshape(-1, 3)  # in ids before BOS, thus in targets
+        if (ids[borders[:, 1] - 1] != tokenizer.eos_id).any():
+            raise ValueError(f"row {name}: an assistant turn does not end with the id of {EOS}")
+        results.append((np.concatenate([np.array([tokenizer.bos_id], np.int32), ids]), borders))
+    return results
+
+
+def _trained(
+    rendered: Rendered, borders: np.ndarray, chat: str, *, final_only: bool = False
+) -> np.ndarray:
+    """The trained targets of each turn, int32 [turns, 2]; see the head of this file.
+
+    With `final_only`, the one turn of `rendered` is the last, and all before it is masked.
+    """
+    if chat == "spec":
+        return borders[:, :2]
+    spans = borders[:, [0, 2]].copy()
+    for index, turn in enumerate(rendered.turns):
+        if turn.before is None:
+            spans[index, 0] = 0
+        elif turn.before == "assistant" and not final_only:
+            spans[index, 0] = spans[index - 1, 1]
+        elif rendered.text[turn.start - 1] != "\n":  # swallowed
+            spans[index, 0] += 1
+    return spans
 
 
 def same_prompt(chosen: TokenIds, rejected: TokenIds) -> bool:
@@ -278,7 +296,8 @@ def _concatenate(messages: list[dict], chat: str) -> tuple[str, list[Turn]]:
                 start=start,
                 content_end=start + len(content),
                 end=length - 1,
-                next=length if index + 1 < len(messages) else None,
+                behind=length - (index + 1 == len(messages)),
+                before=messages[index - 1]["role"] if index else None,
             )
             turns.append(turn)
     text = "".join(parts)
@@ -295,19 +314,19 @@ def _tightened(text: str, turns: list[Turn]) -> tuple[str, list[Turn]]:
             stops.append(stop)
             gone.append(gone[-1] + stop - start)
 
-    def moved(at: int | None) -> int | None:
-        if at is None:
-            return None
+    def moved(at: int) -> int:
         last = bisect.bisect_left(starts, at, lo=1) - 1
         return at - gone[last] + max(stops[last] - at, 0)
 
+    places = ("start", "content_end", "end", "behind")
     return _AROUND_SPECIAL.sub(r"\1", text), [
-        Turn(**{name: moved(at) for name, at in dataclasses.asdict(turn).items()}) for turn in turns
+        dataclasses.replace(turn, **{name: moved(getattr(turn, name)) for name in places})
+        for turn in turns
     ]
 
 
-def _span(turn: Turn, encoding, ids: np.ndarray, eos_id: int, chat: str, name: str):
-    """The targets of one turn. Token k of the text is id k + 1 (BOS is 0), thus target k."""
+def _turn_borders(turn: Turn, encoding, ids: np.ndarray, eos_id: int, name: str):
+    """The borders of one turn. Token k of the text is id k + 1 (BOS is 0), thus target k."""
     first, last = encoding.char_to_token(turn.start), encoding.char_to_token(turn.content_end)
     exact = (
         first is not None
@@ -322,44 +341,15 @@ def _span(turn: Turn, encoding, ids: np.ndarray, eos_id: int, chat: str, name: s
             f"row {name}: the tokens of the assistant turn at characters {turn.start}-{turn.end} "
             "do not begin and end with it; this tokenizer merges or drops text at its borders"
         )
-    if chat == "open_instruct" and turn.next is not None:
-        return first, encoding.char_to_token(turn.next)  # trains the newline's pieces too
-    return first, last + 1
-
-
-def _tokenizer_file(path: str):
-    given = readers.as_path(path)
-    candidates = (
-        [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
-    )
-    for file in candidates:
-        if file.exists():
-            if file.suffix not in (".json", ".model"):
-                raise ValueError(f"{path}: expected a tokenizer.json or a tokenizer.model")
-            return file
-    raise FileNotFoundError(
-        f"{path}: found no tokenizer; expected tokenizer.json or tokenizer.model there"
-    )
-
-
-def _check_agreement(backend, file) -> None:
-    """Raises `ValueError` if the tokenizer.model beside a tokenizer.json gives other ids."""
-    beside = file.with_name("tokenizer.model")
-    if file.suffix != ".json" or not beside.exists():
-        return
-    other = sentencepiece_bpe.convert(beside.read_bytes(), str(beside))
-    for probe in PROBES:
-        ours, theirs = (b.encode(probe, add_special_tokens=False).ids for b in (backend, other))
-        if ours != theirs:
-            raise ValueError(
-                f"{file} and {beside} give different ids for {probe!r}: {ours} and {theirs}. "
-                "Give the one that the model was trained with: the tokenizer.model alone is the "
-                "original; a tokenizer.json saved with legacy = False is not"
-            )
+    is_swallowed = turn.behind == turn.end
+    return first, last + 1, last + 1 if is_swallowed else encoding.char_to_token(turn.behind)
 
 
 def _single_id(backend, text: str, path: str) -> int:
-    found = backend.encode(text, add_special_tokens=False).ids
+    try:
+        found = backend.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # a model without an unknown token; the library raises nothing else
+        raise ValueError(f"{path}: the tokenizer cannot encode {text!r} ({error})") from error
     if len(found) != 1 or backend.token_to_id(text) != found[0]:
         raise ValueError(
             f"{path}: a tokenizer without a single-id {text}: it encodes to {found}; "

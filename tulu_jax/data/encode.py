@@ -17,12 +17,13 @@ import os
 import numpy as np
 from absl import logging
 
+from tulu_jax import strict_json
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
 from tulu_jax.data import registry, truncation
 from tulu_jax.data.sources import readers
 
-FORMAT = 3  # of the cached files; raised when their meaning changes
+FORMAT = 4  # of the cached files; raised when their meaning changes
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
 SHARD_ROWS = 4096
 COUNTS, ASIDE = "counts.json", "aside.jsonl"
@@ -87,7 +88,7 @@ def encode_task(
                 folder.mkdir(parents=True, exist_ok=True)
             columns = _encode(task, loaded, encoding, folder, label=label)
             aside = loaded.aside + columns.pop("aside")
-            lines = "".join(json.dumps(entry) + "\n" for entry in aside)
+            lines = "".join(strict_json.dumps(entry) + "\n" for entry in aside)
             _write(folder / ASIDE, lines.encode())
             _write(folder / COUNTS, json.dumps(_counts(task, loaded, columns), indent=2).encode())
         except OSError as error:

@@ -4,21 +4,18 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import inspect
+import itertools
 import json
 import os
 import random
-import sys
-import types
 from collections.abc import Iterator
 
-from tulu_jax.data import registry
-from tulu_jax.data.sources import readers
+from tulu_jax.data import code_identity, registry, task_files
+from tulu_jax.data.sources import file_sets, readers
 
 ROLES = ("system", "user", "assistant")
 KEYS = {"sft": ("messages",), "preference": ("prompt", "chosen", "rejected")}
 BAD_ROWS_SHOWN = 5
-CONVERTERS = "tulu_jax.data.sources."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,9 @@ class Drawing:
     seed: int
     holdout_every: int | None
     data_root: str | None
+
+    def __post_init__(self):
+        registry.check_split(self.split)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,14 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
     """
     split = drawing.split
     prefix = task.name if split not in task.sources or split == "train" else f"{task.name}.{split}"
-    numbered = list(enumerate(raw_rows(task, split, drawing.data_root)))
+    numbered = list(enumerate(_placed_rows(task, split, drawing.data_root)))
     taken = _of_split(task, drawing, numbered)
     dropped, aside, bad = collections.Counter(), [], []
     ids, examples, parts, seen = [], [], 0, set()
-    for number, raw in taken:
+    for number, (place, raw) in taken:
         row_id = f"{prefix}/{number}"
         try:
-            converted = _converted(task, raw, row_id)
+            converted = _converted(task, raw, row_id, place)
         except ValueError as error:
             bad.append(str(error))
             continue
@@ -116,58 +116,93 @@ def load_examples(task: registry.Task, drawing: Drawing) -> TaskExamples:
 
 def check_first_row(task: registry.Task, *, split: str, data_root: str | None) -> None:
     """Reads and converts one raw row. Raises as `load_examples` would for it, or for no rows."""
-    for raw in raw_rows(task, split, data_root):
-        _converted(task, raw, f"{task.name}/0")
+    for place, raw in _placed_rows(task, split, data_root):
+        _converted(task, raw, f"{task.name}/0", place)
         return
     raise ValueError(f"task {task.name!r} has no rows")
 
 
+def has_validation(task: registry.Task, *, holdout_every: int | None) -> bool:
+    """Whether the task has a validation split: of its own, or held out of its train rows."""
+    return "validation" in task.sources or holdout_every is not None
+
+
+def num_rows_up_to(task: registry.Task, count: int, *, data_root: str | None) -> int:
+    """The number of raw train rows, or `count` if there are more; no more are read."""
+    return sum(1 for _ in itertools.islice(raw_rows(task, "train", data_root), count))
+
+
 def source_digest(task: registry.Task, drawing: Drawing) -> str:
-    """Hex digest of all that decides `load_examples`: raw content, code, rules and seeds."""
-    digest = hashlib.sha256()
-    drawn = [drawing.split, drawing.amount, drawing.seed, drawing.holdout_every]
-    rules = [task.name, task.kind, task.sample, task.seed, drawn]
-    code = [_code(task.convert)] + [(f.name, _code(f.keep)) for f in task.filters]
-    digest.update(json.dumps([rules, code]).encode())
-    source = task.source(drawing.split)
+    """Hex digest of all that decides `load_examples`: raw content, code, rules and seeds.
+
+    What the split is not drawn by is left out, so that it changes nothing.
+    """
+    split = drawing.split
+    own = "validation" in task.sources
+    sampled = [task.sample, task.seed] if split == "train" and task.sample is not None else None
+    amount = drawing.amount if split == "train" else None
+    drawn = None if amount is None else [repr(amount), drawing.seed]
+    rules = [task.name, task.kind, split, own, _holdout(task, drawing), sampled, drawn]
+    identity = functools.partial(code_identity.identity, with_source=task.version is None)
+    code = [task.version, identity(task.convert)]
+    code += [[f.name, identity(f.keep)] for f in task.filters]
+    digest = hashlib.sha256(json.dumps([rules, code]).encode())
+    source = task.source(split)
     if callable(source):
         for row in source():
-            digest.update(json.dumps(row, sort_keys=True).encode())
+            digest.update(json.dumps(row, default=repr).encode() + b"\n")
         return digest.hexdigest()
-    files = _files(source)
-    digest.update(json.dumps([*files.where.items()]).encode())
-    paths = _located(task, files, drawing.data_root) or [
-        cached["filename"]
-        for cached in readers.hub_set(files, wanted=_wanted(files, drawing.data_root)).cache_files
+    files = task_files.of(source)
+    paths, hub = task_files.located(task, files, drawing.data_root), None
+    if not paths:  # a part of a hub split is read from the files of the whole
+        hub = [files.hub, files.hub_split, files.hub_revision]
+        wanted = task_files.wanted(files, drawing.data_root)
+        paths = [file["filename"] for file in readers.hub_set(files, wanted=wanted).cache_files]
+    contents = [
+        [file_sets.suffix(path), _content_digest(path, task_files.stamp(path))] for path in paths
     ]
-    for path in paths:
-        with readers.reaching(path):
-            stat = readers.as_path(path).stat()
-            size = getattr(stat, "length", None) or getattr(stat, "st_size", 0)
-            changed = getattr(stat, "mtime", None) or getattr(stat, "st_mtime_ns", 0)
-            digest.update(_content_digest(path, size, changed).encode())
+    digest.update(json.dumps([sorted(files.where.items()), hub, contents]).encode())
     return digest.hexdigest()
+
+
+def files_of(task: registry.Task, split: str, data_root: str | None) -> list[tuple]:
+    """(path, rows of it that are read) of the files that the source of `split` is read from."""
+    source = task.source(split)
+    if callable(source):
+        return []
+    files = task_files.of(source)
+    where = tuple(sorted(files.where.items()))
+    paths = task_files.located(task, files, data_root)
+    return [(path if "://" in path else os.path.realpath(path), where) for path in paths]
 
 
 def raw_rows(task: registry.Task, split: str, data_root: str | None) -> Iterator[dict]:
     """The raw rows of the source of `split`, in order.
 
     Raises `FileNotFoundError` that says what to download and where to put it if there is no file
-    and no hub, and `ValueError` as `readers.read_rows`.
+    and no hub, and `ValueError` as `readers.read_placed` and `task_files.located`.
     """
+    return (row for _, row in _placed_rows(task, split, data_root))
+
+
+def _placed_rows(
+    task: registry.Task, split: str, data_root: str | None
+) -> Iterator[tuple[str, dict]]:
+    """(file and line, row) of the raw rows; "" for those that are in no file."""
     source = task.source(split)
     if callable(source):
-        yield from source()
+        for row in source():
+            yield "", row
         return
-    files = _files(source)
-    paths = _located(task, files, data_root)
+    files = task_files.of(source)
+    paths = task_files.located(task, files, data_root)
     for path in paths:
-        yield from readers.read_rows(path, files.where)
+        for place, row in readers.read_placed(path, files.where):
+            yield f"{path}, {place}", row
     if not paths:
-        wanted = _wanted(files, data_root)
-        for row in readers.hub_set(files, wanted=wanted):
+        for row in readers.hub_set(files, wanted=task_files.wanted(files, data_root)):
             if all(row.get(column) == value for column, value in files.where.items()):
-                yield row
+                yield "", row
 
 
 def check_messages(messages, row_id: str) -> None:
@@ -190,53 +225,26 @@ def check_messages(messages, row_id: str) -> None:
                 raise ValueError(f"{where}: content is not valid Unicode ({error})") from error
 
 
-def _files(source: str | registry.Files) -> registry.Files:
-    return registry.Files(paths=(source,)) if isinstance(source, str) else source
-
-
-def _located(task: registry.Task, files: registry.Files, data_root: str | None) -> list[str]:
-    """The files there are; `[]` if there are none and the hub has them."""
-    anywhere = [path for path in files.paths if os.path.isabs(path) or "://" in path]
-    if data_root is None and len(anywhere) < len(files.paths) and files.hub is None:
-        raise ValueError(
-            f"task {task.name!r} reads {', '.join(map(repr, files.paths))} below the data root, "
-            "and none is given; set data_root to the folder (or gs:// prefix) that holds it"
-        )
-    patterns = [
-        path if path in anywhere or data_root is None else f"{data_root.rstrip('/')}/{path}"
-        for path in files.paths
-    ]
-    found = {pattern: readers.find(pattern) for pattern in patterns}
-    missing = [pattern for pattern, paths in found.items() if not paths]
-    if missing and (files.hub is None or len(missing) < len(patterns)):
-        raise FileNotFoundError(
-            f"task {task.name!r}: found no {', '.join(missing)}; it comes from {task.origin}. "
-            "Place it there, or set data_root (--gin.DATA_ROOT) to the folder that holds it"
-        )
-    return [path for paths in found.values() for path in paths]
-
-
-def _wanted(files: registry.Files, data_root: str | None) -> str:
-    return ", ".join(f"{data_root or '<data_root>'}/{path}" for path in files.paths)
-
-
 @functools.lru_cache(maxsize=256)
-def _content_digest(path: str, size: int, changed) -> str:
-    """Hash of a file's content; `size` and `changed` make a new file at an old path a new one."""
+def _content_digest(path: str, stamp: tuple) -> str:
+    """Hash of a file's content; `stamp` makes a new file at an old path a new one."""
     digest = hashlib.sha256()
-    with readers.as_path(path).open("rb") as file:
+    with readers.reaching(path), readers.as_path(path).open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
 
+def _holdout(task: registry.Task, drawing: Drawing) -> int | None:
+    """`holdout_every` as it applies: rows of a task with a validation source are not held out."""
+    return None if "validation" in task.sources else drawing.holdout_every
+
+
 def _of_split(task: registry.Task, drawing: Drawing, numbered: list) -> list:
-    every = drawing.holdout_every
-    if "validation" in task.sources:
-        return (
-            numbered if task.sample is None or drawing.split != "train" else _sample(task, numbered)
-        )
+    every = _holdout(task, drawing)
     if drawing.split == "validation":
+        if "validation" in task.sources:
+            return numbered
         return [] if every is None else numbered[every - 1 :: every]
     kept = [row for row in numbered if every is None or row[0] % every != every - 1]
     return kept if task.sample is None else _sample(task, kept)
@@ -267,8 +275,20 @@ def _draw(task, drawing: Drawing, ids: list[str], examples: list[dict]):
     return [ids[i] for i in kept], [examples[i] for i in kept]
 
 
-def _converted(task: registry.Task, raw: dict, row_id: str) -> list[tuple[str, registry.Part]]:
-    """(id, part) of each part of a raw row; an example among them is checked."""
+def _converted(
+    task: registry.Task, raw: dict, row_id: str, place: str
+) -> list[tuple[str, registry.Part]]:
+    """(id, part) of each part of a raw row; an example among them is checked.
+
+    Raises `ValueError` naming the row and, where it is in a file, its `place`.
+    """
+    try:
+        return _parts(task, raw, row_id)
+    except ValueError as error:
+        raise ValueError(f"{error} ({place})" if place else str(error)) from error
+
+
+def _parts(task: registry.Task, raw: dict, row_id: str) -> list[tuple[str, registry.Part]]:
     try:
         converted = task.convert(raw)
     except ValueError as error:
@@ -332,31 +352,3 @@ def _pair_reason(pair: dict, seen: set) -> str | None:
         return "duplicate pair"
     seen.add(key)
     return None
-
-
-def _code(function) -> list:
-    """What identifies a function's behaviour: the source of its module and of the converters'
-    modules that this one uses, its name, its bound values."""
-    bound = [repr(a) for a in getattr(function, "args", ())]
-    bound += [f"{k}={v!r}" for k, v in sorted(getattr(function, "keywords", {}).items())]
-    function = getattr(function, "func", function)  # functools.partial
-    function = inspect.unwrap(function)  # the type checker of the tests
-    for cell in function.__closure__ or ():
-        value = cell.cell_contents
-        bound.append(_code(value) if callable(value) else repr(value))
-    try:
-        sources = _sources(sys.modules[function.__module__], {})
-    except (OSError, TypeError):  # defined at a prompt
-        sources = {"": repr((function.__code__.co_code, function.__code__.co_consts))}
-    digest = hashlib.sha256(json.dumps(sources, sort_keys=True).encode())
-    return [function.__qualname__, digest.hexdigest(), bound]
-
-
-def _sources(module: types.ModuleType, found: dict[str, str]) -> dict[str, str]:
-    """`found` with the source of `module` and of what it uses of the package of converters."""
-    found[module.__name__] = inspect.getsource(module)
-    for used in vars(module).values():
-        inner = isinstance(used, types.ModuleType) and used.__name__.startswith(CONVERTERS)
-        if inner and used.__name__ not in found:
-            _sources(used, found)
-    return found

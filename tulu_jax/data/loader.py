@@ -30,9 +30,11 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
     """What is trained on and how it becomes rows.
 
-    `train` and `validation` are a mixture or task, or the name of one. With `validation = None`
-    the validation split is that of `train`: the tasks' own, or every `holdout_every`-th raw row of
-    those that have none; without either there is no validation. `tokenizer` is a file or its
+    `train` and `validation` are a mixture or task, the name of one, or a file of own rows
+    (`own_rows`). With `validation = None` the validation split is that of `train`: the tasks' own,
+    or every `holdout_every`-th raw row of those that have none; without either there is no
+    validation. Of another `validation` it is likewise its tasks' split, of a file all rows; nothing
+    is then held out of the other tasks of `train`. `tokenizer` is a file or its
     folder. `data_root` is the folder, or `gs://` prefix, below which tasks find their files, and
     `cache_dir` where encoded rows are kept, a folder or a bucket. `max_length` is T, in tokens
     after the shift; what becomes of longer examples is the rule `truncation`, one of
@@ -41,8 +43,8 @@ class DataConfig:
     expected is refused unless `accept_counts`. `workers` threads build batches ahead.
     """
 
-    train: str | registry.Mixture
-    validation: str | registry.Mixture | None = None
+    train: str | registry.Mixture | registry.Task
+    validation: str | registry.Mixture | registry.Task | None = None
     tokenizer: str
     data_root: str | None = None
     max_length: int
@@ -56,7 +58,8 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self):
-        validation.check(self, self._rules)
+        paths = ("train", "validation", "tokenizer", "data_root", "cache_dir")
+        validation.check(self, self._rules, paths=paths)
 
     def _rules(self):
         yield validation.one_of("packing", self.packing, packing.PACKINGS)
@@ -72,7 +75,7 @@ class DataConfig:
             wanted = getattr(self, field)
             if wanted is not None:
                 try:
-                    kinds[field] = registry.kind_of(wanted)
+                    kinds[field] = registry.kind_of(wanted, data_root=self.data_root)
                 except ValueError as error:
                     yield False, f"{field}: {error}"
         yield len(set(kinds.values())) < 2, f"train and validation are of different kinds: {kinds}"
@@ -84,7 +87,7 @@ class DataConfig:
     @property
     def kind(self) -> str:
         """`"sft"` or `"preference"`, as the tasks of `train` are."""
-        return registry.kind_of(self.train)
+        return registry.kind_of(self.train, data_root=self.data_root)
 
     @property
     def one_row(self) -> bool:
@@ -92,12 +95,18 @@ class DataConfig:
         return self.kind == "preference" and self.packing == "best_fit"
 
     def drawing(self, component: registry.Component, split: str) -> examples.Drawing:
-        """Which examples of one task of the mixture `split` takes."""
+        """Which examples of one task of the mixture `split` takes.
+
+        Of a train split, rows are held out only for the validation split that they go to.
+        """
+        read = self.validation is None or component.task.name in {
+            other.task.name for other in split_components(self, "validation")
+        }
         return examples.Drawing(
             split=split,
             amount=component.amount,
             seed=component.seed,
-            holdout_every=self.holdout_every,
+            holdout_every=self.holdout_every if read else None,
             data_root=self.data_root,
         )
 
@@ -115,8 +124,9 @@ def problems(config: DataConfig, *, kind: str) -> Iterator[str]:
 
     Loads the tokenizer, and reads and converts the first raw row of each task and split.
     """
+    found = {split: split_components(config, split) for split in registry.SPLITS}
     if config.kind != kind:
-        names = ", ".join(c.task.name for c in registry.components(config.train))
+        names = ", ".join(c.task.name for c in found["train"])
         yield (
             f"the objective trains on {kind} data; {registry.name_of(config.train)!r} is "
             f"{config.kind} data ({names})"
@@ -126,8 +136,8 @@ def problems(config: DataConfig, *, kind: str) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"tokenizer: {error}"
     tasks_with: dict[str, list[str]] = {}
-    for split in registry.SPLITS:
-        for component in split_components(config, split):
+    for split, components in found.items():
+        for component in components:
             task = component.task
             try:
                 examples.check_first_row(task, split=split, data_root=config.data_root)
@@ -135,31 +145,87 @@ def problems(config: DataConfig, *, kind: str) -> Iterator[str]:
                 tasks_with.setdefault(str(error), []).append(f"{task.name} ({split})")
     for error, tasks in tasks_with.items():
         yield f"{', '.join(tasks)}: {error}"
+    if not tasks_with:
+        yield from _validation_problems(config, found["validation"])
+        yield from _trained_and_validated(config, found)
+
+
+def _validation_problems(config: DataConfig, components: list) -> Iterator[str]:
+    """Why the validation split would turn out empty, if so."""
+    if not components and config.validation is not None:
+        yield (
+            f"validation = {registry.name_of(config.validation)!r} has no validation split: its "
+            "tasks have none of their own, and holdout_every is None; set holdout_every, or name a "
+            "file of rows as validation"
+        )
+    every, counts = config.holdout_every, {}
+    for task in (component.task for component in components):
+        if "validation" in task.sources:
+            return
+        counts[task.name] = examples.num_rows_up_to(task, every, data_root=config.data_root)
+        if counts[task.name] == every:
+            return
+    if counts:
+        yield (
+            f"holdout_every = {every} holds nothing out of {counts} rows; expected a smaller one, "
+            "or None"
+        )
+
+
+def _trained_and_validated(config: DataConfig, found: dict) -> Iterator[str]:
+    """Files of which all rows are in both splits."""
+    files = {
+        split: {
+            key: component.task.name
+            for component in components
+            if split in component.task.sources
+            for key in examples.files_of(component.task, split, config.data_root)
+        }
+        for split, components in found.items()
+    }
+    for key in files["train"].keys() & files["validation"].keys():
+        yield (
+            f"{key[0]} is trained on ({files['train'][key]}) and is the validation split, too "
+            f"({files['validation'][key]}); name another file, or leave validation = None and set "
+            "holdout_every"
+        )
 
 
 def split_components(config: DataConfig, split: str) -> list[registry.Component]:
-    """The tasks that give rows to `split`; `[]` for a validation split that the run has not."""
+    """The tasks that give rows to `split`; `[]` for a validation split that the run has not.
+
+    Raises `ValueError` for a split that is none of `registry.SPLITS`.
+    """
+    registry.check_split(split)
+    own = split == "train" or config.validation is None
+    found = registry.components(
+        config.train if own else config.validation,
+        data_root=config.data_root,
+        split="train" if own else split,
+    )
     if split == "train":
-        return registry.components(config.train)
-    if config.validation is None:
-        return [
-            component
-            for component in registry.components(config.train)
-            if config.holdout_every is not None or "validation" in component.task.sources
-        ]
-    return registry.components(config.validation)
+        return found
+    every = config.holdout_every
+    return [c for c in found if examples.has_validation(c.task, holdout_every=every)]
 
 
 def prepare(config: DataConfig, *, split: str) -> "Rows | None":
     """Encodes the split ("train" or "validation") unless that is cached, and opens it as rows.
 
-    None for a validation split that the run has not. Raises `ValueError` if no example is left, and
-    if the numbers of examples are not as expected, unless `config.accept_counts`.
+    None for a validation split that the run has not. Raises `ValueError` for another split, if no
+    example is left, and if the numbers of examples are not as expected, unless
+    `config.accept_counts`.
     """
     found = split_components(config, split)
     if not found:
         logging.info("%s has no validation split", registry.name_of(config.train))
         return None
+    if config.holdout_every is not None and config.validation is not None and split == "train":
+        logging.info(
+            "validation is %r: of other tasks, holdout_every = %d holds nothing out",
+            registry.name_of(config.validation),
+            config.holdout_every,
+        )
     encoding = encode.Encoding(
         tokenizer=chat_lib.load_tokenizer(config.tokenizer),
         chat=config.chat,
@@ -185,7 +251,7 @@ def prepare(config: DataConfig, *, split: str) -> "Rows | None":
         )
     if split == "train":
         _check_counts(config, counts, name)
-    rows = Rows(folders, counts, config=config, kind=registry.kind_of(wanted))
+    rows = Rows(folders, counts, config=config, kind=config.kind)
     logging.info("%s, %s split:\n%s", name, split, rows.stats)
     return rows
 

@@ -4,10 +4,12 @@ A task turns raw rows into examples: `{"messages": [...]}` for supervised fine-t
 `{"prompt": [...], "chosen": [...], "rejected": [...]}` for preferences, each a list of
 `{"role", "content"}`; either may carry `"about"`, a flat dict of texts and numbers for audits. A
 mixture names tasks with a number of rows of each; an epoch visits each row once, which rate
-sampling as seqio's cannot promise.
+sampling as seqio's cannot promise. Where a name is asked for, the path of a file of own rows does
+as well (`own_rows`).
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -20,6 +22,7 @@ BUILT_IN = (  # they register this project's tasks
 )
 KINDS = ("sft", "preference")
 SPLITS = ("train", "validation")
+NOT_STATED = "not stated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +67,38 @@ class Task:
     """One named source of examples.
 
     `sources` gives the raw rows of a split: a path (relative to the data root given at run time,
-    or absolute), `Files`, or a function that yields rows. `sample` draws that many raw rows of the
-    train source with `seed`, in their order. `expected` is the number of train examples after that
-    that the converter gives, before filters; of pairs, before any is dropped. None if unknown.
+    or absolute), `Files`, or a function that yields rows. With no `convert`, they are own rows in
+    the common layouts (`sources.own`), their columns tell the `kind`, and a path may be relative to
+    the working directory as well. `sample` draws that many raw rows of the train source with
+    `seed`, in their order. `expected` is the number of train examples after that that the converter
+    gives, before filters; of pairs, before any is dropped. None if unknown.
+
+    Encoded rows are kept under a key that holds the source of `convert`, of the filters and of what
+    they import. A `version` stands for that source: raise it when what they do changes, for what
+    the source does not show, such as a file that a converter reads.
     """
 
     name: str
-    kind: str
+    kind: str | None = None
     sources: Mapping[str, str | Files | Rows]
-    convert: Convert
+    convert: Convert | None = None
     filters: tuple[Filter, ...] = ()
     sample: int | None = None
     seed: int = 42
     expected: int | None = None
-    licence: str
-    origin: str
+    version: str | None = None
+    licence: str = NOT_STATED
+    origin: str = NOT_STATED
 
     def __post_init__(self):
         validation.check(
             self,
             lambda: (
-                validation.one_of("kind", self.kind, KINDS),
+                validation.one_of("kind", self.kind, KINDS) if self.kind else (True, ""),
+                (
+                    self.kind is not None or self.convert is None,
+                    f"{self.name}: kind is missing; with a converter, expected one of {KINDS}",
+                ),
                 ("train" in self.sources, f"{self.name}: sources has no 'train'"),
                 (
                     set(self.sources) <= set(SPLITS),
@@ -98,14 +112,24 @@ class Task:
         )
 
     def source(self, split: str) -> str | Files | Rows:
-        """The source that `split` is read from: its own, or the train source it is held out of."""
+        """The source that `split` is read from: its own, or the train source it is held out of.
+
+        Raises `ValueError` for a split that is none of `SPLITS`.
+        """
+        check_split(split)
         return self.sources.get(split, self.sources["train"])
+
+
+def check_split(split: str) -> None:
+    """Raises `ValueError` with the known splits for one that is not among them."""
+    if split not in SPLITS:
+        raise ValueError(f"no split is named {split!r}; expected one of {SPLITS}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Named tasks, or mixtures, with the share of the train examples of each: None for all, a
-    number of rows, or a fraction; rows are drawn with `seed`.
+    """Named tasks, mixtures, or files of own rows, with the share of the train examples of each:
+    None for all, a number of rows, or a fraction; rows are drawn with `seed`.
 
     Of a mixture inside a mixture all rows or a fraction are taken. The validation split is every
     held-out row of every task. `expected` is the number of examples before anything is dropped.
@@ -180,16 +204,10 @@ MixtureRegistry = Registry("mixture")
 
 def get_mixture_or_task(name: str) -> Mixture | Task:
     """The mixture or the task of that name. Raises `ValueError` with the nearest known name."""
-    _import_built_in()
-    if name in MixtureRegistry:
-        return MixtureRegistry.get(name)
-    if name in TaskRegistry:
-        return TaskRegistry.get(name)
-    known = MixtureRegistry.names() + TaskRegistry.names()
-    raise ValueError(
-        f"no mixture or task is named {name!r}{validation.nearest(name, known)}; mixtures are "
-        f"{', '.join(MixtureRegistry.names())}, and tasks are listed in docs/data.md"
-    )
+    found = _named(name)
+    if found is None:
+        raise ValueError(_no_such_name(name))
+    return found
 
 
 def all_names() -> list[str]:
@@ -198,14 +216,20 @@ def all_names() -> list[str]:
     return MixtureRegistry.names() + TaskRegistry.names()
 
 
-def components(wanted: str | Mixture) -> list[Component]:
-    """The tasks behind a mixture or task name, or behind a mixture that has no name here yet.
+def components(
+    wanted: str | Mixture | Task, *, data_root: str | None = None, split: str = "train"
+) -> list[Component]:
+    """The tasks behind a mixture or task, its name, or the path of a file of own rows.
 
-    Raises `ValueError` for unknown names, a task that is named twice, a number of rows of a
-    mixture, and a mixture of supervised and preference tasks; all of them at once.
+    Such a file is looked for in the working directory and below `data_root`, and its first row
+    tells the kind of the task; all its rows are the source of `split`, too. Raises `ValueError` for
+    unknown names and splits, a task that is named twice, a number of rows of a mixture, and a
+    mixture of supervised and preference tasks; all of them at once.
     """
+    check_split(split)
     problems: list[str] = []
-    found = _flat(wanted, None, None, problems)
+    find = functools.partial(_found, data_root=data_root, split=split)
+    found = _flat(wanted, None, None, find, problems)
     names = [component.task.name for component in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -218,18 +242,19 @@ def components(wanted: str | Mixture) -> list[Component]:
     return found
 
 
-def name_of(wanted: str | Mixture) -> str:
+def name_of(wanted: str | Mixture | Task) -> str:
     return wanted if isinstance(wanted, str) else wanted.name
 
 
-def kind_of(wanted: str | Mixture) -> str:
-    """`"sft"` or `"preference"`, for a mixture or task."""
-    return components(wanted)[0].task.kind
+def kind_of(wanted: str | Mixture | Task, *, data_root: str | None = None) -> str:
+    """`"sft"` or `"preference"`, for what `components` takes."""
+    return components(wanted, data_root=data_root)[0].task.kind
 
 
-def expected_examples(wanted: str | Mixture) -> int | None:
+def expected_examples(wanted: str | Mixture | Task) -> int | None:
     """The number of train examples that is known for a mixture or task, None if none is."""
-    return (get_mixture_or_task(wanted) if isinstance(wanted, str) else wanted).expected
+    found = _named(wanted) if isinstance(wanted, str) else wanted
+    return None if found is None else found.expected
 
 
 def _import_built_in() -> None:
@@ -237,10 +262,40 @@ def _import_built_in() -> None:
         importlib.import_module(module)
 
 
-def _flat(wanted, amount, seed, problems: list[str]) -> list[Component]:
+def _named(name: str) -> Mixture | Task | None:
+    _import_built_in()
+    for items in (MixtureRegistry, TaskRegistry):
+        if name in items:
+            return items.get(name)
+    return None
+
+
+def _no_such_name(name: str) -> str:
+    return (
+        f"no mixture or task is named {name!r}{validation.nearest(name, all_names())}; mixtures "
+        f"are {', '.join(MixtureRegistry.names())}, and tasks are listed in docs/data.md"
+    )
+
+
+def _found(wanted: str | Mixture | Task, *, data_root: str | None, split: str) -> Mixture | Task:
+    """The mixture, or the task with its kind and converter."""
+    from tulu_jax.data import own_rows  # it reads files of tasks
+
+    found = _named(wanted) if isinstance(wanted, str) else wanted
+    if found is None:
+        try:
+            found = own_rows.task_of_file(wanted, data_root=data_root, split=split)
+        except OSError as error:
+            raise ValueError(f"{_no_such_name(wanted)}; and {error}") from error
+    if isinstance(found, Task) and found.convert is None:
+        found = own_rows.resolved(found, data_root=data_root)
+    return found
+
+
+def _flat(wanted, amount, seed, find: Callable, problems: list[str]) -> list[Component]:
     try:
-        found = get_mixture_or_task(wanted) if isinstance(wanted, str) else wanted
-    except ValueError as error:
+        found = find(wanted)
+    except (OSError, ValueError) as error:
         problems.append(str(error))
         return []
     if isinstance(found, Task):
@@ -254,7 +309,7 @@ def _flat(wanted, amount, seed, problems: list[str]) -> list[Component]:
     for name, inner in found.tasks.items():
         if isinstance(amount, float):
             inner = amount if inner is None else type(inner)(inner * amount)
-        parts += _flat(name, inner, found.seed, problems)
+        parts += _flat(name, inner, found.seed, find, problems)
     return parts
 
 

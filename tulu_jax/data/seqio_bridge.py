@@ -185,16 +185,17 @@ def _add_task(name: str, template: loader.DataConfig, vocabulary: ChatVocabulary
         for prefix in prefixes
         for field, dtype in FIELDS.items()
     }
-    has_validation = any(
-        template.holdout_every is not None or "validation" in component.task.sources
-        for component in registry.components(name)
-    )
     source = seqio.FunctionDataSource(
         dataset_fn=functools.partial(_dataset, name=name, template=template),
-        splits=registry.SPLITS if has_validation else ("train",),
+        splits=_splits(name, template),
     )
     task = seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features=features)
     _added[name] = (task, template)
+
+
+def _splits(name: str, template: loader.DataConfig) -> tuple[str, ...]:
+    config = dataclasses.replace(template, train=name, truncation="cut")
+    return tuple(split for split in registry.SPLITS if loader.split_components(config, split))
 
 
 def _add_by_rate(name: str, template: loader.DataConfig) -> None:
@@ -214,8 +215,13 @@ def _num_examples(task: seqio.Task, *, mixture: str, template: loader.DataConfig
 
 def _dataset(split, shuffle_files, seed=None, *, name: str, template: loader.DataConfig):
     """The examples of a split in our order, whatever `shuffle_files` and `seed`: seqio shuffles
-    what it is given."""
+    what it is given.
+
+    Raises `ValueError` for a split that there is not; seqio itself passes on any text.
+    """
     del shuffle_files, seed
+    if split not in (known := _splits(name, template)):
+        raise ValueError(f"{name!r} has no split {split!r}; expected one of {known}, whole")
     rows = loader.prepare(dataclasses.replace(template, train=name), split=split)
     blocks = tf.data.Dataset.from_generator(
         functools.partial(_blocks, rows),

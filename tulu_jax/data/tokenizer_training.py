@@ -22,7 +22,7 @@ def train_tokenizer(
     two tokens are left that occur together more than once.
     """
     texts = []
-    for component in registry.components(name):
+    for component in registry.components(name, data_root=data_root):
         drawing = examples.Drawing(
             split="train",
             amount=component.amount,

@@ -7,8 +7,9 @@
 | `split` | split between exchanges, into several examples | refused |
 | `drop` | left out | left out |
 
-Under every rule, what has no trained token left is left out, and so is a pair whose answers are the
-same after the cut, or whose prompts are not the same ids (`chat.tokenize_pairs`).
+Under every rule, what has no trained token is left out, and so is what has its first behind the
+limit (its prompt fills the row), and a pair whose answers are the same after the cut, or whose
+prompts are not the same ids (`chat.tokenize_pairs`).
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ import numpy as np
 from tulu_jax.data.chat import TokenIds, same_prompt
 
 RULES = ("cut", "whole_turns", "split", "drop")
-WHOLE, CUT, TOO_LONG, UNTRAINED, NO_TURN, SAME, PROMPTS = range(7)  # up to CUT, the example is kept
+# Up to CUT, the example is kept.
+WHOLE, CUT, TOO_LONG, UNTRAINED, NO_TURN, SAME, PROMPTS, FILLED = range(8)
 REASONS = {
     TOO_LONG: "longer than max_length",
     UNTRAINED: "no trained token",
     NO_TURN: "no whole turn fits",
     SAME: "difference cut away",
     PROMPTS: "prompts differ",
+    FILLED: "prompt fills the row",
 }
 
 
@@ -38,24 +41,25 @@ def fit(
     """
     if len(parts) > 1 and not same_prompt(*parts):
         return PROMPTS, []
+    if not all(map(trained, parts)):
+        return UNTRAINED, []
     limits = _limits(parts, max_length, one_row)
     lengths = [len(part.ids) - 1 for part in parts]
     if all(length <= limit for length, limit in zip(lengths, limits, strict=True)):
-        return (WHOLE, list(parts)) if all(map(trained, parts)) else (UNTRAINED, [])
+        return WHOLE, list(parts)
     if rule == "drop" or (rule == "whole_turns" and len(parts) > 1):
         return TOO_LONG, []
+    cut = [_cut(part, limit) for part, limit in zip(parts, limits, strict=True)]
+    if not all(map(trained, cut)):
+        return FILLED, []
     if rule == "whole_turns":
         stops = parts[0].spans[:, 1]
-        fitting = stops[stops <= limits[0]]
-        if not fitting.size:
+        cut = [_cut(parts[0], int(stops[stops <= limits[0]].max(initial=0)))]
+        if not trained(cut[0]):
             return NO_TURN, []
-        limits = [int(fitting[-1])]
-    parts = [_cut(part, limit) for part, limit in zip(parts, limits, strict=True)]
-    if not all(map(trained, parts)):
-        return UNTRAINED, []
-    if len(parts) > 1 and np.array_equal(parts[0].ids, parts[1].ids):
+    if len(cut) > 1 and np.array_equal(cut[0].ids, cut[1].ids):
         return SAME, []
-    return CUT, parts
+    return CUT, cut
 
 
 def pair_length(chosen: TokenIds, rejected: TokenIds) -> int:

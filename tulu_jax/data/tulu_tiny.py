@@ -4,6 +4,7 @@ import functools
 import hashlib
 import pathlib
 
+from tulu_jax import validation
 from tulu_jax.data import registry, tokenizer_training
 from tulu_jax.data.sources import tulu_tiny
 from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
@@ -11,6 +12,7 @@ from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
 __all__ = ["held_out", "is_exact", "style"]
 
 VOCAB_SIZE = 512
+TASKS = ("tulu_tiny", "tulu_tiny_preference")
 
 
 def _as_is(row: dict) -> dict:
@@ -40,7 +42,7 @@ def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:
     tokenizer, so a folder that exists is the right one.
     """
     written_by = hashlib.sha256(pathlib.Path(tulu_tiny.__file__).read_bytes()).hexdigest()[:12]
-    folder = pathlib.Path(directory) / written_by
+    folder = pathlib.Path(validation.expanded(directory)) / written_by
     if not (folder / "tokenizer.json").is_file():
         tokenizer_training.train_tokenizer("tulu_tiny", str(folder), vocab_size=VOCAB_SIZE)
     return str(folder)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from tulu_jax import validation
 from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel.sharding import AXIS_RULES, constrain
@@ -85,7 +86,7 @@ def _check(prompts, *, vocab_size: int, max_new_tokens: int, temperature: float,
     if not 0 < top_p <= 1:
         problems.append(f"top_p = {top_p}: expected more than 0 and at most 1")
     if problems:
-        raise ValueError("cannot generate: " + "; ".join(problems))
+        raise validation.UsageError("cannot generate: " + "; ".join(problems))
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,54 @@
 """The embedded benchmark: held-out prompts of tulu_tiny, by exact match and by style."""
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterator
 
-from tulu_jax.data import tulu_tiny
+from etils import epath
+
+from tulu_jax import strict_json, validation
+from tulu_jax.data import loader, registry, tulu_tiny
 
 Messages = list[dict[str, str]]
+INITIAL = "initial"
+FILES = re.compile(rf"tulu_tiny_(?:{INITIAL}|step_(\d+))\.json")
+
+
+def problems(data: loader.DataConfig) -> Iterator[str]:
+    """Why these prompts are not held-out ones of a run on `data`, if none of its rows is of
+    tulu_tiny."""
+    tasks = [component.task.name for component in registry.components(data.train)]
+    if not set(tasks) & set(tulu_tiny.TASKS):
+        yield (
+            f"evaluate scores the held-out prompts of tulu_tiny; this run trains on "
+            f"{registry.name_of(data.train)!r} ({', '.join(tasks)}), to which they do not belong; "
+            f"expected a run on {' or '.join(tulu_tiny.TASKS)}. What this run says of its own "
+            "held-out rows is in its metrics.jsonl (eval/*), with holdout_every or a validation set"
+        )
+
+
+def save(workdir: str, step: int | None, scores: dict, replies: list[dict]) -> None:
+    """Writes the scores of `step` (None: of what training starts from) into a file of their own."""
+    name = INITIAL if step is None else f"step_{step}"
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"step": step, "scores": scores, "replies": replies}
+    (folder / f"tulu_tiny_{name}.json").write_text(strict_json.dumps(content, indent=1))
+
+
+def saved(workdir: str) -> list[dict]:
+    """What `save` left in a workdir, the initial scores first and then by step. Raises `UsageError`
+    for a file that is not whole."""
+    found = []
+    for file in epath.Path(workdir).iterdir():
+        if FILES.fullmatch(file.name):
+            try:
+                found.append(json.loads(file.read_text()))
+            except ValueError as error:
+                raise validation.UsageError(
+                    f"{file} is not JSON ({error}); evaluate that step again"
+                ) from error
+    return sorted(found, key=lambda scores: -1 if scores["step"] is None else scores["step"])
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from tulu_jax import validation
 from tulu_jax.interop import folder, placement, weight_files
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.layout import Layout
@@ -59,8 +60,11 @@ def read_config(path: Path) -> LlamaConfig:
     file = epath.Path(path).expanduser() / "config.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected the folder of a Hugging Face checkpoint")
+    text = file.read_bytes()
+    if found := validation.stand_in(text):
+        raise ValueError(f"{file}: {found}")
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -16,6 +16,8 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from tulu_jax import validation
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -90,6 +92,10 @@ class WeightFiles:
         if not path.exists():
             self.problems.append(f"{path} is missing, although {INDEX} names it")
             return
+        with path.open("rb") as start:
+            if found := validation.stand_in(start.read(validation.HEAD)):
+                self.problems.append(f"{path}: {found}")
+                return
         try:
             headers = _remote_headers(path) if is_remote(path) else self._local_headers(file)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tulu_jax import validation
 from tulu_jax.kernels import flash_attention, flash_attention_gpu, flash_attention_tuning
 from tulu_jax.models import xla_attention
 from tulu_jax.parallel import sharding
@@ -66,7 +67,7 @@ def prepare(
 
     `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks; `block`
     is the TPU kernel's, None for the tuned one.
-    `branches` None means that no segment branches. Raises `ValueError` for an implementation that
+    `branches` None means that no segment branches. Raises `UsageError` for an implementation that
     does not exist or does not run here; nothing is substituted.
     """
     if implementation in KERNELS:
@@ -94,7 +95,7 @@ def prepare(
         # An added bias, not a comparison inside the layers: XLA:CPU does not vectorise that there.
         bias = jnp.where(visible, 0.0, xla_attention.MASKED)
         return {"bias": bias, "seeing": (segment_ids != 0)[:, :, None, None]}
-    raise ValueError(
+    raise validation.UsageError(
         f"attention implementation {implementation!r} does not exist; expected 'auto', "
         "'blockwise', 'pallas', 'pallas_gpu', 'triangular' or 'xla'"
     )
@@ -164,7 +165,7 @@ def _tpu(heads, dtype, interpret, block):
         kind = _device_kind()
         chip = flash_attention_tuning.chip(kind)
         if chip is None:
-            raise ValueError(
+            raise validation.UsageError(
                 f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v3 or "
                 "later. Use 'auto', 'blockwise' or 'xla'"
             )
@@ -192,7 +193,7 @@ def _tpu(heads, dtype, interpret, block):
 def _gpu(heads, dtype, interpret):
     """`flash_attention_gpu.prepare` for heads and dtype."""
     if not interpret and not _has_triton():
-        raise ValueError(
+        raise validation.UsageError(
             f"attention implementation 'pallas_gpu' does not run on {_device_kind()!r}; expected "
             "an NVIDIA GPU of compute capability 8.0 or later. Use 'blockwise' or 'xla'"
         )

@@ -135,9 +135,9 @@ NAMED = {
 
 
 def named(name: str) -> LlamaConfig:
-    """The published model `name`, e.g. 'llama2_7b'. Raises `ValueError` for an unknown name."""
+    """The published model `name`, e.g. 'llama2_7b'. Raises `UsageError` for an unknown name."""
     if name not in NAMED:
-        raise ValueError(
+        raise validation.UsageError(
             f"model {name!r} is unknown; expected one of {sorted(NAMED)}"
             f"{validation.nearest(name, NAMED)}"
         )

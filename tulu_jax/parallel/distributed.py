@@ -26,6 +26,7 @@ from tulu_jax.parallel import lifeline
 PORT = 8482  # jax's own choice on TPUs; JAX_COORDINATOR_PORT overrides it
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 FLAGS = ("coordinator_address", "num_processes", "process_id")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{key}"
 
@@ -35,12 +36,16 @@ _members: list[lifeline.Member] = []
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Which process this one is. `source` says where that was found."""
+    """Which process this one is. `source` says where that was found.
+
+    `gpu` is the only one of its host's GPUs that it takes; None: all of them.
+    """
 
     coordinator_address: str
     num_processes: int
     process_id: int
     source: str
+    gpu: int | None = None
 
 
 def find(
@@ -48,19 +53,33 @@ def find(
 ) -> Processes | None:
     """The processes of this run; None if this is the only one.
 
-    `flags` has the names of FLAGS. `on_tpu`: whether this host has TPU chips, so that the metadata
-    server of a TPU VM is asked. Raises `ValueError` for what is incomplete or inconsistent.
+    `flags` has the names of FLAGS. A variable that is set but empty counts as absent. `on_tpu`:
+    whether this host has TPU chips, so that the metadata server of a TPU VM is asked. Raises
+    `ValueError` for what is incomplete or inconsistent.
     """
+    environ = {name: value.strip() for name, value in environ.items() if value.strip()}
+    gpus = environ.get("JAX_LOCAL_DEVICE_IDS", "0")  # jax reads it
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", gpus):
+        raise ValueError(
+            f"found JAX_LOCAL_DEVICE_IDS = {gpus!r}; expected numbers with commas between them"
+        )
     if any(flags.get(name) is not None for name in FLAGS):
         return _from_flags(flags)
-    if "JAX_COORDINATOR_ADDRESS" in environ or "JAX_NUM_PROCESSES" in environ:
+    if any(name in environ for name in VARIABLES):
         return _from_variables(environ)
     if "TPU_WORKER_HOSTNAMES" in environ or any(name in environ for name in MEGASCALE):
-        hosts = [h for h in environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",") if h]
+        named = environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
+        hosts = [host.strip() for host in named if host.strip()]
+        if not hosts:
+            raise ValueError(
+                f"found TPU_WORKER_HOSTNAMES = {environ['TPU_WORKER_HOSTNAMES']!r}; expected the "
+                "names of all hosts of the slice, with commas between them"
+            )
         return _from_slice(environ, hosts, environ.get("TPU_WORKER_ID"), source="GKE")
     if on_tpu and "TPU_SKIP_MDS_QUERY" not in environ:
         return _from_tpu_vm(environ)
-    if int(environ.get("SLURM_NTASKS", 1)) > 1:
+    (tasks,) = _integers({"SLURM_NTASKS": environ.get("SLURM_NTASKS", "1")}, ["SLURM_NTASKS"])
+    if tasks > 1:
         return _from_slurm(environ)
     return None
 
@@ -86,12 +105,13 @@ def _from_flags(flags: Mapping[str, str | int | None]) -> Processes | None:
 
 
 def _from_variables(environ: Mapping[str, str]) -> Processes | None:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    values = {name: environ.get(name) for name in names}
+    values = {name: environ.get(name) for name in VARIABLES}
     if values["JAX_PROCESS_ID"] is None:  # an indexed Job of Kubernetes numbers its pods
         values["JAX_PROCESS_ID"] = environ.get("JOB_COMPLETION_INDEX")
     _require(values, "set all three (JOB_COMPLETION_INDEX serves as JAX_PROCESS_ID), or none")
-    return _checked(values[names[0]], *_integers(values, names[1:]), source="JAX_* variables")
+    return _checked(
+        values[VARIABLES[0]], *_integers(values, VARIABLES[1:]), source="JAX_* variables"
+    )
 
 
 def _from_slice(
@@ -122,7 +142,7 @@ def _from_slice(
             f"expected 0 to {len(hosts) - 1}: TPU_WORKER_HOSTNAMES must list all hosts of the slice"
         )
     return _checked(
-        f"{first}:{environ.get('JAX_COORDINATOR_PORT', PORT)}",
+        f"{first}:{_port(environ, PORT)}",
         slices * len(hosts),
         slice_id * len(hosts) + worker_id,
         source=f"{source}{f', slice {slice_id} of {slices}' if slices > 1 else ''}",
@@ -160,10 +180,36 @@ def _from_slurm(environ: Mapping[str, str]) -> Processes | None:
     values = {name: environ.get(name) for name in names}
     _require(values, "start with srun, or give --num_processes=1 for this process alone")
     job, count, process = _integers(values, (names[0], *names[2:]))
-    nodes = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", values["SLURM_STEP_NODELIST"])
-    host = "".join(part or "" for part in nodes.groups())
-    port = environ.get("JAX_COORDINATOR_PORT", 61440 + job % 4096)  # one for each job on a node
-    return _checked(f"{host}:{port}", count, process, source="Slurm")
+    host = first_host(values["SLURM_STEP_NODELIST"])
+    port = _port(environ, 61440 + job % 4096)  # one for each job on a node
+    found = _checked(f"{host}:{port}", count, process, source="Slurm")
+    if "SLURM_LOCALID" not in environ or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return found
+    return dataclasses.replace(found, gpu=_integers(environ, ["SLURM_LOCALID"])[0])
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list: 'rack1n01' of 'rack[1-2]n[01-04,7],login'.
+
+    A name may hold several groups in brackets, each of numbers and ranges whose zeros count. Raises
+    `ValueError` for what is no such list.
+    """
+    group = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+    name = rf"(?:[^\s,\[\]]|{group})+"
+    if not re.fullmatch(f"{name}(?:,{name})*", nodes):
+        raise ValueError(
+            f"found SLURM_STEP_NODELIST = {nodes!r}; expected a host list of Slurm such as "
+            "rack[1-2]n[01-04],login: start with srun, which sets it"
+        )
+    first = re.match(name, nodes).group()
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+
+
+def _port(environ: Mapping[str, str], usual: int) -> int:
+    """Of process 0: `JAX_COORDINATOR_PORT`, else the usual one."""
+    name = "JAX_COORDINATOR_PORT"
+    (port,) = _integers({name: environ.get(name, str(usual))}, [name])
+    return port
 
 
 def _require(values: Mapping[str, str | None], fix: str) -> None:
@@ -175,7 +221,7 @@ def _require(values: Mapping[str, str | None], fix: str) -> None:
 
 def _integers(values: Mapping[str, str | None], names) -> list[int]:
     for name in names:
-        if not re.fullmatch(r"\d+", str(values[name])):
+        if not re.fullmatch(r"[0-9]+", str(values[name])):
             raise ValueError(f"found {name} = {values[name]!r}; expected a number from 0 on")
     return [int(values[name]) for name in names]
 
@@ -243,7 +289,8 @@ def connect(
         processes.coordinator_address,
         processes.num_processes,
         processes.process_id,
-        cluster_detection_method=None if processes.source == "Slurm" else "deactivate",
+        local_device_ids=processes.gpu,
+        cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=int(peer_timeout) + 30,  # the lifeline tells more, and earlier
     )
 

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
+from tulu_jax import validation
+
 TRY_AGAIN = 75  # exit status: nothing is wrong with the run, start it again (EX_TEMPFAIL)
 GRACE = 3.0  # seconds for a process to tell its own error when another tells the same one
 PULSES = 10  # in the time after which silence is death
@@ -266,8 +268,11 @@ class Lifeline:
             code = error.code if isinstance(error.code, int) else 1
         if not isinstance(error, SystemExit) or isinstance(error.code, str):
             traceback.print_exception(error)
-        reason = "see its output" if isinstance(error, SystemExit) else str(error)
-        self._tell(failed=f"{type(error).__name__}: {reason[:500]}")
+        told = error
+        if isinstance(error, SystemExit) and error.__cause__ is not None:
+            told = error.__cause__  # what it refused, and has printed
+        reason = "see its output" if isinstance(told, SystemExit) else str(told)
+        self._tell(failed=f"{type(told).__name__}: {reason[:500]}", code=code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -298,7 +303,7 @@ class Lifeline:
             wire.done |= message.get("done", False)
             if "failed" in message:
                 wire.done = True
-                self._stop(f"{wire.member} failed: {message['failed']}", 1)
+                self._stop(f"{wire.member} failed: {message['failed']}", message["code"])
             if "stop" in message:
                 self._stop(*message["stop"])
 
@@ -308,9 +313,11 @@ class Lifeline:
             time.sleep(GRACE)
         if self._leaving.is_set():
             return
+        advice = "Start the same command on every process again to go on from the last checkpoint"
+        if code == validation.REFUSED:
+            advice = "Correct that, then start every process again"
         print(
-            f"\n{self.me} stops: {reason}. Start the same command on every process again to go on "
-            "from the last checkpoint.",
+            f"\n{self.me} stops: {reason}. {advice}.",
             file=sys.stderr,
             flush=True,
         )

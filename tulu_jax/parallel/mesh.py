@@ -49,7 +49,7 @@ class MeshConfig:
                 yield False, str(error)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes on `num_devices` devices. Raises `ValueError` if they do not fit, with what
+        """Axis sizes on `num_devices` devices. Raises `UsageError` if they do not fit, with what
         would."""
         sizes = {name: getattr(self, name) for name in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -58,7 +58,7 @@ class MeshConfig:
         if math.prod(sizes.values()) != num_devices:
             product = " x ".join(f"{name}={size}" for name, size in sizes.items())
             meant = "" if self.topology is None else f" (it is meant for {self.topology})"
-            raise ValueError(
+            raise validation.UsageError(
                 f"mesh {product}{meant} does not fill {num_devices} devices; set one axis to -1, "
                 f"make the product {num_devices}, or choose another --pod"
             )
@@ -68,11 +68,11 @@ class MeshConfig:
 def slice_devices(topology: str) -> int:
     """The jax devices of a slice, e.g. 256 of 'v5p:4x8x8' and 512 of '2*v5e:16x16'.
 
-    A device is a chip, but on v3 one of its two cores. Raises `ValueError` for another form.
+    A device is a chip, but on v3 one of its two cores. Raises `UsageError` for another form.
     """
     found = re.fullmatch(r"(?:(\d+)\*)?(v\w+):(\d+(?:x\d+){1,2})", topology)
     if found is None:
-        raise ValueError(
+        raise validation.UsageError(
             f"topology = {topology!r}: expected generation:chips, e.g. 'v5p:4x8x8', or "
             "'2*v5e:16x16' for two slices"
         )
@@ -83,13 +83,13 @@ def slice_devices(topology: str) -> int:
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh over `devices` (default: all), the axes laid along the slice's torus; over several
-    slices `data` is the outer part. Raises `ValueError` if the axes do not fill the devices."""
+    slices `data` is the outer part. Raises `UsageError` if the axes do not fill the devices."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1 and sizes["data"] % slices:
-        raise ValueError(
+        raise validation.UsageError(
             f"data = {sizes['data']} cannot be divided over {slices} slices; the other axes stay "
             f"within a slice, so choose a multiple of {slices}"
         )
@@ -114,7 +114,7 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """(index, count): which of `count` equal parts of a batch's rows this process loads.
 
     Processes whose devices hold the same rows, with `context` or `tensor` spanning them, load the
-    same part. Raises `ValueError` where the rows of two processes overlap only in part.
+    same part. Raises `UsageError` where the rows of two processes overlap only in part.
     """
     by_rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
     held: dict[int, set[int]] = {}
@@ -123,7 +123,7 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
             held.setdefault(device.process_index, set()).add(row)
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, parts)) != len(by_rows) or len({len(part) for part in parts}) > 1:
-        raise ValueError(
+        raise validation.UsageError(
             f"the processes hold the row shards {parts} of {len(by_rows)}: parts that overlap, or "
             "are unequal, cannot be loaded; let context x tensor divide the devices of a process, "
             "or be a multiple of them"

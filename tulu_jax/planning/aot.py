@@ -73,7 +73,8 @@ class Step:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the slice could do in the predicted time."""
+        """Model FLOPs over what the slice could do in the predicted time. Of attention the pairs of
+        positions count that are visible in the rows."""
         return cost.ideal_seconds(self.model_flops, self.topology) / self.cost.seconds
 
 

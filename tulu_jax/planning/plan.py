@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tulu_jax import preflight
+from tulu_jax import preflight, validation
 from tulu_jax.data import registry
 from tulu_jax.objectives import dpo
 from tulu_jax.parallel import mesh as mesh_lib
@@ -83,6 +83,7 @@ class Result:
             "model_flops": step.model_flops,
             "executed_flops": step.executed_flops,
             "mfu": step.mfu,
+            "mfu_counts": "visible attention",
             "tokens_per_second": step.positions / seconds,
             "tokens_per_second_per_chip": step.positions / seconds / self.topology.num_chips,
             "examples_per_second": step.examples / seconds,
@@ -103,10 +104,10 @@ def problems(config: TrainConfig, topology: Topology) -> Iterator[str]:
 
 def num_updates(config: TrainConfig) -> int:
     """Updates of the whole run; of epochs by the published counts and mean lengths. Raises
-    `ValueError` for epochs of data without a published count."""
+    `UsageError` for epochs of data without a published count."""
     count = registry.expected_examples(config.data.train)
     if count is None and config.num_steps is None:
-        raise ValueError(
+        raise validation.UsageError(
             f"{registry.name_of(config.data.train)!r} has no published number of examples, so its "
             "epochs cannot be counted; give NUM_STEPS instead of NUM_EPOCHS for the dry run"
         )
@@ -117,7 +118,7 @@ def num_updates(config: TrainConfig) -> int:
 def suited(config: TrainConfig, topology: Topology) -> TrainConfig:
     """`config` if its mesh fills the slice, else with the mesh that the estimate prefers there.
 
-    Raises `ValueError` if nothing fits by estimate.
+    Raises `UsageError` if nothing fits by estimate.
     """
     if config.mesh.topology == topology.name:
         return config
@@ -286,7 +287,7 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
 
 
 def ranked(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
-    """Of each mesh and micro-batch what fits by estimate, the fastest first. Raises `ValueError` if
+    """Of each mesh and micro-batch what fits by estimate, the fastest first. Raises `UsageError` if
     nothing does."""
     found, room = [], topology.hardware.hbm * (1 - SPARE)
     for number, alike in enumerate(candidates(config, topology)):
@@ -296,7 +297,7 @@ def ranked(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
                 found.append((seconds, number, candidate))
                 break
     if not found:
-        raise ValueError(
+        raise validation.UsageError(
             f"no mesh, micro-batch and rematerialisation fits {topology.name} by estimate; choose "
             "a larger slice"
         )
@@ -310,7 +311,7 @@ def search(
     fragment of the best, with the attention blocks that count least for its part of a row, is
     written to `out`. The same inputs give the same choice.
 
-    Raises `ValueError` if nothing divides the slice.
+    Raises `UsageError` if nothing divides the slice.
     """
     import tqdm
 
@@ -360,7 +361,8 @@ def fragment(result: Result) -> str:
     whole = config.micro_batch_size == config.batch_size
     lines = [
         f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
-        f"an update, MFU {step.mfu:.0%}, {step.memory.spare:.0%} of HBM to spare.",
+        f"an update, MFU {step.mfu:.0%} (visible attention counted), "
+        f"{step.memory.spare:.0%} of HBM to spare.",
         "# Written by python -m tulu_jax.dryrun --plan.",
         "from __gin__ import dynamic_registration",
         "from tulu_jax import recipe",

@@ -70,7 +70,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "binds": cost.binding,
         **({"kernels not counted": ", ".join(cost.unknown)} if cost.unknown else {}),
         **wire,
-        "MFU": f"{step.mfu:.1%}",
+        "MFU (visible attention counted)": f"{step.mfu:.1%}",
         "tokens/s": f"{step.positions / cost.seconds:,.0f}",
         "  a chip": f"{step.positions / cost.seconds / result.topology.num_chips:,.0f}",
         "examples/s": f"{step.examples / cost.seconds:,.1f}",
@@ -134,7 +134,7 @@ def draw(results: list[plan.Result], path: epath.Path) -> None:
 
 
 def _name(result: plan.Result) -> str:
-    return f"{result.topology.name}\nMFU {result.step.mfu:.0%}"
+    return f"{result.topology.name}\nMFU {result.step.mfu:.0%}, visible attention"
 
 
 def _bars(axes, names: list[str], parts: dict[str, list[float]], label: str) -> None:

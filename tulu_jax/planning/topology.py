@@ -94,7 +94,7 @@ class Topology:
         return f"{self.chip}-{math.prod(self.shape) * cores}"
 
     def devices(self) -> list:
-        """jax devices that can be compiled for. Raises `ValueError` if libtpu is not installed or
+        """jax devices that can be compiled for. Raises `UsageError` if libtpu is not installed or
         knows no such slice."""
         options = dict(self.hardware.options)
         if self.slices > 1 or options:
@@ -106,42 +106,46 @@ class Topology:
             )
         except Exception as error:  # jax raises several kinds, with libtpu's text
             if "libtpu" in str(error) and "No module" in str(error):
-                raise ValueError(f"compiling for a TPU needs libtpu: {INSTALL}") from error
-            raise ValueError(
+                raise validation.UsageError(
+                    f"compiling for a TPU needs libtpu: {INSTALL}"
+                ) from error
+            raise validation.UsageError(
                 f"libtpu has no topology {self.chip}:{shape}: {str(error).splitlines()[0]}"
             ) from error
         return description.devices
 
 
 def parse(name: str) -> Topology:
-    """The topology called `name`. Raises `ValueError` that lists what is known."""
+    """The topology called `name`. Raises `UsageError` that lists what is known."""
     found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
     example = "expected e.g. 'v5p:4x8x8' (chips along each axis) or '2*v5e:16x16' (two slices)"
     if not found:
-        raise ValueError(f"topology {name!r}: {example}")
+        raise validation.UsageError(f"topology {name!r}: {example}")
     slices, chip, shape = int(found[1] or 1), found[2], tuple(map(int, found[3].split("x")))
     if chip not in HARDWARE:
-        raise ValueError(
+        raise validation.UsageError(
             f"topology {name!r}: generation {chip!r} is unknown"
             f"{validation.nearest(chip, HARDWARE)}; known are {sorted(HARDWARE)}; {example}"
         )
     dimensions = HARDWARE[chip].dimensions
     if len(shape) != dimensions:
-        raise ValueError(
+        raise validation.UsageError(
             f"topology {name!r}: a {chip} slice has {dimensions} axes, found {len(shape)}; "
             f"{example}"
         )
     if min(*shape, slices) < 1:
-        raise ValueError(f"topology {name!r}: every size is at least 1; {example}")
+        raise validation.UsageError(f"topology {name!r}: every size is at least 1; {example}")
     return Topology(chip, shape, slices)
 
 
 def enter() -> None:
     """Makes this process one that compiles for absent devices; call it before jax uses any.
 
-    Raises `ValueError` with the command that installs libtpu where it is missing.
+    Raises `UsageError` with the command that installs libtpu where it is missing.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"compiling for a TPU needs libtpu, which is not installed: {INSTALL}")
+        raise validation.UsageError(
+            f"compiling for a TPU needs libtpu, which is not installed: {INSTALL}"
+        )
     os.environ.update(schedule.ENVIRONMENT)
     jax.config.update("jax_platforms", schedule.ENVIRONMENT["JAX_PLATFORMS"])  # jax is imported

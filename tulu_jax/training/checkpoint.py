@@ -1,7 +1,9 @@
 """Checkpoints: asynchronous, atomic, restored onto any mesh. The only file that imports Orbax."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from tulu_jax import validation
 from tulu_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+SAID = 300  # characters of a message of Orbax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Checkpoints:
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
         import orbax.checkpoint as ocp
 
-        self._ocp = ocp
+        self._ocp, self._best = ocp, config and config.best
         self.folder = epath.Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(read_only=config is None)
@@ -82,40 +85,104 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, about: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        """Starts writing `state` with the JSON object `about`. Raises `CheckpointError`."""
+        """Starts writing `state` with the JSON object `about`. Raises `CheckpointError`.
+
+        Of the metrics, those that are finite are kept; without the one that `best` names the
+        checkpoint is never the best.
+        """
         args = self._ocp.args
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self._best not in metrics:
+            metrics = {}
         items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(dict(about)))
         with self._explained(step):
-            self._manager.save(step, args=items, metrics=dict(metrics) or None, force=True)
+            self._manager.save(step, args=items, metrics=metrics or None, force=True)
 
     def wait(self) -> None:
         """Returns when what was being written is complete. Raises `CheckpointError`."""
         with self._explained(None):
             self._manager.wait_until_finished()
 
+    def require(self, step: int | None) -> int:
+        """`step` (None: the latest) if there is such a checkpoint. Raises `UsageError` with what
+        there is."""
+        steps = self.steps()
+        found = step if step is not None or not steps else steps[-1]
+        if found not in steps:
+            asked = "" if step is None else f" of step {step}"
+            advice = (
+                f"found steps {steps}; give one of them as --step"
+                if steps
+                else "found none at all: train first, or give the --workdir of a run that did"
+            )
+            raise validation.UsageError(f"there is no checkpoint{asked} in {self.folder}; {advice}")
+        return found
+
     def about(self, step: int) -> dict[str, Any]:
-        """The JSON object saved with the checkpoint of `step`."""
+        """The JSON object saved with the checkpoint of `step`. Raises `UsageError` if it cannot be
+        read."""
+        return self._read(step, self._about)
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """The state saved at `step`, placed by the shardings of `abstract_state`. Raises
+        `UsageError` if it cannot be read."""
+
+        def read(step: int) -> TrainState:
+            args = self._ocp.args
+            items = args.Composite(state=args.StandardRestore(abstract_state))
+            return self._manager.restore(step, args=items).state
+
+        return self._read(step, read)
+
+    def restore_params(self, step: int, abstract_params: dict) -> dict:
+        """The parameters alone, without reading optimizer state. Raises `UsageError` if they cannot
+        be read."""
+        ocp, target = self._ocp, {"params": abstract_params}
+
+        def read(step: int) -> dict:
+            restored = ocp.PyTreeCheckpointer().restore(
+                self.folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+            return restored["params"]
+
+        return self._read(step, read)
+
+    def _about(self, step: int) -> dict[str, Any]:
         items = self._ocp.args.Composite(about=self._ocp.args.JsonRestore())
         return self._manager.restore(step, args=items).about
 
-    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The state saved at `step`, placed by the shardings of `abstract_state`."""
-        items = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract_state))
-        return self._manager.restore(step, args=items).state
+    def _read(self, step: int, read: Callable[[int], Any]) -> Any:
+        """`read(step)`. What fails is a damaged checkpoint: raises `UsageError` that names it, and
+        the newest other one for which `read` succeeds."""
+        try:
+            return read(step)
+        except Exception as error:  # of json, TensorStore, Orbax and what these read with
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            folder = self.folder / str(step)
+            raise validation.UsageError(
+                f"the checkpoint of step {step} in {folder} cannot be read ({_short(error)}). "
+                f"{self._whole(step, read)} To go without it, move {folder} out of that folder"
+            ) from error
 
-    def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """The parameters alone, without reading optimizer state."""
-        ocp = self._ocp
-        target = {"params": abstract_params}
-        restored = ocp.PyTreeCheckpointer().restore(
-            self.folder / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
-        return restored["params"]
+    def _whole(self, damaged: int, read: Callable[[int], Any]) -> str:
+        """Which other checkpoint is whole, in a sentence."""
+        others = [step for step in reversed(self.steps()) if step != damaged]
+        if not others:
+            return "There is no other."
+        if jax.process_count() > 1:  # reading takes all processes, and others may have succeeded
+            return f"There are also those of steps {others[::-1]}."
+        for step in others:
+            with contextlib.suppress(Exception):
+                self._about(step)
+                read(step)
+                return f"That of step {step} is whole."
+        return f"Those of steps {others[::-1]} cannot be read either."
 
     def describe_latest(self) -> str:
         """'step 40 in <folder>', or that there is none."""
@@ -151,19 +218,21 @@ class _Explained:
             ) from error
 
 
+def _short(error: BaseException) -> str:
+    """The innermost cause of an error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+
+
 def load_params(workdir: str, abstract_params: dict, step: int | None = None) -> dict:
     """Parameters of a run's checkpoint (default: the latest), sharded as `abstract_params` says.
 
-    Raises `ValueError` if there is no checkpoint, or if its parameters have other names or shapes.
+    Raises `UsageError` if there is no checkpoint, if it cannot be read, or if its parameters have
+    other names or shapes.
     """
     checkpoints = Checkpoints(workdir)
-    if step is None:
-        step = checkpoints.latest_step()
-    if step is None or step not in checkpoints.steps():
-        raise ValueError(
-            f"no checkpoint {'' if step is None else f'of step {step} '}in {checkpoints.folder}; "
-            f"found steps {checkpoints.steps()}"
-        )
+    step = checkpoints.require(step)
     validation.raise_if(param_problems(checkpoints.about(step)["params"], abstract_params))
     logging.info("Restoring parameters of step %d from %s", step, checkpoints.folder)
     return checkpoints.restore_params(step, abstract_params)

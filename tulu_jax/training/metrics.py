@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 
 import jax
@@ -13,9 +14,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb_id"  # a file of the workdir
 COUNTS = ("positions", "nonpadding", "trained")
 BUCKET_SECONDS = 30.0  # between two writes of the metrics of a run in a bucket
 EXAMPLES = ("conversations", "pairs")  # a batch counts one of them
@@ -63,7 +65,7 @@ class Recorder:
         self._folder = folder = epath.Path(workdir)
         path = folder / FILE
         lines = read(workdir) if path.exists() else []
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= start_step]
+        kept = [strict_json.dumps(line) + "\n" for line in lines if line["step"] <= start_step]
         if "://" in workdir:
             self._lines, self._written = kept, time.monotonic()
             self._local = tempfile.TemporaryDirectory()
@@ -77,14 +79,15 @@ class Recorder:
             where = self._local.name if self._local else str(folder / "tensorboard")
             self._tensorboard = tensorboardX.SummaryWriter(where, purge_step=start_step + 1)
         if config.wandb_project:
-            self._wandb = _start_wandb(config.wandb_project, folder.name, run_config)
+            self._wandb = _start_wandb(config.wandb_project, folder, run_config)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics, on disk at once, so that a killed run keeps its curve."""
+        """One line of metrics, on disk at once, so that a killed run keeps its curve; null stands
+        for what is not finite."""
         if self._file is None and self._lines is None:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        line = json.dumps({"step": step, **values}) + "\n"
+        line = strict_json.dumps({"step": step, **values}) + "\n"
         if self._file:
             self._file.write(line)
             self._file.flush()
@@ -122,23 +125,45 @@ class Recorder:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, name: str, run_config: dict):
+def _start_wandb(project: str, folder: epath.Path, run_config: dict):
+    """The Weights & Biases run of a workdir: the same one at each try, by the id kept there. It
+    leaves out the steps that it has already."""
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise validation.UsageError(
             f"LoggingConfig.wandb_project = {project!r} needs the package wandb: pip install wandb"
         ) from error
-    return wandb.init(project=project, name=name, config=run_config, resume="allow")
+    file = folder / WANDB_ID
+    known = file.read_text().strip() if file.exists() else ""
+    run_id = known or uuid.uuid4().hex[:12]
+    if not known:
+        file.write_text(run_id + "\n")
+    return wandb.init(
+        project=project, name=folder.name, config=run_config, id=run_id, resume="allow"
+    )
 
 
 def read(workdir: str) -> list[dict]:
-    """The lines of a run's metrics. A torn last line (a kill while writing) is left out."""
-    lines = (epath.Path(workdir) / FILE).read_text().split("\n")
+    """The lines of a run's metrics. A torn last line (a kill while writing) is left out.
+
+    Raises `UsageError` if the run has written none, and for a line that is not JSON.
+    """
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        raise validation.UsageError(
+            f"{path} does not exist; expected the workdir of a run that has trained"
+        )
+    lines = path.read_text().split("\n")
     whole, last = lines[:-1], lines[-1]
     if last:
         logging.warning("%s/%s ends in a torn line, left out: %r", workdir, FILE, last[:80])
-    return [json.loads(line) for line in whole]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise validation.UsageError(
+            f"{path} has a line that is not JSON ({error}); remove that line"
+        ) from error
 
 
 def batch_counts(batch: dict) -> dict[str, jax.Array]:
@@ -163,7 +188,9 @@ def rates(
     """`perf/*` of updates that took `seconds`: hardware MFU, and the rates of useful work.
 
     MFU counts every position of the batch, padding included: `flops` is model FLOPs for all of
-    them, `peak_flops` that of all devices. The useful rates say how much of it was worth doing.
+    them (`LlamaConfig.flops_per_token`: causal attention over the whole row, more than documents
+    of a packed row see), `peak_flops` that of all devices. The useful rates say how much of it was
+    worth doing.
     """
     return {
         "perf/step_seconds": seconds,
@@ -179,8 +206,11 @@ def peak_flops(devices: list[jax.Device]) -> float:
     """Peak FLOP/s of `devices` together: published bfloat16 peaks, or on a CPU what a matrix
     multiplication reaches here (all devices share the cores)."""
     kind = devices[0].device_kind
+    counted = "perf/mfu counts causal attention over whole rows and padding"
     if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * len(devices)
+        peak = PEAK_FLOPS[kind] * len(devices)
+        logging.info("%s, against a published %.3g FLOP/s bfloat16", counted, peak)
+        return peak
     x = jax.device_put(np.ones((1024, 1024), np.float32), jax.local_devices()[0])
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()
@@ -190,6 +220,6 @@ def peak_flops(devices: list[jax.Device]) -> float:
         multiply(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     measured = 2 * 1024**3 / min(seconds)
-    logging.info("No published peak for device %r; MFU is against a measured %.3g FLOP/s float32",
-                 kind, measured)  # fmt: skip
+    logging.info("%s, against a measured %.3g FLOP/s float32: no published peak for device %r",
+                 counted, measured, kind)  # fmt: skip
     return measured

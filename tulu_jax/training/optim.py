@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tulu_jax import validation
+from tulu_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,10 @@ class OptimizerConfig:
         validation.check(self, self._rules)
 
     def _rules(self):
-        yield self.learning_rate > 0, f"learning_rate = {self.learning_rate}: not positive"
+        yield (
+            np.float32(self.learning_rate) > 0,
+            f"learning_rate = {self.learning_rate}: not positive in float32",
+        )
         yield 0 <= self.warmup_ratio <= 1, f"warmup_ratio = {self.warmup_ratio}: not in [0, 1]"
         yield self.weight_decay >= 0, f"weight_decay = {self.weight_decay}: negative"
         yield 0 <= self.b1 < 1, f"b1 = {self.b1}: not in [0, 1)"
@@ -41,6 +49,45 @@ class OptimizerConfig:
 def num_warmup(config: OptimizerConfig, num_steps: int) -> int:
     """Updates over which the learning rate rises."""
     return min(math.ceil(config.warmup_ratio * num_steps), num_steps)
+
+
+def problems(config: OptimizerConfig, num_steps: int) -> Iterator[str]:
+    """Why `num_steps` updates would never train at the learning rate: all of them warm up.
+
+    The first warm-up update has rate 0, so of one update nothing at all would change.
+    """
+    warmup = num_warmup(config, num_steps)
+    if 0 < warmup == num_steps:
+        only = "the only update has rate 0" if num_steps == 1 else "the rate never gets there"
+        yield (
+            f"found {num_steps} {'update' if num_steps == 1 else 'updates'}, {warmup} of them "
+            f"warm-up (warmup_ratio = {config.warmup_ratio}, rounded up), so {only}; expected at "
+            f"least one update at learning_rate = {config.learning_rate}. Make more updates "
+            "(NUM_STEPS, NUM_EPOCHS, more rows, or a smaller BATCH_SIZE), or lower "
+            "optim.OptimizerConfig.warmup_ratio (0.0 for none)"
+        )
+
+
+def share_below_rounding(params: dict, rate: float) -> float:
+    """The share of the parameters that a change by `rate`, up or down, rounds back to what they
+    were, in their dtype. One update of AdamW moves a parameter by about its learning rate."""
+
+    def unchanged(leaf):
+        info, exact = jnp.finfo(leaf.dtype), leaf.astype(jnp.float32)
+        moved = [
+            jax.lax.reduce_precision(exact + change, info.nexp, info.nmant)
+            for change in (jnp.float32(rate), jnp.float32(-rate))
+        ]
+        same = (moved[0] == exact) & (moved[1] == exact)
+        # Axis by axis: a float32 sum of very many ones would stop at 2^24.
+        for _ in range(same.ndim):
+            same = jnp.mean(same, axis=-1, dtype=jnp.float32)
+        return sharding.replicate(same)
+
+    shares = jax.jit(lambda tree: jax.tree.map(unchanged, tree))(params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    found = [float(share) for share in jax.tree.leaves(jax.device_get(shares))]
+    return sum(size * share for size, share in zip(sizes, found, strict=True)) / sum(sizes)
 
 
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

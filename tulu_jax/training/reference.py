@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from tulu_jax import validation
+
 KEY = "key.json"
 SHOWN = 5  # ids named in a message
 
@@ -20,7 +22,7 @@ SHOWN = 5  # ids named in a message
 class Cache:
     """The shards in `folder`; process 0 writes them.
 
-    `key` tells by name what the numbers depend on. Raises `ValueError` for a folder that was made
+    `key` tells by name what the numbers depend on. Raises `UsageError` for a folder that was made
     with another: nothing is computed over it.
     """
 
@@ -46,11 +48,11 @@ class Cache:
     def add(self, ids: Sequence[str], logps: np.ndarray) -> None:
         """Keeps float32 `logps` [n, 2] of the pairs `ids` as one more shard.
 
-        Raises `ValueError`, and keeps nothing, if one of them is not finite.
+        Raises `UsageError`, and keeps nothing, if one of them is not finite.
         """
         bad = [ids[i] for i in np.flatnonzero(~np.isfinite(logps).all(axis=1))]
         if bad:
-            raise ValueError(
+            raise validation.UsageError(
                 f"the reference's log-probabilities of {_named(bad)} are not finite; the base has "
                 "weights that overflow, or compute_dtype is too small for them"
             )
@@ -62,11 +64,11 @@ class Cache:
         self._remember(ids, logps)
 
     def gather(self, ids: Sequence[str]) -> np.ndarray:
-        """float32 [n, 2] of the pairs `ids`, in their order. Raises `ValueError` that names missing
+        """float32 [n, 2] of the pairs `ids`, in their order. Raises `UsageError` that names missing
         ones."""
         missing = [name for name in ids if name not in self]
         if missing:
-            raise ValueError(
+            raise validation.UsageError(
                 f"{self.folder} has no reference log-probabilities of {_named(missing)}, of "
                 f"{len(ids)} in the data; remove the folder, and they are computed anew"
             )
@@ -85,7 +87,7 @@ def _require_same(folder: epath.Path, theirs: dict[str, str], ours: dict[str, st
         if theirs.get(name) != ours[name]
     ]
     if different:
-        raise ValueError(
+        raise validation.UsageError(
             f"{folder} holds the reference log-probabilities of another run: "
             f"{'; '.join(different)}. Restore that, choose another --workdir, or remove the folder "
             "to compute them anew"

@@ -10,6 +10,8 @@ import numpy as np
 
 from tulu_jax.parallel import sharding
 
+STACKED = "model/layers/"  # parameters of all layers, one behind the other on axis 0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,23 @@ class TrainState:
     step: Any
     params: Any
     opt_state: Any
+
+
+def not_finite(params: dict) -> dict[str, list[int]]:
+    """{path: layers} of the parameters with a value that is not finite; no layers for those that
+    are not stacked."""
+
+    def finite(path, leaf):
+        stacked = sharding.path_name(path).startswith(STACKED)
+        whole = jnp.isfinite(leaf).all(axis=tuple(range(int(stacked), leaf.ndim)))
+        return sharding.replicate(whole)
+
+    found = jax.jit(lambda tree: jax.tree.map_with_path(finite, tree))(params)
+    return {
+        sharding.path_name(path): np.flatnonzero(~whole).tolist() if whole.ndim else []
+        for path, whole in jax.tree.leaves_with_path(jax.device_get(found))
+        if not whole.all()
+    }
 
 
 def fingerprint(params: dict) -> str:

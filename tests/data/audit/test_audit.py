@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from raw_rows import messages, write_jsonl
+from sentencepiece_models import trained
 
 from tulu_jax.data import chat, examples, loader, registry, tokenizer_training
 from tulu_jax.data.audit import check, pieces, show, show_html, show_text
@@ -359,6 +360,22 @@ def test_a_tokenizer_that_changes_what_is_trained(tokenizer_dir, cache, tmp_path
     assert found["plain"].what == "trained texts" and found["plain"].at == 0
     assert (found["plain"].ours[0], found["plain"].theirs[0]) == ("'h'", "'H'")
     assert "numbers" not in found
+
+
+def test_a_user_defined_piece_that_is_not_found_is_seen(cache, tmp_path):
+    """The texts compared hold the pieces of the model: ordinary ones would not tell."""
+    pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(trained(user_defined_symbols=["<sep>", "\n"]))
+    good = check.check(config("tulu_tiny", str(tmp_path), cache))
+    assert "its own user-defined pieces" in {o.case for o in good}
+    assert not any(outcome.difference for outcome in good)
+    content = json.loads(chat.load_tokenizer(str(tmp_path)).backend.to_str())
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    pattern["Regex"] = pattern["Regex"].replace("<sep>", "<sepp>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    outcomes = check.check(config("tulu_tiny", f"{tmp_path}/tokenizer.json", cache))
+    found = {o.case: o.difference.what for o in outcomes if o.difference}
+    assert found == {"its own user-defined pieces": "ids of tokenizer.model"}
 
 
 def prepare(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -5,12 +5,12 @@
 
 import collections
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tulu_jax import strict_json
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import encode, examples, loader, packing, registry, store, truncation
 from tulu_jax.data.audit import (
@@ -110,9 +110,9 @@ def write(card: Card, folder) -> str:
         (folder / name).write_bytes(content)
     page = card_markdown.render(card.numbers, card.matches, pictures=list(pictures))
     (folder / "card.md").write_bytes(page.encode())
-    (folder / "card.json").write_bytes(json.dumps(card.numbers, indent=2).encode())
+    (folder / "card.json").write_bytes(strict_json.dumps(card.numbers, indent=2).encode())
     if card.matches is not None:
-        lines = "".join(json.dumps(match) + "\n" for match in card.matches)
+        lines = "".join(strict_json.dumps(match) + "\n" for match in card.matches)
         (folder / "contamination.jsonl").write_bytes(lines.encode())
     return page
 
@@ -143,7 +143,7 @@ def _aside(folder) -> list[dict]:
 
 def _shortened(folder) -> dict[str, int]:
     """Tokens that are kept of each example that was cut, or left out for its length, by id."""
-    outcomes = (truncation.CUT, truncation.TOO_LONG, truncation.NO_TURN)
+    outcomes = (truncation.CUT, truncation.TOO_LONG, truncation.NO_TURN, truncation.FILLED)
     found = {}
     for file in encode.shards(folder):
         table = encode.read_table(file)

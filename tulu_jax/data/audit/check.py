@@ -13,13 +13,12 @@ import numpy as np
 
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
-from tulu_jax.data import loader, tokenizer_training
+from tulu_jax.data import loader, tokenizer_files, tokenizer_training
 from tulu_jax.data.audit import difficult_chats
-from tulu_jax.data.sources import readers
 
 ROWS_PER_TASK = 64
 SHOWN_BEFORE, SHOWN_BEHIND = 4, 8
-SPECIAL = f"({chat_lib.BOS}|{chat_lib.EOS}|{chat_lib.UNK})"
+SPECIAL = f"({'|'.join(chat_lib.SPECIAL)})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,7 @@ class _Conversation:
     name: str
     messages: list[dict]
     ids: chat_lib.TokenIds
+    final_only: bool
 
 
 def check(config: loader.DataConfig) -> list[Outcome]:
@@ -69,7 +69,7 @@ def compare(config: loader.DataConfig, *, exported: str) -> list[Outcome]:
     """
     comparison = _Comparison(config, exported)
     outcomes = []
-    for name, messages in difficult_chats.all_of_them().items():
+    for name, messages in difficult_chats.all_of_them(comparison.own_pieces()).items():
         outcomes.append(comparison.outcome(name, [("sft", name, {"messages": messages})]))
     for component in loader.split_components(config, "train"):
         task = component.task
@@ -82,7 +82,7 @@ def compare(config: loader.DataConfig, *, exported: str) -> list[Outcome]:
 
 def report(outcomes: Sequence[Outcome], config: loader.DataConfig) -> str:
     """What was compared, and a table of outcomes; then the first difference, side by side."""
-    model = _model_file(config.tokenizer)
+    model = tokenizer_files.model_file(config.tokenizer)
     head = [
         f"chat {config.chat!r}, tokenizer {config.tokenizer}",
         "against  apply_chat_template of its export (texts, ids, generation prompts)",
@@ -133,14 +133,17 @@ class _Comparison:
         self._tokenizer = chat_lib.load_tokenizer(config.tokenizer)
         self._chat = config.chat
         self._exported = transformers.AutoTokenizer.from_pretrained(exported)
-        self._processor = None
-        if model := _model_file(config.tokenizer):
-            import sentencepiece
+        self._library = None
+        if model := tokenizer_files.model_file(config.tokenizer):
+            self._library = tokenizer_files.Library(model, self._tokenizer.backend)
+        self._tokens = self._tokenizer.backend.get_added_tokens_decoder()
+        self._added = {id: token.content for id, token in self._tokens.items()}
 
-            content = model.read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        added = self._tokenizer.backend.get_added_tokens_decoder()
-        self._added = {id: token.content for id, token in added.items()}
+    def own_pieces(self) -> dict[str, list[str]]:
+        """By kind, the pieces of this tokenizer that are found in text before any merge."""
+        pieces = {"user-defined": self._library.defined if self._library else []}
+        pieces["added"] = [text for text in self._added.values() if text not in chat_lib.SPECIAL]
+        return pieces
 
     def outcome(self, case: str, rows: Sequence[tuple[str, str, dict]]) -> Outcome:
         """What comparing these (kind, name, example) one after the other gives."""
@@ -157,12 +160,14 @@ class _Comparison:
         options = {"tokenizer": self._tokenizer, "chat": self._chat, "names": [name]}
         if kind == "sft":
             (ids,) = chat_lib.tokenize([example["messages"]], **options)
-            yield _Conversation(name=name, messages=example["messages"], ids=ids)
+            messages = example["messages"]
+            yield _Conversation(name=name, messages=messages, ids=ids, final_only=False)
             return
         (sides,) = chat_lib.tokenize_pairs([example], **options)
         for side, ids in zip(("chosen", "rejected"), sides, strict=True):
             messages = example["prompt"] + example[side]
-            yield _Conversation(name=f"{name} ({side})", messages=messages, ids=ids)
+            name_of_side = f"{name} ({side})"
+            yield _Conversation(name=name_of_side, messages=messages, ids=ids, final_only=True)
 
     def _differences(self, conversation: _Conversation) -> Iterator[Difference]:
         """The first difference of each comparison that finds one."""
@@ -177,8 +182,8 @@ class _Comparison:
             ("ids of the generation prompt", prompt, asked, self._named),
             ("trained texts", self._trained(conversation), self._answers(conversation), repr),
         ]
-        if self._processor:
-            theirs = [self._tokenizer.bos_id, *_slow_ids(text, self._processor)]
+        if self._library:
+            theirs = [self._tokenizer.bos_id, *self._library.encode(text)]
             comparisons.append(("ids of tokenizer.model", ids, theirs, self._named))
         for what, ours, theirs, named in comparisons:
             if ours != theirs:
@@ -198,7 +203,7 @@ class _Comparison:
     def _decoded(self, before: int, ids: list[int]) -> str:
         """The text of ids behind the id `before`; a decoder takes a space off each beginning."""
         head = self._tokenizer.decode([before], skip_special=False)
-        text, run, is_first = "", [], True
+        text, run, is_first = "", [], before not in self._added
         for id in [*ids, None]:
             if id is not None and id not in self._added:
                 run.append(id)
@@ -213,18 +218,27 @@ class _Comparison:
 
     def _answers(self, conversation: _Conversation) -> str:
         """What is to be trained on, from the messages: the last of them where that is all."""
-        messages = conversation.messages
-        texts = []
+        messages, texts = conversation.messages, []
+        roles = [None, *(message["role"] for message in messages)]
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+            is_last = place + 1 == len(messages)
+            if message["role"] != "assistant" or (conversation.final_only and not is_last):
                 continue
             answer = message["content"].strip() + chat_lib.EOS
+            before = roles[place]
+            if self._chat != "spec" and (
+                before is None or (before == "assistant" and not conversation.final_only)
+            ):
+                answer = "<|assistant|>\n" + answer
+            elif self._chat == "paper":
+                answer = re.sub(rf"\A{SPECIAL}", "", answer)  # masked with the swallowed newline
             if self._chat == "paper":
                 answer = re.sub(rf"\s*{SPECIAL}\s*", r"\1", answer)
-            is_inner = place + 1 < len(messages)
-            texts.append(answer + "\n" * (self._chat == "open_instruct" and is_inner))
-        number = len(conversation.ids.spans)
-        return "".join(texts[len(texts) - number :]).replace("\u2581", " ")
+            for token in self._tokens.values():  # some take the white space beside them
+                form = r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+                answer = re.sub(form, lambda _, text=token.content: text, answer)
+            texts.append(answer + "\n" * (self._chat == "open_instruct" and not is_last))
+        return "".join(texts).replace("\u2581", " ")
 
 
 def _difference(
@@ -234,21 +248,3 @@ def _difference(
     at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
     sides = [[named(entry) for entry in side[: at + SHOWN_BEHIND]] for side in (ours, theirs)]
     return Difference(case=case, what=what, at=at, ours=sides[0], theirs=sides[1])
-
-
-def _model_file(path: str):
-    """The tokenizer.model that `path` is, holds, or lies beside; None if there is none."""
-    given = readers.as_path(path)
-    if given.suffix == ".model":
-        return given
-    model = given / "tokenizer.model" if given.is_dir() else given.with_name("tokenizer.model")
-    return model if model.exists() else None
-
-
-def _slow_ids(text: str, processor) -> list[int]:
-    """Ids by the library: of each stretch between special tokens, and of those themselves."""
-    ids = []
-    for part in re.split(SPECIAL, text):
-        is_special = re.fullmatch(SPECIAL, part)
-        ids += [processor.piece_to_id(part)] if is_special else processor.encode(part)
-    return ids

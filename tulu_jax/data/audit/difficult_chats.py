@@ -1,5 +1,9 @@
 """Conversations made to be difficult for a chat template and a tokenizer, by what is in them."""
 
+from collections.abc import Mapping, Sequence
+
+from tulu_jax.data import tokenizer_files
+
 CONTENTS = {
     "plain": "Hello, world.",
     "empty": "",
@@ -33,11 +37,19 @@ CONTENTS = {
 }
 
 
-def all_of_them() -> dict[str, list[dict]]:
-    """Each of the contents in every place of a conversation, and conversations of odd shapes."""
+def all_of_them(own_pieces: Mapping[str, Sequence[str]]) -> dict[str, list[dict]]:
+    """Each of the contents in every place of a conversation, and conversations of odd shapes.
+
+    `own_pieces` are texts that a tokenizer treats as one, by kind: each kind is one more content.
+    """
+    own = {
+        f"its own {kind} pieces": " ".join(tokenizer_files.probes(texts))
+        for kind, texts in own_pieces.items()
+        if texts
+    }
     found = {
         name: _chat("system", "user", "assistant", "user", "assistant", content=content)
-        for name, content in CONTENTS.items()
+        for name, content in (CONTENTS | own).items()
     }
     shapes = {
         "no system turn": ("user", "assistant"),

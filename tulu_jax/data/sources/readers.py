@@ -4,7 +4,6 @@ And from a set on the Hugging Face hub, when the files are not there.
 """
 
 import contextlib
-import fnmatch
 import gzip
 import io
 import json
@@ -12,11 +11,12 @@ import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 
+from tulu_jax import validation
 from tulu_jax.data import registry
+from tulu_jax.data.sources import file_sets
 
 _failed: dict[tuple, str] = {}  # hub sets that could not be loaded, and why
 _out_of_reach: dict[str, str] = {}  # buckets, and why
-READABLE = (".json", ".jsonl", ".jsonl.gz", ".tsv", ".parquet")
 
 
 def as_path(path: str):
@@ -53,28 +53,42 @@ def reaching(path) -> Iterator[None]:
 
 
 def find(pattern: str) -> list[str]:
-    """The files that `pattern`, a path whose last part may be a glob, stands for, sorted."""
-    folder, _, name = pattern.rpartition("/")
+    """The files that `pattern`, a path whose last part may be a glob, stands for, sorted.
+
+    Raises `ValueError` as `file_sets.matched`.
+    """
+    folder, slash, _ = pattern.rpartition("/")
     with reaching(pattern):
-        if not any(sign in name for sign in "*?["):
+        if not file_sets.is_glob(pattern):
             return [pattern] if as_path(pattern).exists() else []
         try:  # asking whether it is a folder would take a bucket out of reach for none
-            names = [file.name for file in as_path(folder).iterdir()]
+            names = [file.name for file in as_path(folder or slash or ".").iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
-    return [f"{folder}/{found}" for found in sorted(fnmatch.filter(names, name))]
+    return file_sets.matched(pattern, names)
 
 
 def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dict]:
     """Yields the rows of one file in order, each a dict; a `.tsv` row is `{"fields": [...]}`.
 
-    Rows whose columns do not equal `where` are passed over. Raises `FileNotFoundError` for a
-    missing file and `ValueError` naming file and line for what does not parse, is not an object,
-    is missing (an empty line, a truncated gzip), or for a file with no row at all; for a bucket
-    that cannot be read, `OSError`.
+    Raises as `read_placed`.
     """
-    if not path.endswith(READABLE):
-        raise ValueError(f"{path}: cannot read this kind of file; expected one of {READABLE}")
+    return (row for _, row in read_placed(path, where))
+
+
+def read_placed(path: str, where: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Yields (where it is in the file, as "line 3", row) of each row of one file.
+
+    Lines are counted from 1; items of a JSON list and rows of Parquet from 0. Rows whose columns do
+    not equal `where` are passed over. Raises `FileNotFoundError` for a missing file and
+    `ValueError` naming file and line for what does not parse, is not an object, is missing (an
+    empty line, a truncated gzip), or for a file with no row at all; for a bucket that cannot be
+    read, `OSError`.
+    """
+    if not path.endswith(file_sets.READABLE):
+        raise ValueError(
+            f"{path}: cannot read this kind of file; expected one of {file_sets.READABLE}"
+        )
     file = as_path(path)
     with reaching(path):
         there = file.exists()
@@ -83,10 +97,10 @@ def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dic
             f"{path}: no such file; place it there, or give the folder that holds it as data_root"
         )
     read = 0
-    for row in _rows(path, file, where or {}):
+    for place, row in _rows(path, file, where or {}):
         read += 1
         if all(row.get(name) == value for name, value in (where or {}).items()):
-            yield row
+            yield place, row
     if not read and not where:
         raise ValueError(f"{path}: has no rows; expected at least one")
 
@@ -116,7 +130,10 @@ def hub_set(files: registry.Files, *, wanted: str):
     )
 
 
-def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
+def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[tuple[str, dict]]:
+    with reaching(path), file.open("rb") as raw:
+        if found := validation.stand_in(raw.read(validation.HEAD)):
+            raise ValueError(f"{path}: {found}")
     if path.endswith(".json"):
         with reaching(path):
             content = file.read_bytes()
@@ -125,17 +142,16 @@ def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
         yield from _read_parquet(path, file, where)
     else:
         for number, line in _lines(path, file):
-            if path.endswith(".tsv"):
-                yield {"fields": line.split("\t")}
-            else:
-                yield _parse_line(path, number, line)
+            is_table = path.endswith(".tsv")
+            row = {"fields": line.split("\t")} if is_table else _parse_line(path, number, line)
+            yield f"line {number}", row
 
 
-def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
+def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[tuple[str, dict]]:
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    first = 0
     try:
         with file.open("rb") as raw:
             parquet = pq.ParquetFile(raw)
@@ -145,14 +161,25 @@ def _read_parquet(path: str, file, where: Mapping[str, str]) -> Iterator[dict]:
                     f"{path}: found columns {parquet.schema_arrow.names}; expected {missing} too"
                 )
             for batch in parquet.iter_batches(batch_size=1000):
-                for name, value in where.items():
-                    batch = batch.filter(pc.equal(batch[name], value))
-                yield from batch.to_pylist()
+                for index, row in _kept(batch, where):
+                    yield f"row {first + index}", row
+                first += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
 
 
-def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
+def _kept(batch, where: Mapping[str, str]) -> Iterator[tuple[int, dict]]:
+    """(number, row) of those whose columns equal `where`; Arrow itself compares no views."""
+    if not where:
+        yield from enumerate(batch.to_pylist())
+        return
+    columns = [batch[name].to_pylist() for name in where]
+    for index, values in enumerate(zip(*columns, strict=True)):
+        if values == tuple(where.values()):
+            yield index, batch.slice(index, 1).to_pylist()[0]
+
+
+def _read_json_list(path: str, content: bytes) -> Iterator[tuple[str, dict]]:
     try:
         rows = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -162,7 +189,7 @@ def _read_json_list(path: str, content: bytes) -> Iterator[dict]:
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: item {index} is a {type(row).__name__}; expected an object")
-        yield row
+        yield f"item {index}", row
 
 
 def _lines(path: str, file) -> Iterator[tuple[int, str]]:
