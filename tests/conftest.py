@@ -1,22 +1,22 @@
 """Eight fake CPU devices, rank promotion as an error, and the real data where it is present.
 
-Programs that several tests compile are compiled once a session, by whichever process comes first.
+Compiled programs are kept from one session to the next (`cache`), also by the processes that tests
+start. A test that is not `slow` and takes over `limit_seconds` fails the run (`time_limit`).
 """
 
-import atexit
 import os
 import pathlib
-import shutil
-import tempfile
+
+import cache
+import time_limit
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # 'tpu' or 'cuda': kernels run compiled there
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tulu_jax_compiled_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.compiled_folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -24,6 +24,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addini("limit_seconds", "Seconds of a test that is not slow.", default="60")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the reports of all workers come to one process
+        limit = time_limit.TimeLimit(float(config.getini("limit_seconds")))
+        config.pluginmanager.register(limit)
+        cache.trim(cache.root(), cache.BYTES)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Runs by two and four real processes (gloo) give the curve of one, through deaths and SIGTERM."""
+"""Runs by two (slow: four) real processes, over gloo, give the curve of one, through deaths and
+SIGTERM."""
 
 import os
 import signal
@@ -44,7 +45,7 @@ PEER_TIMEOUT = 20
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder whose gin files, tokenizer, encode cache and compiled programs the tests share."""
+    """A folder whose gin files, tokenizer and encode cache the tests share."""
     folder = tmp_path_factory.mktemp("processes")
     for stage in ("tulu_tiny_sft", "tulu_tiny_dpo"):
         (folder / f"{stage}_small.gin").write_text(CONFIG.format(stage=stage))
@@ -65,7 +66,6 @@ def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=())
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
-        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
     }
     return [
         subprocess.Popen(
@@ -108,13 +108,59 @@ def assert_same_curve(found, expected):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("stage", ["tulu_tiny_sft", "tulu_tiny_dpo"])
-def test_two_processes_give_the_curve_of_one(home, tmp_path, stage):
-    finish(start(home, tmp_path / "one", count=1, stage=stage))
-    finish(start(home, tmp_path / "two", count=2, stage=stage))
+def test_two_processes_give_the_curve_of_one(home, tmp_path):
+    """On pairs; on conversations, the next test."""
+    finish(start(home, tmp_path / "one", count=1, stage="tulu_tiny_dpo"))
+    finish(start(home, tmp_path / "two", count=2, stage="tulu_tiny_dpo"))
     assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 
+def kill(processes, victim):
+    """SIGKILL to one: all others say which, and ask to be started again."""
+    processes[victim].send_signal(signal.SIGKILL)
+    died, host = time.monotonic(), socket.gethostname()
+    codes = [75] * len(processes)
+    codes[victim] = -signal.SIGKILL
+    errors = finish(processes, codes)
+    assert time.monotonic() - died < PEER_TIMEOUT + 10
+    for i in set(range(len(processes))) - {victim}:
+        assert f"process {i} ({host}) stops: process {victim} ({host}) died" in errors[i]
+
+
+def through_deaths_and_a_sigterm(home, folder, *, count, deaths, terminated, **run):
+    """Each of `deaths` is (process, update) of a try that it ends, `terminated` one of a SIGTERM;
+    the last try goes on to the end, and the curve is that of one process."""
+    finish(start(home, folder / "one", count=1, **run))
+    workdir = folder / "many"
+    for victim, step in deaths:
+        processes = start(home, workdir, count=count, **run)
+        at_step(processes, workdir, step)
+        kill(processes, victim)
+    victim, step = terminated
+    processes = start(home, workdir, count=count, **run)
+    at_step(processes, workdir, step)
+    processes[victim].send_signal(signal.SIGTERM)
+    errors = finish(processes, [75] * count)
+    saved = max(checkpoint_lib.Checkpoints(str(workdir)).steps())
+    assert saved >= step
+    assert all(f"Stopped and saved: step {saved} in" in error for error in errors)
+    errors = finish(start(home, workdir, count=count, **run))
+    assert f"Resuming from step {saved}" in errors[0]
+    assert_same_curve(workdir, folder / "one")
+    assert ["train: 100%" in error for error in errors] == [i == 0 for i in range(count)]
+    tries = len(deaths) + 2  # each of which process 0 alone began a file
+    assert len(list((workdir / "tensorboard").iterdir())) == tries
+
+
+def test_two_processes_through_the_death_of_the_first_and_a_sigterm(home, tmp_path):
+    """The death of the second is rehearsed in test_rehearse.py."""
+    through_deaths_and_a_sigterm(
+        home, tmp_path, count=2, deaths=[(0, 6)], terminated=(1, 10),
+        options=["--gin.NUM_STEPS=30", "--gin.CHECKPOINT_EVERY=4", "--gin.EVAL_EVERY=10"],
+    )  # fmt: skip
+
+
+@pytest.mark.slow
 def test_four_processes_through_two_deaths_and_a_sigterm(home, tmp_path):
     """Any process may die, process 0 too: the others say which, and the next try goes on.
 
@@ -122,34 +168,10 @@ def test_four_processes_through_two_deaths_and_a_sigterm(home, tmp_path):
     """
     text = CONFIG.format(stage="tulu_tiny_sft").replace("MeshConfig.data", "MeshConfig.context")
     (home / "shared_rows_small.gin").write_text(text)
-    options = ["--gin.NUM_STEPS=60", "--gin.CHECKPOINT_EVERY=10", "--gin.EVAL_EVERY=20"]
-    run = dict(stage="shared_rows", options=options)
-    finish(start(home, tmp_path / "one", count=1, **run))
-    workdir, host = tmp_path / "four", socket.gethostname()
-    for victim, step in ((2, 12), (0, 24)):
-        processes = start(home, workdir, count=4, **run)
-        at_step(processes, workdir, step)
-        processes[victim].send_signal(signal.SIGKILL)
-        died = time.monotonic()
-        codes = [75] * 4
-        codes[victim] = -signal.SIGKILL
-        errors = finish(processes, codes)
-        assert time.monotonic() - died < PEER_TIMEOUT + 10
-        for i in {0, 1, 2, 3} - {victim}:
-            assert f"process {i} ({host}) stops: process {victim} ({host}) died" in errors[i]
-    processes = start(home, workdir, count=4, **run)
-    at_step(processes, workdir, 36)
-    processes[3].send_signal(signal.SIGTERM)
-    errors = finish(processes, [75] * 4)
-    saved = max(checkpoint_lib.Checkpoints(str(workdir)).steps())
-    assert saved >= 36
-    assert all(f"Stopped and saved: step {saved} in" in error for error in errors)
-    errors = finish(start(home, workdir, count=4, **run))
-    assert f"Resuming from step {saved}" in errors[0]
-    assert_same_curve(workdir, tmp_path / "one")
-    assert ["train: 100%" in error for error in errors] == [True, False, False, False]
-    tries = 4  # each of which process 0 alone began a file
-    assert len(list((workdir / "tensorboard").iterdir())) == tries
+    through_deaths_and_a_sigterm(
+        home, tmp_path, count=4, deaths=[(2, 12), (0, 24)], terminated=(3, 36), stage="shared_rows",
+        options=["--gin.NUM_STEPS=60", "--gin.CHECKPOINT_EVERY=10", "--gin.EVAL_EVERY=20"],
+    )  # fmt: skip
 
 
 def test_processes_that_differ_are_refused_before_they_compile(home, tmp_path):

@@ -83,10 +83,7 @@ def test_rows_that_are_there_are_kept(home):
 
 
 def test_two_processes_from_start_to_pass(home):
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
-    }
+    environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", REPO / "launch/rehearse.sh", "--processes=2", "--gin_file=tulu_tiny_sft.gin"],
         env=environment,

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from tulu_jax import trainer
 from tulu_jax.data import tulu_tiny
 from tulu_jax.interop import hf
+from tulu_jax.models import llama
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -42,7 +42,7 @@ def test_losses_of_five_updates_are_those_of_trl(benchmark, tmp_path):
         optimizer__learning_rate=3e-3,
         optimizer__warmup_ratio=0.2,
     )
-    params = jax.jit(lambda: trainer.llama.init_params(config.model, jax.random.key(3)))()
+    params = jax.jit(lambda: llama.init_params(config.model, jax.random.key(3)))()
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, params)  # far from uniform
     hf.save(
         config.base,
