@@ -1,20 +1,20 @@
 """Eight fake CPU devices, rank promotion as an error, and the real data where it is present.
 
-Compiled programs are kept from one session to the next (`cache`), also by the processes that tests
+Compiled programs are kept from one session to the next (`caches`), also by the processes that tests
 start. A test that is not `slow` and takes over `limit_seconds` fails the run (`time_limit`).
 """
 
 import os
 import pathlib
 
-import cache
+import caches
 import time_limit
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # 'tpu' or 'cuda': kernels run compiled there
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.compiled_folder()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches.compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -34,7 +34,7 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the reports of all workers come to one process
         limit = time_limit.TimeLimit(float(config.getini("limit_seconds")))
         config.pluginmanager.register(limit)
-        cache.trim(cache.root(), cache.BYTES)
+        caches.trim(caches.root(), caches.BYTES)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from kernels import attention_cases as cases
 
 from tulu_jax.kernels import flash_attention as flash
@@ -55,6 +57,71 @@ def test_matches_float64(case):
         cases.assert_matches_float64(case, arrays, segments, branches, found)
 
     check()
+
+
+def simulated(function, *arguments):
+    """`function` compiled with its kernels run by the simulator of a TPU with two cores: memory
+    that nothing wrote is NaN, copies are made as late as a wait for them allows, parallel steps
+    come in a random order. Returns the results and the cores that did something.
+
+    The simulator prints what is wrong: two cores, or a core and a copy, that touch one place in no
+    order ("RACE DETECTED"), and copies that nothing waited for.
+    """
+    cores = set()
+    simulator = pltpu.InterpretParams(
+        num_cores_or_threads=2,
+        detect_races=True,
+        uninitialized_memory="nan",
+        dma_execution_mode="on_wait",
+        random_seed=0,
+        grid_point_recorder=lambda point, core: cores.add(int(core)),
+    )
+    with pltpu.force_tpu_interpret_mode(simulator):
+        results = jax.block_until_ready(jax.jit(function)(*arguments))
+    return results, cores
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the simulator runs on a CPU")
+def test_two_cores_do_not_race(capfd):
+    case = cases.Case(queries=200, keys=200)
+    segments = np.repeat([1, 2, 3, 0], [90, 77, 20, 13])[None].astype(np.int32)
+    arrays = cases.draw_arrays(case, 0)
+    plan = plan_of(case, segments, None)
+    tiling = dataclasses.replace(plan.tiling, cores=2)
+    assert case.heads // tiling.forward.heads == case.heads // tiling.backward.heads == 2
+    plan = dataclasses.replace(plan, tiling=tiling)
+
+    def both(q, k, v, d_out):
+        attend = lambda q, k, v: flash.flash_attention(q, k, v, plan, interpret=False)  # noqa: E731
+        (out, log_sum_exp), pullback = jax.vjp(attend, q, k, v)
+        return out, log_sum_exp, pullback((d_out, jnp.zeros_like(log_sum_exp)))
+
+    found, cores = simulated(both, *arrays)
+    assert cores == {0, 1}
+    assert capfd.readouterr().out == ""
+    cases.assert_matches_float64(case, arrays, segments, None, found)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the simulator runs on a CPU")
+def test_a_race_would_be_reported(capfd):
+    """Two cores write the same block."""
+
+    def kernel(x, out):
+        out[...] = x[...] + pl.program_id(0)
+
+    def race(x):
+        block = pl.BlockSpec((8, 128), lambda i: (0, 0))
+        return pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[block],
+            out_specs=block,
+            out_shape=x,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        )(x)
+
+    simulated(race, jnp.ones((8, 128)))
+    assert "RACE DETECTED" in capfd.readouterr().out
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,5 +1,8 @@
 """What a row asks of the attention kernel: counted from documents as from the kernel's lists."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,17 +24,23 @@ def rows_of(draw, number):
     return found
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prepared(tiling, queries, keys, offset):
+    return flash.prepare(
+        segment_ids=queries,
+        kv_segment_ids=keys,
+        branches=None,
+        kv_branches=None,
+        query_offset=offset,
+        tiling=tiling,
+    )
+
+
 def listed(tiling, row, shards, shard):
     """Counts of what `flash_attention.prepare` lists for one device's part of a row."""
     T = LENGTH // shards
-    plan = flash.prepare(
-        segment_ids=jnp.asarray(row[None, shard * T : (shard + 1) * T]),
-        kv_segment_ids=jnp.asarray(row[None]),
-        branches=None,
-        kv_branches=None,
-        query_offset=shard * T,
-        tiling=tiling,
-    )
+    queries = jnp.asarray(row[None, shard * T : (shard + 1) * T])
+    plan = prepared(tiling, queries, jnp.asarray(row[None]), jnp.int32(shard * T))
     counts = {}
     for stage in attention.STAGES:
         pairs = getattr(plan, stage)

@@ -2,13 +2,12 @@
 # ruff: noqa: E501 (a program's text)
 
 import dataclasses
-import importlib.util
 
 import numpy as np
 import pytest
 
 from tulu_jax import cli
-from tulu_jax.planning import aot, cost, hlo, plan, rows, schedule, topology
+from tulu_jax.planning import aot, cost, hlo, plan, rows, topology
 
 PROGRAM = """HloModule jit_step
 
@@ -49,15 +48,6 @@ ENTRY %main (x: bf16[4096,8192]) -> bf16[1024,8192] {
   ROOT %sum = bf16[1024,8192]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
 }
 """
-
-
-@pytest.fixture
-def absent_slices(monkeypatch):
-    """What libtpu must believe to describe slices that are not there."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('needs libtpu: pip install "jax[tpu]"')
-    for name, value in schedule.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 def line(n):

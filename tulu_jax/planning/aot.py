@@ -1,6 +1,7 @@
 """Compiles the train step of a config for a slice that is not there, and says what it would do."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -15,7 +16,7 @@ from tulu_jax.kernels import flash_attention_tuning
 from tulu_jax.objectives import dpo
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import cost, hlo, rows
+from tulu_jax.planning import compiled, cost, hlo, rows
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
@@ -140,17 +141,20 @@ def compile_step(
         traced = jax.jit(
             step_lib.make_train_step(config, num_steps),
             donate_argnums=0,
-            compiler_options=compiler.options(devices[0].device_kind),
         ).trace(state, batch, reference)
         executed = flops(traced.jaxpr.jaxpr)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        options = compiler.options(devices[0].device_kind)
+        place = f"{topology.name} {topology.hardware.options} {list(mesh.devices.flat)}"
+        make = functools.partial(_make, lowered, options)
         try:
-            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+            made = compiled.kept(make, lowered, place=place, options=options)
         except Exception as error:  # jax has no type for it
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise DoesNotFit(_out_of_memory(str(error))) from error
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    text = made["hlo"]
     module = hlo.parse(text)
     row_count = math.prod(batch["tokens"].shape[:-1])
     attention = _attention_flops(config, row_count, held)
@@ -168,7 +172,7 @@ def compile_step(
     return Step(
         topology=topology,
         mesh=dict(mesh.shape),
-        memory=_memory(config, state, module, compiled.memory_analysis(), topology),
+        memory=_memory(config, state, module, made, topology),
         cost=estimator.estimate(),
         model_flops=config.model.flops_per_token(0) * row_count * config.data.max_length
         + attention,
@@ -179,6 +183,18 @@ def compile_step(
         faults=faults(module, dict(mesh.shape), _divided(config, mesh, state)),
         text=text,
     )
+
+
+def _make(lowered, options: dict[str, str]) -> dict[str, Any]:
+    """Compiles; the optimized program, and bytes a device."""
+    program = lowered.compile(options)
+    analysis = program.memory_analysis()
+    return {
+        "hlo": program.as_text(),
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
 
 
 def _divided(config: TrainConfig, mesh, state) -> dict[str, tuple[int, ...]]:
@@ -308,7 +324,7 @@ def _bytes_per_device(tree) -> int:
     )
 
 
-def _memory(config, state, module, analysis, topology: Topology) -> Memory:
+def _memory(config, state, module, made: dict[str, Any], topology: Topology) -> Memory:
     params = _bytes_per_device(state.params)
     layers = config.model.num_layers
     dtypes = config.param_dtype if config.micro_batches == 1 else "float32"
@@ -318,11 +334,9 @@ def _memory(config, state, module, analysis, topology: Topology) -> Memory:
         moments=_bytes_per_device(state.opt_state),
         gradients=gradients,
         kept=_kept(module, layers, state.params),
-        temporaries=analysis.temp_size_in_bytes,
-        code=analysis.generated_code_size_in_bytes,
-        peak=analysis.argument_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.generated_code_size_in_bytes,
+        temporaries=made["temporaries"],
+        code=made["code"],
+        peak=made["arguments"] + made["temporaries"] + made["code"],
         hbm=topology.hardware.hbm,
     )
 

@@ -86,7 +86,7 @@ def _column(result: plan.Result) -> dict[str, str]:
     }
 
 
-def _gib(size: float) -> str:
+def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 

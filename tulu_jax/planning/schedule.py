@@ -9,6 +9,7 @@ HBM inside kernels, bank conflicts, and throttling are not in them.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -18,9 +19,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
+import time
 from collections.abc import Sequence
 from typing import Any
+
+from tulu_jax.planning import compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,14 +164,15 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled request: kernels by name and bytes moved by the XLA code around them, or why it
-    did not compile."""
+    """A compiled request: kernels by name, bytes moved by the XLA code around them and the seconds
+    that the compiler took when it made this; or why it did not compile."""
 
     request: Request
-    kernels: dict[str, Kernel]
-    glue_bytes: float
-    temporary_bytes: int
-    error: str | None
+    kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
+    glue_bytes: float = 0.0
+    temporary_bytes: int = 0
+    seconds: float = 0.0
+    error: str | None = None
 
 
 # Where jax and libtpu believe that they are while they compile for devices that are not there.
@@ -219,30 +223,20 @@ def compile_for(
         if process.returncode:
             raise RuntimeError(f"compiling for {chip} failed:\n{process.stderr[-4000:]}")
         return [
-            _read(request, pathlib.Path(folder, str(number)))
+            _read(request, json.loads(pathlib.Path(folder, f"{number}.json").read_text()))
             for number, request in enumerate(requests)
         ]
 
 
-def _read(request: Request, folder: pathlib.Path) -> Program:
-    result = json.loads((folder / "result.json").read_text())
+def _read(request: Request, result: dict[str, Any]) -> Program:
     if result["error"]:
-        return Program(
-            request=request, kernels={}, glue_bytes=0.0, temporary_bytes=0, error=result["error"]
-        )
-    hlo = (folder / "module.hlo").read_text()
-    ours = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
-    files: dict[str, dict[str, str]] = {}
-    for path in folder.iterdir():
-        match = re.fullmatch(r"\d+-(.+)-\d+-(.+)\.txt", path.name)
-        if match and match[1] in ours and match[2] in PASSES:
-            files.setdefault(match[1], {})[PASSES[match[2]]] = path.read_text()
+        return Program(request=request, error=result["error"])
     return Program(
         request=request,
-        kernels={name: parse(name, **texts) for name, texts in sorted(files.items())},
-        glue_bytes=glue_bytes(hlo),
+        kernels={name: parse(name, **texts) for name, texts in sorted(result["kernels"].items())},
+        glue_bytes=glue_bytes(result["hlo"]),
         temporary_bytes=result["temporary_bytes"],
-        error=None,
+        seconds=result["seconds"],
     )
 
 
@@ -347,10 +341,12 @@ def _load(target: str):
 
 
 def _child() -> None:
-    """Compiles the task on standard input and leaves one folder for each request."""
+    """Compiles the task on standard input and leaves one file for each request."""
     import jax
     from jax.experimental import topologies
 
+    # What is compiled, and so kept, does not depend on where the source lies or on its lines.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     task = json.load(sys.stdin)
     chip, dumps = CHIPS[task["chip"]], pathlib.Path(task["folder"], "dumps")
     topology = topologies.get_topology_desc(
@@ -359,23 +355,40 @@ def _child() -> None:
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
     dumps.mkdir()
     for number, request in enumerate(task["requests"]):
-        folder = pathlib.Path(task["folder"], str(number))
-        folder.mkdir()
-        result = {"error": None, "temporary_bytes": 0}
         try:
             function, arguments = _load(request["target"])(**request["arguments"])
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
             )
-            compiled = function.lower(*arguments).compile()
-            (folder / "module.hlo").write_text(compiled.as_text())
-            result["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+            lowered = function.lower(*arguments)
+            make = functools.partial(_make, lowered, dumps)
+            where = f"{chip.topology} {chip.options}"
+            result = compiled.kept(make, lowered, place=where, options={}) | {"error": None}
         except Exception as error:  # every refusal goes back to the caller
-            result["error"] = f"{type(error).__name__}: {error}"[:3000]
-            result["traceback"] = traceback.format_exc()[-3000:]
-        for path in dumps.iterdir():
-            path.rename(folder / path.name)
-        (folder / "result.json").write_text(json.dumps(result))
+            result = {"error": f"{type(error).__name__}: {error}"[:3000]}
+        pathlib.Path(task["folder"], f"{number}.json").write_text(json.dumps(result))
+
+
+def _make(lowered, dumps: pathlib.Path) -> dict[str, Any]:
+    """Compiles; all that `_read` needs of it, 'kernels' being each one's two dumps."""
+    for path in dumps.iterdir():
+        path.unlink()
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    hlo = program.as_text()
+    ours = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
+    kernels: dict[str, dict[str, str]] = {}
+    for path in dumps.iterdir():
+        match = re.fullmatch(r"\d+-(.+)-\d+-(.+)\.txt", path.name)
+        if match and match[1] in ours and match[2] in PASSES:
+            kernels.setdefault(match[1], {})[PASSES[match[2]]] = path.read_text()
+    return {
+        "hlo": hlo,
+        "kernels": kernels,
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+from absent_slices import absent_slices, kept_programs  # noqa: F401
