@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Makes a virtual environment, installs the test requirements, and passes the test suite.
-#   bash launch/test.sh                  arguments go to pytest
+#   bash launch/test.sh                  the default suite
+#   bash launch/test.sh --slow           what it leaves out: more TPU compilations, long runs
+# Further arguments go to pytest. What is compiled is kept in ~/.cache/tulu_jax_tests, which may be
+# deleted (TULU_JAX_TEST_CACHE names another folder).
 # PYTHON chooses the interpreter (3.11 or later); VENV the environment (default .venv-test).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,12 +21,16 @@ pip -e ".[test]"
 
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-# The longest files first, so that the two workers end together; the hundreds of processes that the
-# tests start find the package's bytecode made.
-unset PYTHONDONTWRITEBYTECODE
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+unset PYTHONDONTWRITEBYTECODE  # the hundreds of processes that tests start find it made
+MARK="not slow"
+if [ "${1:-}" = --slow ]; then
+  MARK="slow"
+  shift
+fi
+# The longest files first, so that the two workers end together.
+"$VENV/bin/python" -m pytest -m "$MARK" -n 2 --dist loadfile --no-loadscope-reorder \
   tests/test_recipe.py tests/kernels/test_compiles.py tests/test_trainer.py tests/test_step.py \
   tests/test_processes.py tests/test_rehearse.py tests/planning/test_dryrun.py tests "$@"
-if [ $# -eq 0 ]; then  # in a process of its own: TensorFlow and torch's Triton crash in one
+if [ $# -eq 0 ] && [ "$MARK" != slow ]; then  # alone: TensorFlow and torch's Triton crash in one
   "$VENV/bin/python" -m pytest tests/data/test_seqio_bridge.py
 fi
