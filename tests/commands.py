@@ -1,15 +1,20 @@
 """The package's commands as typed, in this process: without the seconds that starting one takes."""
 
+import contextlib
 import logging
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 
 import gin
 import jax
 from absl import flags
+from absl import logging as absl_logging
 
-from tulu_jax import cli  # noqa: F401 (its flags stay when those of a command go)
+from tulu_jax import cli
+
+PACKAGE = cli.__name__.partition(".")[0]
 
 
 def run(name: str, *arguments: str) -> int:
@@ -17,16 +22,18 @@ def run(name: str, *arguments: str) -> int:
     put back: flags, gin's bindings, handlers of the log, the environment."""
     environment, platforms, argv = dict(os.environ), jax.config.jax_platforms, sys.argv
     handlers, level = logging.root.handlers[:], logging.root.level
-    known, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
+    filters, verbosity = absl_logging.get_absl_handler().filters[:], absl_logging.get_verbosity()
     sys.argv = [f"{name}.py", *arguments]
     try:
-        runpy.run_module(f"tulu_jax.{name}", run_name="__main__", alter_sys=True)
+        with _flags_of_one_command():
+            runpy.run_module(f"{PACKAGE}.{name}", run_name="__main__", alter_sys=True)
         return 0
     except SystemExit as end:
         return end.code or 0
     finally:
-        _forget_flags(f"{name}.py", known, parsed)
         gin.clear_config()
+        absl_logging.get_absl_handler().filters[:] = filters
+        absl_logging.set_verbosity(verbosity)
         logging.root.handlers[:], logging.root.level = handlers, level
         sys.argv = argv
         os.environ.clear()
@@ -34,11 +41,29 @@ def run(name: str, *arguments: str) -> int:
         jax.config.update("jax_platforms", platforms)
 
 
-def _forget_flags(module: str, known: set[str], parsed: bool) -> None:
-    own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(module, ())}
-    flags.FLAGS.remove_flag_values(own - known)
-    for name in known:
-        flags.FLAGS[name].unparse()
-    flags.FLAGS.unparse_flags()
-    if parsed:
-        flags.FLAGS.mark_as_parsed()
+@contextlib.contextmanager
+def _flags_of_one_command() -> Iterator[None]:
+    """Inside, no flag of an entry point is defined or parsed; behind it, all are as before."""
+    defined, parsed = flags.FLAGS.flags_by_module_dict(), flags.FLAGS.is_parsed()
+    others = [
+        (module, flag)
+        for module, its in defined.items()
+        if module.startswith(f"{PACKAGE}.") and module != cli.__name__
+        for flag in its
+    ]
+    for _, flag in others:
+        delattr(flags.FLAGS, flag.name)
+    known = set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        for name in known:
+            flags.FLAGS[name].unparse()
+        flags.FLAGS.unparse_flags()
+        for module, flag in others:
+            flags.FLAGS[flag.name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
+        if parsed:
+            flags.FLAGS.mark_as_parsed()

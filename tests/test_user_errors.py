@@ -1,19 +1,16 @@
 """What a user can get wrong ends an entry point with one line and status 2, never a traceback."""
 
-import contextlib
 import dataclasses
-import importlib
 import pathlib
 import re
-import sys
 
 import builders
+import commands
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags, logging
 
 from tulu_jax import base, cli, preflight, validation
 from tulu_jax.data import registry
@@ -40,69 +37,30 @@ def here(monkeypatch, folder):
     gin.clear_config()
 
 
-@contextlib.contextmanager
-def entry_point(name):
-    """The module of an entry point with its flags alone; behind it all is as it was."""
-    defined = flags.FLAGS.flags_by_module_dict()
-    others = [(module, flag) for module in filter(own_flags, defined) for flag in defined[module]]
-    for _, flag in others:
-        delattr(flags.FLAGS, flag.name)
-    known = set(flags.FLAGS)
-    former = sys.modules.pop(f"tulu_jax.{name}", None)
-    handlers, level = logging.get_absl_handler().filters[:], logging.get_verbosity()
-    try:
-        yield importlib.import_module(f"tulu_jax.{name}")
-    finally:
-        logging.get_absl_handler().filters[:] = handlers
-        logging.set_verbosity(level)
-        for flag in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, flag)
-        for flag in ("gin_file", "workdir"):
-            flags.FLAGS[flag].unparse()
-        flags.FLAGS.unparse_flags()
-        del sys.modules[f"tulu_jax.{name}"]
-        for module, flag in others:
-            flags.FLAGS[flag.name] = flag
-            flags.FLAGS.register_flag_by_module(module, flag)
-        if former is not None:
-            sys.modules[f"tulu_jax.{name}"] = former
-
-
-def own_flags(module):
-    """Whether a module that defines flags is an entry point that another test has imported."""
-    return module.startswith("tulu_jax.") and module != "tulu_jax.cli"
-
-
-def refused(capsys, monkeypatch, name, *arguments):
+def refused(capsys, name, *arguments):
     """What `python -m tulu_jax.NAME` says, which must end with status 2."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with entry_point(name) as module, pytest.raises(SystemExit) as ended:
-        if name == "report":
-            from absl import app
-
-            app.run(module.main, flags_parser=cli.parse_flags)
-        cli.run(module.main)
+    status = commands.run(name, *arguments)
     said = capsys.readouterr().err
-    assert ended.value.code == 2, said
+    assert status == 2, said
     assert "Traceback" not in said
     return said
 
 
 @pytest.mark.parametrize("name", ["generate", "convert", "evaluate"])
 @pytest.mark.parametrize("workdir", ["missing", "empty", "foreign"])
-def test_before_training(capsys, monkeypatch, tmp_path, name, workdir):
+def test_before_training(capsys, tmp_path, name, workdir):
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign/checkpoints").mkdir(parents=True)
     (tmp_path / "foreign/checkpoints/notes.txt").write_text("not ours")
-    said = refused(capsys, monkeypatch, name, *SMALL, f"--workdir={tmp_path / workdir}")
+    said = refused(capsys, name, *SMALL, f"--workdir={tmp_path / workdir}")
     assert f"there is no checkpoint in {tmp_path / workdir}/checkpoints" in said
     assert "train first" in said
 
 
 @pytest.mark.parametrize("name", ["train", "generate", "convert", "evaluate", "prepare"])
-def test_a_workdir_that_is_a_file(capsys, monkeypatch, tmp_path, name):
+def test_a_workdir_that_is_a_file(capsys, tmp_path, name):
     (tmp_path / "file").write_text("")
-    said = refused(capsys, monkeypatch, name, *SMALL, f"--workdir={tmp_path}/file/run")
+    said = refused(capsys, name, *SMALL, f"--workdir={tmp_path}/file/run")
     assert f"{tmp_path}/file is a file; expected a folder" in said
 
 
@@ -118,18 +76,18 @@ def test_a_workdir_that_is_a_file(capsys, monkeypatch, tmp_path, name):
         ("prepare", ["--html=rows.html"], "give --show=N"),
     ],
 )
-def test_arguments(capsys, monkeypatch, name, arguments, message):
-    assert message in refused(capsys, monkeypatch, name, *SMALL, *arguments)
+def test_arguments(capsys, name, arguments, message):
+    assert message in refused(capsys, name, *SMALL, *arguments)
 
 
-def test_report_before_training_names_every_workdir(capsys, monkeypatch, tmp_path):
+def test_report_before_training_names_every_workdir(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / metrics.FILE).write_text("")
     workdirs = f"--workdirs={tmp_path}/nowhere,{tmp_path}/empty"
-    said = refused(capsys, monkeypatch, "report", workdirs, f"--out={tmp_path}/page.html")
+    said = refused(capsys, "report", workdirs, f"--out={tmp_path}/page.html")
     assert f"{tmp_path}/nowhere/metrics.jsonl does not exist" in said
     assert f"{tmp_path}/empty/metrics.jsonl has no metric to show" in said
-    assert "workdirs" in refused(capsys, monkeypatch, "report")
+    assert "workdirs" in refused(capsys, "report")
 
 
 def test_a_bug_keeps_its_traceback():
@@ -280,10 +238,9 @@ def test_a_base_that_is_not_finite_is_named(tmp_path, kind, value):
 # Scores belong to the benchmark's data and to a step.
 
 
-def test_only_runs_on_rows_of_tulu_tiny_are_scored(capsys, monkeypatch, shared_data):
+def test_only_runs_on_rows_of_tulu_tiny_are_scored(capsys, shared_data):
     said = refused(
         capsys,
-        monkeypatch,
         "evaluate",
         "--gin_file=stories260k_sft.gin",
         f'--gin.DATA_ROOT="{shared_data}"',

@@ -68,13 +68,19 @@ def simulated(function, *arguments):
     order ("RACE DETECTED"), and copies that nothing waited for.
     """
     cores = set()
+
+    def record(token, point, core):
+        del point
+        cores.add(int(core))
+        return token
+
     simulator = pltpu.InterpretParams(
         num_cores_or_threads=2,
         detect_races=True,
         uninitialized_memory="nan",
         dma_execution_mode="on_wait",
         random_seed=0,
-        grid_point_recorder=lambda point, core: cores.add(int(core)),
+        grid_point_recorder=record,
     )
     with pltpu.force_tpu_interpret_mode(simulator):
         results = jax.block_until_ready(jax.jit(function)(*arguments))
