@@ -109,34 +109,29 @@ def assert_same_curve(found, expected):
 
 
 def test_two_processes_give_the_curve_of_one(home, tmp_path):
-    """On pairs; on conversations, the next test."""
+    """On pairs; on conversations, through deaths, below."""
     finish(start(home, tmp_path / "one", count=1, stage="tulu_tiny_dpo"))
     finish(start(home, tmp_path / "two", count=2, stage="tulu_tiny_dpo"))
     assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 
-def kill(processes, victim):
-    """SIGKILL to one: all others say which, and ask to be started again."""
+def killed(home, workdir, victim, *, step, count, **run):
+    """A try that ends in SIGKILL to one behind update `step`: all others say which, and ask to be
+    started again."""
+    processes = start(home, workdir, count=count, **run)
+    at_step(processes, workdir, step)
     processes[victim].send_signal(signal.SIGKILL)
     died, host = time.monotonic(), socket.gethostname()
-    codes = [75] * len(processes)
+    codes = [75] * count
     codes[victim] = -signal.SIGKILL
     errors = finish(processes, codes)
     assert time.monotonic() - died < PEER_TIMEOUT + 10
-    for i in set(range(len(processes))) - {victim}:
+    for i in set(range(count)) - {victim}:
         assert f"process {i} ({host}) stops: process {victim} ({host}) died" in errors[i]
 
 
-def through_deaths_and_a_sigterm(home, folder, *, count, deaths, terminated, **run):
-    """Each of `deaths` is (process, update) of a try that it ends, `terminated` one of a SIGTERM;
-    the last try goes on to the end, and the curve is that of one process."""
-    finish(start(home, folder / "one", count=1, **run))
-    workdir = folder / "many"
-    for victim, step in deaths:
-        processes = start(home, workdir, count=count, **run)
-        at_step(processes, workdir, step)
-        kill(processes, victim)
-    victim, step = terminated
+def terminated(home, workdir, victim, *, step, count, **run):
+    """A try that SIGTERM to one stops behind update `step`, with a checkpoint."""
     processes = start(home, workdir, count=count, **run)
     at_step(processes, workdir, step)
     processes[victim].send_signal(signal.SIGTERM)
@@ -144,20 +139,39 @@ def through_deaths_and_a_sigterm(home, folder, *, count, deaths, terminated, **r
     saved = max(checkpoint_lib.Checkpoints(str(workdir)).steps())
     assert saved >= step
     assert all(f"Stopped and saved: step {saved} in" in error for error in errors)
+
+
+def goes_on_to_the_end(home, workdir, one, *, tries, count, **run):
+    """The last of `tries`: its curve is that of `one`, and process 0 alone writes and draws."""
+    saved = max(checkpoint_lib.Checkpoints(str(workdir)).steps())
     errors = finish(start(home, workdir, count=count, **run))
     assert f"Resuming from step {saved}" in errors[0]
-    assert_same_curve(workdir, folder / "one")
+    assert_same_curve(workdir, one)
     assert ["train: 100%" in error for error in errors] == [i == 0 for i in range(count)]
-    tries = len(deaths) + 2  # each of which process 0 alone began a file
     assert len(list((workdir / "tensorboard").iterdir())) == tries
 
 
-def test_two_processes_through_the_death_of_the_first_and_a_sigterm(home, tmp_path):
+SHORT = ["--gin.NUM_STEPS=30", "--gin.CHECKPOINT_EVERY=4", "--gin.EVAL_EVERY=10"]
+
+
+@pytest.fixture(scope="module")
+def one(home):
+    """The workdir of the run of one process that two are compared with."""
+    finish(start(home, home / "one", count=1, options=SHORT))
+    return home / "one"
+
+
+def test_two_processes_through_the_death_of_the_first(home, one, tmp_path):
     """The death of the second is rehearsed in test_rehearse.py."""
-    through_deaths_and_a_sigterm(
-        home, tmp_path, count=2, deaths=[(0, 6)], terminated=(1, 10),
-        options=["--gin.NUM_STEPS=30", "--gin.CHECKPOINT_EVERY=4", "--gin.EVAL_EVERY=10"],
-    )  # fmt: skip
+    run = dict(count=2, options=SHORT)
+    killed(home, tmp_path, 0, step=6, **run)
+    goes_on_to_the_end(home, tmp_path, one, tries=2, **run)
+
+
+def test_two_processes_through_a_sigterm_to_the_second(home, one, tmp_path):
+    run = dict(count=2, options=SHORT)
+    terminated(home, tmp_path, 1, step=10, **run)
+    goes_on_to_the_end(home, tmp_path, one, tries=2, **run)
 
 
 @pytest.mark.slow
@@ -168,10 +182,14 @@ def test_four_processes_through_two_deaths_and_a_sigterm(home, tmp_path):
     """
     text = CONFIG.format(stage="tulu_tiny_sft").replace("MeshConfig.data", "MeshConfig.context")
     (home / "shared_rows_small.gin").write_text(text)
-    through_deaths_and_a_sigterm(
-        home, tmp_path, count=4, deaths=[(2, 12), (0, 24)], terminated=(3, 36), stage="shared_rows",
-        options=["--gin.NUM_STEPS=60", "--gin.CHECKPOINT_EVERY=10", "--gin.EVAL_EVERY=20"],
-    )  # fmt: skip
+    options = ["--gin.NUM_STEPS=60", "--gin.CHECKPOINT_EVERY=10", "--gin.EVAL_EVERY=20"]
+    run = dict(stage="shared_rows", options=options)
+    finish(start(home, tmp_path / "one", count=1, **run))
+    workdir = tmp_path / "four"
+    killed(home, workdir, 2, step=12, count=4, **run)
+    killed(home, workdir, 0, step=24, count=4, **run)
+    terminated(home, workdir, 3, step=36, count=4, **run)
+    goes_on_to_the_end(home, workdir, tmp_path / "one", tries=4, count=4, **run)
 
 
 def test_processes_that_differ_are_refused_before_they_compile(home, tmp_path):

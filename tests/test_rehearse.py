@@ -82,6 +82,7 @@ def test_rows_that_are_there_are_kept(home):
     assert (small.data.train, small.data.tokenizer) == (config.data.train, config.data.tokenizer)
 
 
+@pytest.mark.slow
 def test_two_processes_from_start_to_pass(home):
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(
