@@ -102,7 +102,8 @@ def has_rows(name: str, root: str) -> bool:
     return all(found(component.task.sources["train"]) for component in registry.components(name))
 
 
-def test_every_task_and_mixture_with_real_rows(shared_data, options, monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", range(4))
+def test_every_task_and_mixture_with_real_rows(shared_data, options, monkeypatch, tmp_path, part):
     llama = str(shared_data / "tokenizer" / "llama2")
     monkeypatch.setenv("TULU_JAX_LLAMA_TOKENIZER", llama)
     chat.load_tokenizer(llama).backend.save(str(tmp_path / "tokenizer.json"))  # loads faster
@@ -119,8 +120,8 @@ def test_every_task_and_mixture_with_real_rows(shared_data, options, monkeypatch
         if has_rows(name, str(shared_data)) and not name.startswith("tulu_tiny")
     ]
     assert {"real_small_sft", "real_mixed_dpo", "sharegpt_sample", "flan_cot"} <= set(names)
-    counts = {name: check_same(name, options) for name in names}
-    assert sum(count > 0 for count in counts.values()) > 20
+    counts = {name: check_same(name, options) for name in names[part::4]}
+    assert sum(count > 0 for count in counts.values()) > 4
 
 
 def test_tulu_tiny(options):
