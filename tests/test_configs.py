@@ -205,7 +205,11 @@ def test_workdir_and_bucket():
 
 def test_a_tokenizer_of_ones_own(shared_data):
     """Whole, or below the root that the file's other paths are below."""
-    roots = {"sft_7b": ("BUCKET", "gs://b/x"), "stories260k_dpo": ("DATA_ROOT", str(shared_data))}
+    roots = {
+        "sft_7b": ("BUCKET", "gs://b/x"),
+        "dpo_7b": ("BUCKET", "gs://b/x"),
+        "stories260k_dpo": ("DATA_ROOT", str(shared_data)),
+    }
     for run, (macro, root) in roots.items():
         for path, found in (("/mine/tok", "/mine/tok"), ("mine/tok", f"{root}/mine/tok")):
             config = load(run, f'--gin.{macro}="{root}"', f'--gin.TOKENIZER="{path}"')

@@ -168,7 +168,7 @@ class Component:
 
 
 class Registry:
-    """Objects by name. A name is taken once."""
+    """Objects by name, this project's among them. A name is taken once."""
 
     def __init__(self, noun: str):
         self._noun = noun
@@ -185,16 +185,18 @@ class Registry:
         del self._items[name]
 
     def get(self, name: str):
-        if name not in self._items:
+        if name not in self:
             raise ValueError(
                 f"no {self._noun} is named {name!r}{validation.nearest(name, self._items)}"
             )
         return self._items[name]
 
     def names(self) -> list[str]:
+        _import_built_in()
         return sorted(self._items)
 
     def __contains__(self, name: str) -> bool:
+        _import_built_in()
         return name in self._items
 
 
@@ -212,7 +214,6 @@ def get_mixture_or_task(name: str) -> Mixture | Task:
 
 def all_names() -> list[str]:
     """The names of every mixture and of every task, this project's and those added to them."""
-    _import_built_in()
     return MixtureRegistry.names() + TaskRegistry.names()
 
 
@@ -263,7 +264,6 @@ def _import_built_in() -> None:
 
 
 def _named(name: str) -> Mixture | Task | None:
-    _import_built_in()
     for items in (MixtureRegistry, TaskRegistry):
         if name in items:
             return items.get(name)
