@@ -11,7 +11,7 @@ import gin
 import pytest
 
 from tulu_jax import cli, preflight, rehearse
-from tulu_jax.data import loader, tulu_tiny
+from tulu_jax.data import data_checks, tulu_tiny
 from tulu_jax.models import config as models
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
@@ -73,7 +73,7 @@ def test_every_published_file_can_be_rehearsed_with_four_processes(name):
     small = rehearse.shrink(config, processes=4, embedded=True)
     devices = 4 * rehearse.devices_of_a_process(small, 4)
     assert list(preflight.mesh_problems(small, devices)) == []
-    assert list(loader.problems(small.data, kind=config.data.kind)) == []
+    assert list(data_checks.problems(small.data, kind=config.data.kind)) == []
 
 
 def test_rows_that_are_there_are_kept(home):

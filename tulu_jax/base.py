@@ -9,6 +9,7 @@ from tulu_jax.interop import hf, layout
 from tulu_jax.interop.weight_files import WeightFiles
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
+from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
@@ -16,18 +17,29 @@ from tulu_jax.training import state as state_lib
 SHOWN = 8  # weights named in a message
 
 
-def initial_params(config: TrainConfig, abstract_params: dict) -> dict:
-    """Parameters of `config.base`, or random ones from `config.seed`, as `abstract_params` says."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
-    if config.base is None:
-        logging.info("Random parameters from seed %d", config.seed)
+def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
+    """Shapes, dtypes and shardings of the whole model of a run; nothing is allocated."""
+    params = llama.abstract_params(config.model, config.param_dtype)
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        params,
+        sharding.param_shardings(mesh, params),
+    )
 
-        def init(key):
-            params = llama.init_params(config.model, key)
-            return jax.tree.map(lambda p: p.astype(config.param_dtype), params)
 
-        return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-    return load(config.base, config.model, abstract_params)
+def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
+    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
+    abstract = abstract_params(config, mesh)
+    if config.base is not None:
+        return load(config.base, config.model, abstract)
+    logging.info("Random parameters from seed %d", config.seed)
+
+    def init(key):
+        params = llama.init_params(config.model, key)
+        return jax.tree.map(lambda p: p.astype(config.param_dtype), params)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def problems(config: TrainConfig) -> list[str]:
@@ -60,16 +72,31 @@ def first_step_problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def weights_dtype(config: TrainConfig) -> str:
-    """The dtype of the weights that the run begins with, where they were published or made."""
-    if config.base is None:
-        return config.param_dtype
-    if (epath.Path(config.base) / "config.json").exists():
-        with validation.reading():
-            return hf.weights_dtype(config.base)
+def about(config: TrainConfig) -> dict:
+    """What exports need to know of the base, kept with each checkpoint: `base_dtype`, that of the
+    weights where they were published or made, and its `generation_config`."""
+    if config.base is None or (epath.Path(config.base) / "config.json").exists():
+        return {
+            "base_dtype": _weights_dtype(config),
+            "generation_config": generation_config(config),
+        }
     checkpoints = checkpoint_lib.Checkpoints(config.base)
-    about = checkpoints.about(checkpoints.require(None))
-    return about.get("base_dtype", config.param_dtype)
+    found = checkpoints.about(checkpoints.require(None))
+    return {
+        "base_dtype": found.get("base_dtype", config.param_dtype),
+        "generation_config": found.get("generation_config", {}),
+    }
+
+
+def generation_config(config: TrainConfig) -> dict:
+    """The generation config of a published base; {} where there is none."""
+    with validation.reading():
+        return hf.read_generation_config(config.base) if config.base else {}
+
+
+def _weights_dtype(config: TrainConfig) -> str:
+    with validation.reading():
+        return hf.weights_dtype(config.base) if config.base else config.param_dtype
 
 
 def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:

@@ -173,18 +173,17 @@ def _default_workdir(path: pathlib.Path) -> str:
     return under(bucket, run) if isinstance(bucket, str) else run
 
 
-def check(config: TrainConfig) -> None:
-    """Joins the processes of the run. Raises `UsageError` if the run cannot work."""
+def check(config: TrainConfig, needs: Callable[[TrainConfig, int], Iterable[str]]) -> None:
+    """Joins the processes of the run. Raises `UsageError` with the problems that `needs`, one of
+    `preflight`, finds in the run on so many devices."""
     import jax
-
-    from tulu_jax import preflight
 
     try:
         _join()
     except ValueError as error:
         stop_if(str(error).split("\n"))
     stop_if(distributed.device_problems(jax.devices()))
-    stop_if(preflight.problems(config, num_devices=jax.device_count()))
+    stop_if(needs(config, jax.device_count()))
 
 
 def _join() -> None:

@@ -33,11 +33,12 @@ flags.register_multi_flags_validator(
 
 def main(config) -> None:
     """Writes the folder, or the checkpoint of step 0 that `train` goes on from."""
-    cli.check(config)
-    from tulu_jax import base, trained, trainer
+    from tulu_jax import preflight
+
+    cli.check(config, preflight.to_start if _FROM_HF.value else preflight.to_read)
+    from tulu_jax import trained, trainer
 
     if _FROM_HF.value:
-        cli.stop_if(base.first_step_problems(config))
         trainer.Run(config, cli.operative_config()).save_initial()
         return
     out = validation.expanded(_OUT.value or f"{config.workdir}/hf")

@@ -28,7 +28,9 @@ def main(config) -> None:
     from tulu_jax.evals import tulu_tiny
 
     cli.stop_if(tulu_tiny.problems(config.data))
-    cli.check(config)
+    from tulu_jax import preflight
+
+    cli.check(config, preflight.to_read)
     from tulu_jax import trained
 
     model = trained.Generator(config, step=_STEP.value, initial=_INITIAL.value, max_new_tokens=32)

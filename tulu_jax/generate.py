@@ -23,7 +23,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 
 def main(config) -> None:
     """Prints a reply to each prompt, or reads messages until end of file."""
-    cli.check(config)
+    from tulu_jax import preflight
+
+    cli.check(config, preflight.to_read)
     from tulu_jax import trained
     from tulu_jax.decode import chat
 

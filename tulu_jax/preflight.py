@@ -2,19 +2,19 @@
 
 import contextlib
 import math
+import operator
 import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 from etils import epath
 
 from tulu_jax import base as base_lib
-from tulu_jax import step as step_lib
 from tulu_jax import validation
-from tulu_jax.data import loader
+from tulu_jax.data import data_checks, loader
 from tulu_jax.data.sources import readers
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
@@ -24,20 +24,49 @@ from tulu_jax.training import optim
 _NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
 
 
-def problems(config: TrainConfig, *, num_devices: int) -> list[str]:
-    """Every problem of `config` on `num_devices` devices, one line each; reads only headers."""
+def to_train(config: TrainConfig, num_devices: int) -> list[str]:
+    """What keeps `config` from training on `num_devices` devices, one line each; reads only
+    headers and first rows."""
     found = [*mesh_problems(config, num_devices)]
-    away = [*_unnamed(config)] or [*_out_of_reach(config)]
+    away = _away(config, "workdir", "data.cache_dir", "base", "data.data_root")
     if away:
         return found + away  # what lies there cannot be looked at
     if config.num_steps is not None:
         found += optim.problems(config.optimizer, config.num_steps)
-    for part in (not_writable, _data, base_lib.problems, _disk):
+    return found + _all(config, not_writable, _data, base_lib.problems, _disk)
+
+
+def to_start(config: TrainConfig, num_devices: int) -> list[str]:
+    """What keeps the base of `config` from becoming the checkpoint of step 0; no rows are asked
+    for."""
+    del num_devices
+    away = _away(config, "workdir", "base")
+    return away or _all(
+        config, not_writable, base_lib.first_step_problems, base_lib.problems, _disk
+    )
+
+
+def to_read(config: TrainConfig, num_devices: int) -> list[str]:
+    """What keeps the checkpoints of `config` from being read; neither its rows, nor its base, nor
+    its mesh is asked for."""
+    del num_devices
+    return _away(config, "workdir")
+
+
+def _all(config: TrainConfig, *parts) -> list[str]:
+    found = []
+    for part in parts:
         try:
             found += part(config)
         except validation.UsageError as error:
             found.append(str(error))
     return found
+
+
+def _away(config: TrainConfig, *names: str) -> list[str]:
+    """Paths that lie where nothing can be looked at."""
+    paths = {name: operator.attrgetter(name)(config) or "" for name in names}
+    return [*_unnamed(paths.values())] or [*_out_of_reach(paths)]
 
 
 def not_writable(config: TrainConfig) -> Iterator[str]:
@@ -82,17 +111,15 @@ def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
     yield from sharding.divisibility_problems(sizes, params)
 
 
-def _out_of_reach(config: TrainConfig) -> Iterator[str]:
+def _out_of_reach(paths: dict[str, str]) -> Iterator[str]:
     """Buckets that cannot be reached; workdir and cache_dir must be writable from every host."""
-    written = {"workdir": config.workdir, "data.cache_dir": config.data.cache_dir}
-    read = {"base": config.base or "", "data.data_root": config.data.data_root or ""}
-    for name, path in (written | read).items():
+    for name, path in paths.items():
         if "://" not in path:
             continue
         probe = epath.Path(path) / f".probe-{jax.process_index()}-{os.getpid()}"
         try:
             with readers.reaching(path):
-                if name in written:
+                if name in ("workdir", "data.cache_dir"):
                     probe.write_bytes(b"")
                     probe.unlink()
                 else:  # `exists` is False where nothing can be reached
@@ -103,8 +130,8 @@ def _out_of_reach(config: TrainConfig) -> Iterator[str]:
             yield f"{name} = {path!r} on {socket.gethostname()}: {said or type(error).__name__}"
 
 
-def _unnamed(config: TrainConfig) -> Iterator[str]:
-    for path in (config.workdir, config.base or ""):
+def _unnamed(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
         if _NO_BUCKET in path:
             yield (
                 f"{path} is in no bucket yet; name yours: '--gin.BUCKET=\"gs://my-bucket/tulu\"', "
@@ -114,21 +141,20 @@ def _unnamed(config: TrainConfig) -> Iterator[str]:
 
 
 def _data(config: TrainConfig) -> Iterator[str]:
-    objective = step_lib.OBJECTIVES[type(config.objective)]
-    yield from loader.problems(config.data, kind=objective.KIND)
+    yield from data_checks.problems(config.data, kind=config.objective.kind)
     best = config.checkpoint.best
     if best and not loader.split_components(config.data, "validation"):
         yield (
             f"checkpoint.best = {best!r} needs a validation split, and {config.data.train!r} has "
             "none; set holdout_every, or name a mixture as validation"
         )
-    known = [f"eval/{name}" for name in objective.METRICS]
+    known = [f"eval/{name}" for name in config.objective.metrics]
     if best and best not in known and not best.startswith(("eval/by_source/", "eval/by_length/")):
         yield (
             f"checkpoint.best = {best!r} is no metric of an evaluation; expected one of {known}"
             f"{validation.nearest(best, known)}"
         )
-    size = loader.vocab_size(config.data)
+    size = data_checks.vocab_size(config.data)
     if size is not None and size > config.model.vocab_size:
         yield (
             f"the tokenizer {config.data.tokenizer} has {size} ids; the model's vocabulary has "

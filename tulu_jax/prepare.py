@@ -39,10 +39,10 @@ flags.register_multi_flags_validator(
 def main(config) -> None:
     """Encodes both splits (or finds them encoded) and writes their card; or shows, or checks."""
     from tulu_jax import preflight
-    from tulu_jax.data import loader
+    from tulu_jax.data import data_checks
 
     cli.stop_if(
-        [*preflight.not_writable(config), *loader.problems(config.data, kind=config.data.kind)]
+        [*preflight.not_writable(config), *data_checks.problems(config.data, kind=config.data.kind)]
     )
     if _CHECK.value:
         sys.exit(_check(config.data))

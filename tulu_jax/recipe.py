@@ -6,7 +6,7 @@ import math
 from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import dpo, sft
+from tulu_jax.objectives.objective import Objective
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
@@ -27,7 +27,7 @@ class TrainConfig:
 
     model: LlamaConfig
     data: loader.DataConfig
-    objective: sft.SFTConfig | dpo.DPOConfig
+    objective: Objective
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
@@ -61,31 +61,7 @@ class TrainConfig:
             f"num_steps = {self.num_steps} and num_epochs = {self.num_epochs}: give exactly one",
         )
         yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
-        paper = isinstance(self.objective, sft.SFTConfig) and self.objective.loss_norm == "paper"
-        rows = self.objective.loss_norm_rows if paper else 1
-        yield (
-            self.batch_size % rows == 0,
-            f"loss_norm = 'paper' averages groups of {rows} rows; batch_size = {self.batch_size} "
-            "is not a multiple",
-        )
-        yield (
-            not paper or self.data.packing == "none",
-            "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
-        )
-        pairs = isinstance(self.objective, dpo.DPOConfig)
-        cached = pairs and self.objective.needs_reference and self.objective.reference == "cached"
-        yield (
-            self.reference_dir is None or cached,
-            f"reference_dir = {self.reference_dir!r} is for DPO with reference = 'cached'; this "
-            "run caches no reference",
-        )
-        rounded = pairs and self.objective.log_softmax_dtype == "bfloat16"
-        yield (
-            not rounded or self.execution.compute_dtype == "bfloat16",
-            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
-            f"as the original's did; compute_dtype = {self.execution.compute_dtype!r}. Set both, "
-            "or neither",
-        )
+        yield from self.objective.problems(self)
 
     @property
     def micro_batches(self) -> int:

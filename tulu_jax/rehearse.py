@@ -26,7 +26,7 @@ from collections.abc import Callable
 from absl import flags
 
 from tulu_jax import cli, strict_json
-from tulu_jax.data import loader
+from tulu_jax.data import data_checks
 from tulu_jax.parallel import lifeline
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
@@ -54,16 +54,17 @@ def shrink(config: TrainConfig, *, processes: int, embedded: bool) -> TrainConfi
     if embedded:
         from tulu_jax.data import tulu_tiny
 
-        kind = config.data.kind
-        name = {"sft": "tulu_tiny", "preference": "tulu_tiny_preference"}[kind]
         data = dataclasses.replace(
-            data, train=name, validation=None, tokenizer=tulu_tiny.tokenizer(), data_root=None
+            data,
+            train=tulu_tiny.OF_KIND[config.objective.kind],
+            validation=None,
+            tokenizer=tulu_tiny.tokenizer(),
+            data_root=None,
         )
         vocab_size = tulu_tiny.VOCAB_SIZE
     groups = min(4, config.model.num_heads // config.model.num_kv_heads)
     rows = mesh["data"] * mesh["fsdp"]
-    paper_rows = getattr(config.objective, "loss_norm_rows", 1) if _paper(config) else 1
-    batch_size = math.lcm(2 * rows, paper_rows)
+    batch_size = math.lcm(2 * rows, config.objective.row_multiple)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -89,10 +90,6 @@ def shrink(config: TrainConfig, *, processes: int, embedded: bool) -> TrainConfi
         eval_every=EVAL_EVERY,
         param_dtype="float32",
     )
-
-
-def _paper(config: TrainConfig) -> bool:
-    return getattr(config.objective, "loss_norm", None) == "paper"
 
 
 def devices_of_a_process(config: TrainConfig, processes: int) -> int:
@@ -262,12 +259,14 @@ def main(config: TrainConfig) -> None:
     embedded = _EMBEDDED.value
     if count is not None:
         config = shrink(config, processes=count, embedded=embedded)
-        cli.check(config)
+        from tulu_jax import preflight
+
+        cli.check(config, preflight.to_train)
         from tulu_jax import trainer
 
         print(strict_json.dumps(trainer.Run(config).train()))
         return
-    missing = list(loader.problems(config.data, kind=config.data.kind))
+    missing = list(data_checks.problems(config.data, kind=config.objective.kind))
     arguments = _without(sys.argv[1:], "--processes", "--workdir")
     if missing and not embedded:
         print(f"Embedded rows take the place of the config's, for {missing[0]}")

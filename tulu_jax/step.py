@@ -1,4 +1,4 @@
-"""One update and one evaluation as pure functions, and the shapes of the state they act on.
+"""One update and one evaluation as pure functions, and the shapes of what they act on.
 
 `train` jits these on a mesh of devices; a dry run compiles the same functions for a named topology.
 """
@@ -11,63 +11,65 @@ import jax.numpy as jnp
 import optax
 
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo, sft
+from tulu_jax.objectives.objective import Arrays, Batch
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import optim
-from tulu_jax.training.state import TrainState
-
-OBJECTIVES = {sft.SFTConfig: sft, dpo.DPOConfig: dpo}
-PAIR_MARGINS = "pair_margins"
+from tulu_jax.training.state import Frozen, TrainState
 
 
-def make_train_step(config: TrainConfig, num_steps: int) -> Callable:
-    """The pure function (state, batch) -> (state, metrics) of one update, to be jitted.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured of a batch: `scalars` float32 [], and `examples` by their name, with a
+    value for each example of the batch, [*examples], whole on every device."""
 
-    A third argument, the parameters of a resident reference, stands in for `batch["ref_logps"]`.
-    The metrics are scalars, but for the margin of every pair, `PAIR_MARGINS` [*pairs].
+    scalars: Arrays
+    examples: Arrays
+
+
+def make_train_step(
+    config: TrainConfig, num_steps: int
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Measured]]:
+    """The pure function of one update, to be jitted; the state may be donated.
+
+    `Measured` are the objective's metrics and counts, and the examples' values that it watches.
     """
-    objective = OBJECTIVES[type(config.objective)]
+    objective = config.objective
+    forward = llama.forward(config.model, config.execution)
     optimizer = optim.make(config.optimizer, num_steps)
     learning_rate = optim.schedule(config.optimizer, num_steps)
 
-    def loss(params, batch, reference):
-        if reference is not None:
-            batch = _with_reference(batch, reference, config)
-        return objective.loss(
-            params,
-            batch,
-            config=config.objective,
-            model=config.model,
-            execution=config.execution,
-        )
+    def loss(params, frozen, batch):
+        found = objective.compute(forward, frozen.whole(params), frozen, batch)
+        return found.value, found
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def train_step(state: TrainState, batch: dict, reference=None) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Measured]:
         # Weights are those of the whole update, so the shares of its pieces add up exactly.
-        batch = objective.add_weights(batch, config.objective)
+        batch = objective.weigh(batch)
         if config.micro_batches == 1:
-            (_, (metrics, values)), grads = value_and_grad(state.params, batch, reference)
+            (_, found), grads = value_and_grad(state.params, frozen, batch)
+            metrics, examples = found.metrics, found.examples
         else:
-            metrics, values, grads = _accumulate(
-                lambda params, piece: value_and_grad(params, piece, reference),
+            metrics, examples, grads = _accumulate(
+                lambda params, piece: value_and_grad(params, frozen, piece),
                 state.params,
                 batch,
                 config.micro_batches,
             )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
+        scalars = {
             **metrics,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": learning_rate(state.step),
-            **metrics_lib.batch_counts(batch),
+            **objective.counts(batch),
         }
-        if objective is dpo:
-            metrics[PAIR_MARGINS] = sharding.replicate(values["rewards/margins"])
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        watched = {name: sharding.replicate(examples[name]) for name in objective.watched}
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, Measured(scalars=scalars, examples=watched)
 
     return train_step
 
@@ -83,62 +85,77 @@ def _accumulate(value_and_grad, params, batch, micro_batches):
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     def piece(total, micro_batch):
-        (_, (metrics, values)), grads = value_and_grad(params, micro_batch)
+        (_, found), grads = value_and_grad(params, micro_batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.tree.map(jnp.add, total, (metrics, grads)), values
+        return jax.tree.map(jnp.add, total, (found.metrics, grads)), found.examples
 
     pieces = jax.tree.map(split, batch)
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], pieces))
-    (_, (metrics, _)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    (metrics, grads), values = jax.lax.scan(piece, (metrics, grads), pieces)
+    (_, found), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    (metrics, grads), examples = jax.lax.scan(piece, (found.metrics, grads), pieces)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return metrics, jax.tree.map(joined, values), grads
+    return metrics, jax.tree.map(joined, examples), grads
 
 
-def _with_reference(batch: dict, reference: llama.Params, config: TrainConfig) -> dict:
-    logps = dpo.response_logps(
-        reference,
-        batch,
-        config=config.objective,
-        model=config.model,
-        execution=config.execution,
-    )
-    return {**batch, "ref_logps": jax.lax.stop_gradient(logps)}
+def make_eval_step(
+    config: TrainConfig,
+) -> Callable[[llama.Params, Frozen, Batch], tuple[jax.Array, Measured]]:
+    """The pure function of one batch of an evaluation, to be jitted: over how many tokens or
+    examples the objective's metrics are means, and their sums."""
+    objective = config.objective.evaluating()
+    forward = llama.forward(config.model, config.execution)
 
-
-def make_eval_step(config: TrainConfig) -> Callable:
-    """(params, batch) -> metric sums, their count, and metrics pair by pair ({} for SFT).
-
-    Counted are trained tokens (SFT) or pairs (DPO). A third argument is as in `make_train_step`.
-    """
-    objective, settings = OBJECTIVES[type(config.objective)], config.objective
-    if isinstance(settings, sft.SFTConfig):
-        settings = dataclasses.replace(settings, loss_norm="token")
-
-    def eval_step(params, batch, reference=None):
-        if reference is not None:
-            batch = _with_reference(batch, reference, config)
-        batch = objective.add_weights(batch, settings)
-        _, (metrics, values) = objective.loss(
-            params, batch, config=settings, model=config.model, execution=config.execution
-        )
-        counted = batch["loss_mask"] if objective is sft else batch["example"] >= 0
-        count = jnp.sum(counted, dtype=jnp.float32)
-        sums = {name: value * count for name, value in metrics.items()}
-        if objective is dpo:
-            values = {**values, "example": batch["example"]}
-        return sums, count, jax.tree.map(sharding.replicate, values)
+    def eval_step(params, frozen: Frozen, batch: Batch) -> tuple[jax.Array, Measured]:
+        batch = objective.weigh(batch)
+        found = objective.compute(forward, frozen.whole(params), frozen, batch)
+        count = objective.measured(batch)
+        sums = {name: value * count for name, value in found.metrics.items()}
+        examples = jax.tree.map(sharding.replicate, found.examples)
+        return count, Measured(scalars=sums, examples=examples)
 
     return eval_step
 
 
-def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh, num_steps: int) -> TrainState:
-    """Shapes, dtypes and shardings of the whole training state; nothing is allocated."""
+def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Frozen]:
+    """Shapes, dtypes and shardings of all that a run keeps on its devices; nothing is allocated."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
     params = llama.abstract_params(config.model, config.param_dtype)
-    opt_state = jax.eval_shape(optim.make(config.optimizer, num_steps).init, params)
+    params, frozen = jax.eval_shape(config.objective.split, params, key)
+    optimizer = optim.make(config.optimizer, num_steps=1)  # shapes do not depend on them
+    opt_state = jax.eval_shape(optimizer.init, params)
     state = TrainState(step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=opt_state)
+    more = config.objective.param_axes
+    of_params = sharding.param_shardings(mesh, params, more)
+    shardings = TrainState(
+        step=jax.NamedSharding(mesh, jax.P()),
+        params=of_params,
+        opt_state=optim.shardings(optimizer, opt_state, of_params),
+    )
+    of_frozen = Frozen(
+        base=sharding.param_shardings(mesh, frozen.base, more),
+        reference=frozen.reference and sharding.param_shardings(mesh, frozen.reference, more),
+    )
+    return _placed(state, shardings), _placed(frozen, of_frozen)
+
+
+def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh, *, places: int) -> Batch:
+    """Shapes, dtypes and shardings of one update's batch, whose rows hold up to `places`
+    examples."""
+    fields = config.objective.fields(
+        rows=config.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+        places=places,
+    )
+    return {
+        name: jax.ShapeDtypeStruct(
+            field.shape, field.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(*field.axes))
+        )
+        for name, field in fields.items()
+    }
+
+
+def _placed(tree, shardings):
     return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        state,
-        sharding.state_shardings(mesh, state),
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
     )

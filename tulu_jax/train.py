@@ -18,7 +18,9 @@ from tulu_jax.parallel import lifeline, preemption
 
 def main(config) -> None:
     """Checks the run as a whole, trains it, and prints the last evaluation as JSON."""
-    cli.check(config)
+    from tulu_jax import preflight
+
+    cli.check(config, preflight.to_train)
     from tulu_jax import trainer
 
     try:

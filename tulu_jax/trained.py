@@ -2,6 +2,7 @@
 
 import jax
 from absl import logging
+from etils import epath
 
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
@@ -10,11 +11,14 @@ from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files, tokenizer_training
 from tulu_jax.decode import sampler
 from tulu_jax.interop import hf
+from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 
 Messages = list[dict[str, str]]
+KEPT_TOKENIZER = "tokenizer.json"  # in the workdir
 
 
 def saved_step(config: TrainConfig, step: int | None) -> int:
@@ -22,15 +26,35 @@ def saved_step(config: TrainConfig, step: int | None) -> int:
     return checkpoint_lib.Checkpoints(config.workdir).require(step)
 
 
-def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, dict]:
-    """The mesh of the run and the parameters of `step`, or with None those that training starts
-    from. Raises `UsageError` if there is no such checkpoint."""
-    mesh = mesh_lib.make(config.mesh)
-    abstract = step_lib.abstract_state(config, mesh, num_steps=1).params
+def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, llama.Params]:
+    """A mesh of the devices that are here and on it the parameters of `step`, or with None those
+    that training starts from. Raises `UsageError` if there is no such checkpoint."""
+    sizes = sharding.fitting(jax.device_count(), llama.abstract_params(config.model, "float32"))
+    mesh = mesh_lib.make(mesh_lib.MeshConfig(**sizes))
     with jax.set_mesh(mesh):
         if step is None:
-            return mesh, base_lib.initial_params(config, abstract)
-        return mesh, checkpoint_lib.load_params(config.workdir, config.model, abstract, step)
+            return mesh, base_lib.initial_params(config, mesh)
+        state, frozen = step_lib.abstract_state(config, mesh)
+        params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
+        if frozen.base:
+            base = base_lib.initial_params(config, mesh)
+            frozen = config.objective.split(base, jax.random.key(config.seed))[1]
+            params = frozen.whole(params)
+        return mesh, {name: params[name] for name in llama.abstract_params(config.model, "float32")}
+
+
+def tokenizer_path(config: TrainConfig) -> str:
+    """The tokenizer that a run trained with: the one kept in its workdir, or of a run that has
+    none there, that of its config."""
+    kept = epath.Path(config.workdir) / KEPT_TOKENIZER
+    return str(kept) if kept.exists() else config.data.tokenizer
+
+
+def keep_tokenizer(config: TrainConfig) -> None:
+    """Writes the tokenizer of a run into its workdir, so that the folder is whole by itself."""
+    path = config.data.tokenizer
+    backend = tokenizer_files.for_plain_text(chat_lib.load_tokenizer(path).backend, path)
+    (epath.Path(config.workdir) / KEPT_TOKENIZER).write_text(backend.to_str())
 
 
 class Generator:
@@ -55,7 +79,7 @@ class Generator:
         self.step = None if initial else saved_step(config, step)
         self.mesh, self.params = load(config, step=self.step)
         with validation.reading():
-            self.tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
+            self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
         self.settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         self.key = jax.random.key(seed)
 
@@ -85,19 +109,24 @@ def export(
     """Writes the checkpoint of `step` (default: the latest) as the Hugging Face folder `out`.
 
     The folder has the tokenizer with a chat template that makes exactly the training ids, and the
-    generation config of the base where there is one. `dtype` None is that of the base, where it is
-    float32, else bfloat16. Raises `UsageError`, before the parameters are loaded, if there is no
-    such checkpoint or `out` cannot be written.
+    generation config of what the run began from. `dtype` None is that of the base, where it is
+    float32, else bfloat16. Neither the base nor the rows of the run are asked for. Raises
+    `UsageError`, before the parameters are loaded, if there is no such checkpoint or `out` cannot
+    be written.
     """
     step = saved_step(config, step)
-    dtype = dtype or _dtype_of_base(config, step)
+    about = checkpoint_lib.Checkpoints(config.workdir).about(step)
+    dtype = dtype or _dtype_of_base(config, about)
     problems = hf.target_problems(out, config.model, dtype=dtype, overwrite=overwrite)
     if problems:
         raise validation.UsageError("\n".join(problems))
     with validation.reading():
-        tokenizer = chat_lib.load_tokenizer(config.data.tokenizer)
-        backend = tokenizer_files.for_plain_text(tokenizer.backend, config.data.tokenizer)
-        generation = hf.read_generation_config(config.base) if config.base else {}
+        path = tokenizer_path(config)
+        tokenizer = chat_lib.load_tokenizer(path)
+        backend = tokenizer_files.for_plain_text(tokenizer.backend, path)
+        generation = about.get("generation_config")  # checkpoints of before have none
+        if generation is None:
+            generation = base_lib.generation_config(config)
     mesh, params = load(config, step=step)
     with jax.set_mesh(mesh):
         hf.save(
@@ -117,8 +146,7 @@ def export(
         )
 
 
-def _dtype_of_base(config: TrainConfig, step: int) -> str:
-    about = checkpoint_lib.Checkpoints(config.workdir).about(step)
+def _dtype_of_base(config: TrainConfig, about: dict) -> str:
     base = about.get("base_dtype", config.param_dtype)
     dtype = base if base in hf.DTYPES else "bfloat16"  # float16 is read, never written
     logging.info(

@@ -1,4 +1,4 @@
-"""The one training loop, for SFT and DPO: a config in, checkpoints and curves out."""
+"""The one training loop, for every objective: a config in, checkpoints and curves out."""
 
 import dataclasses
 import math
@@ -13,10 +13,11 @@ from absl import logging
 from etils import epath
 
 from tulu_jax import base as base_lib
-from tulu_jax import pairs, validation
 from tulu_jax import step as step_lib
-from tulu_jax.data import loader
-from tulu_jax.objectives import dpo
+from tulu_jax import trained, validation
+from tulu_jax.data.fields import Fields
+from tulu_jax.models.llama import Params
+from tulu_jax.objectives.objective import Batch, Feed
 from tulu_jax.parallel import compiler, preemption, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
@@ -24,57 +25,49 @@ from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import optim
 from tulu_jax.training import state as state_lib
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 CONFIG_FILE = "config.gin"
-
-
-def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The global arrays of a batch from the rows that each process loads (`mesh.row_share`)."""
-    _, parts = mesh_lib.row_share(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding.batch_sharding(mesh, name, value.ndim),
-            value,
-            global_shape=(value.shape[0] * parts, *value.shape[1:]),
-        )
-        for name, value in batch.items()
-    }
+OF_BASE = ("base_dtype", "generation_config")
 
 
 class Run:
-    """One run on one mesh: its data, its compiled steps, its state. `Run(config).train()`.
+    """One run on one mesh: its feed, its compiled steps, its state. `Run(config).train()`.
 
-    `config_text`, the gin text that rebuilds `config`, is saved in the workdir as `config.gin`.
+    `config_text`, the gin text that rebuilds `config`, is saved in the workdir as `config.gin`. A
+    run reads no data before `open`.
     """
 
     def __init__(self, config: TrainConfig, config_text: str | None = None):
         self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh)
         self.row_share = mesh_lib.row_share(self.mesh)
-        self.objective = step_lib.OBJECTIVES[type(config.objective)]
-        with validation.reading():
-            self.train_split = pairs.Split(loader.prepare(config.data, split="train"))
-            held_out = loader.prepare(config.data, split="validation")
-        self.eval_split = None if held_out is None else pairs.Split(held_out)
-        self.num_steps = config.num_updates(self.rows.rows_per_epoch)
+        self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
+        self.abstract, self.abstract_frozen = step_lib.abstract_state(config, self.mesh)
+        self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
+        self.eval_step = jax.jit(step_lib.make_eval_step(config))
+        self.feed: Feed | None = None
+
+    def open(self) -> None:
+        """Opens the data, encoding what is not yet encoded, and counts the updates."""
+        config = self.config
+        self.feed = config.objective.feed(self)
+        rows = self.feed.rows
+        self.num_steps = config.num_updates(rows.rows_per_epoch)
         validation.raise_if(optim.problems(config.optimizer, self.num_steps))
         logging.info(
             "%d updates of %d rows, %.1f examples on average; %d updates of warm-up",
             self.num_steps,
             config.batch_size,
-            config.batch_size * self.rows.num_examples / self.rows.rows_per_epoch,
+            config.batch_size * rows.num_examples / rows.rows_per_epoch,
             optim.num_warmup(config.optimizer, self.num_steps),
         )
-        self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
-        self.abstract = step_lib.abstract_state(config, self.mesh, self.num_steps)
-        self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
-        self.eval_step = jax.jit(step_lib.make_eval_step(config))
-        self.reference: dict | None = None  # parameters of a resident reference
-
-    @property
-    def rows(self) -> loader.Rows:
-        return self.train_split.rows
+        self.fields: Fields = config.objective.fields(
+            rows=config.batch_size,
+            length=config.data.max_length,
+            packing=config.data.packing,
+            places=rows.pairs_per_row,
+        )
 
     def train(self) -> dict[str, float]:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
@@ -82,47 +75,127 @@ class Run:
         Raises `FloatingPointError` if the loss or a gradient is not finite, and
         `preemption.Preempted` after saving what a SIGTERM interrupts.
         """
+        self.open()
         with jax.set_mesh(self.mesh):
-            state, self.weights = self._start()
-            if self.config_text and jax.process_index() == 0:
-                (epath.Path(self.config.workdir) / CONFIG_FILE).write_text(self.config_text)
-            if self.objective is dpo:
-                self._attach_reference(state)
+            state, frozen = self._start()
+            if jax.process_index() == 0:
+                self._keep()
+            self.feed.begin(lambda: self._initial_params(state, frozen), self.weights)
             notice = preemption.Notice()
             try:
-                return self._loop(state, notice)
+                return self._loop(state, frozen, notice)
             finally:
                 self.checkpoints.close()
                 notice.close()
 
+    def _keep(self) -> None:
+        """Leaves in the workdir what makes it whole by itself, beside the checkpoints."""
+        if self.config_text:
+            (epath.Path(self.config.workdir) / CONFIG_FILE).write_text(self.config_text)
+        trained.keep_tokenizer(self.config)
+
     def save_initial(self) -> None:
         """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
         with jax.set_mesh(self.mesh):
-            state, self.weights = self._start()
-            self.checkpoints.save(int(state.step), state, self.about(), {})
+            state, _ = self._start()
+            self.checkpoints.save(int(state.step), state, self._about(), {})
             self.checkpoints.close()
 
-    def _start(self) -> tuple[TrainState, str]:
-        """The state to go on from, and the fingerprint of the parameters the run began with."""
+    def put(self, batch: Batch) -> Batch:
+        """The global arrays of a batch from the rows that each process loads (`mesh.row_share`).
+
+        Raises `ValueError` for a field that is not as the objective says.
+        """
+        _, parts = self.row_share
+        placed = {}
+        for name, value in batch.items():
+            field = self.fields[name]
+            if (value.shape[1:], value.dtype) != (field.shape[1:], np.dtype(field.dtype)):
+                raise ValueError(
+                    f"field {name!r} of a batch is {value.dtype} {list(value.shape[1:])} a row; "
+                    f"expected {field.dtype} {list(field.shape[1:])}, as the objective's fields say"
+                )
+            placed[name] = jax.make_array_from_process_local_data(
+                jax.NamedSharding(self.mesh, sharding.spec(*field.axes)),
+                value,
+                global_shape=(value.shape[0] * parts, *value.shape[1:]),
+            )
+        return placed
+
+    def progress(self, items, name: str, **options):
+        """`items` with a progress bar called `name`, on process 0."""
+        import tqdm
+
+        return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
+
+    def _start(self) -> tuple[TrainState, Frozen]:
+        """What to go on from; with it `weights`, the fingerprint of the parameters the run began
+        with, and `of_base`, what exports need to know of the base."""
         step = self.checkpoints.latest_step()
         if step is not None:
             about = self.checkpoints.about(step)
+            self.weights = about["weights"]
+            self.of_base = {name: about[name] for name in OF_BASE if name in about}
             validation.raise_if(self._resume_problems(about))
             logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
-            return self.checkpoints.restore(step, self.abstract), about["weights"]
-        params = base_lib.initial_params(self.config, self.abstract.params)
-        self.base_dtype = base_lib.weights_dtype(self.config)
+            state, frozen = self.checkpoints.restore(step, self.abstract), Frozen()
+            if jax.tree.leaves(self.abstract_frozen):
+                frozen = self._split(self._loaded_again())[1]
+            return state, frozen
+        params = base_lib.initial_params(self.config, self.mesh)
+        self.of_base = base_lib.about(self.config)
+        self.weights = state_lib.fingerprint(params)
+        params, frozen = self._split(params)
         self._warn_of_rounding(params)
-        init = optim.make(self.config.optimizer, self.num_steps).init
+        init = optim.make(self.config.optimizer, num_steps=1).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=jax.jit(init, out_shardings=shardings)(params),
         )
-        return state, state_lib.fingerprint(params)
+        return state, frozen
 
-    def _warn_of_rounding(self, params: dict) -> None:
+    def _split(self, params: Params) -> tuple[Params, Frozen]:
+        """The parameters of the base as what trains and what is frozen, on their devices."""
+        key = jax.random.key(self.config.seed)
+        trained, frozen = self.config.objective.split(params, key)
+        given = {id(leaf) for leaf in jax.tree.leaves(params)}
+        donated = {id(leaf) for leaf in jax.tree.leaves(trained)} & given
+
+        def placed(leaf, abstract):
+            if id(leaf) in given:
+                return leaf
+            return jax.device_put(np.asarray(leaf, abstract.dtype), abstract.sharding)
+
+        def apart(leaf, abstract):  # the updates donate what trains
+            if id(leaf) not in donated:
+                return placed(leaf, abstract)
+            return jax.jit(jnp.copy, out_shardings=abstract.sharding)(leaf)
+
+        return (
+            jax.tree.map(placed, trained, self.abstract.params),
+            jax.tree.map(apart, frozen, self.abstract_frozen),
+        )
+
+    def _initial_params(self, state: TrainState, frozen: Frozen) -> Params:
+        """The parameters the run began with."""
+        return frozen.whole(state.params) if int(state.step) == 0 else self._loaded_again()
+
+    def _loaded_again(self) -> Params:
+        """The parameters of the base of a resumed run. Raises `UsageError` if the base is no longer
+        the one that the run began with."""
+        params = base_lib.initial_params(self.config, self.mesh)
+        found = state_lib.fingerprint(params)
+        if found != self.weights:
+            raise validation.UsageError(
+                f"base = {self.config.base!r} has weights {found}; this run began with "
+                f"{self.weights}, and what is frozen or cached of them is needed again. Restore "
+                "that base, or start anew in another --workdir"
+            )
+        return params
+
+    def _warn_of_rounding(self, params: Params) -> None:
         """Warns if much of what the updates would change is below the parameters' precision."""
         rate, dtype = self.config.optimizer.learning_rate, jnp.dtype(self.config.param_dtype)
         if rate >= jnp.finfo(dtype).eps:
@@ -139,115 +212,68 @@ class Run:
                 *(100 * share, rate, dtype.name, advice),
             )
 
-    def about(self) -> dict[str, Any]:
-        """What a checkpoint says of the run, and what a resumed run must agree with."""
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, and what a resumed run must agree with; before the
+        data is opened, the first update is still free to choose it."""
         config = self.config
-        return {
-            "params": checkpoint_lib.param_shapes(self.abstract.params),
-            "weights": self.weights,
-            "base_dtype": self.base_dtype,
-            "must_match": {
-                "data": self.rows.fingerprint,
+        must_match = {
+            "model": dataclasses.asdict(config.model),
+            "objective": config.objective.identity(),
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "param_dtype": config.param_dtype,
+        }
+        if self.feed is not None:
+            must_match |= {
+                "data": self.feed.rows.fingerprint,
                 "data_seed": config.data.seed,
                 "batch_size": config.batch_size,
                 "num_steps": self.num_steps,
-                "model": dataclasses.asdict(config.model),
-                "objective": dataclasses.asdict(config.objective),
-                "optimizer": dataclasses.asdict(config.optimizer),
-                "param_dtype": config.param_dtype,
-            },
+            }
+        return {
+            "params": checkpoint_lib.param_shapes(self.abstract.params),
+            "frozen": checkpoint_lib.param_shapes(self.abstract_frozen.base),
+            "weights": self.weights,
+            **self.of_base,
+            "must_match": must_match,
         }
 
     def _resume_problems(self, about: dict) -> list[str]:
-        self.weights = about["weights"]
-        self.base_dtype = about.get("base_dtype", self.config.param_dtype)
-        ours, theirs = self.about()["must_match"], about["must_match"]
-        return checkpoint_lib.param_problems(about["params"], self.abstract.params) + [
-            f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
-            f"this run has {now}. Restore the setting or choose another --workdir"
-            for name, before, now in _different(theirs, ours)
+        ours = self._about()
+        frozen = about.get("frozen", {})  # checkpoints of before froze nothing
+        return [
+            *checkpoint_lib.param_problems(about["params"], self.abstract.params),
+            *checkpoint_lib.param_problems(frozen, self.abstract_frozen.base, "frozen parameter"),
+            *(
+                f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
+                f"this run has {now}. Restore the setting or choose another --workdir"
+                for name, before, now in _different(about["must_match"], ours["must_match"])
+            ),
         ]
 
-    def _attach_reference(self, state: TrainState) -> None:
-        """The reference of DPO, the parameters the run began with: a frozen copy of them, or the
-        log-probabilities of both splits; nothing for a loss that needs none."""
-        if not self.config.objective.needs_reference:
-            return
-        if self.config.objective.reference == "resident":
-            params = self._reference_params(state)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
-            self.reference = copy(params)  # the updates donate the state
-            return
-
-        def with_logps(name, split):
-            if split is None:
-                return None
-            logps = pairs.reference_logps(
-                self.config,
-                split.rows,
-                pairs.reference_cache(self.config, name, split.rows, self.weights),
-                params=lambda: self._reference_params(state),
-                put=lambda batch: put_batch(batch, self.mesh),
-                progress=self._progress,
-            )
-            return pairs.Split(split.rows, logps)
-
-        self.train_split = with_logps("train", self.train_split)
-        self.eval_split = with_logps("eval", self.eval_split)
-
-    def _reference_params(self, state: TrainState) -> dict:
-        """The parameters the run began with; a resumed run without its cache loads its base again.
-
-        Raises `UsageError` if the base is no longer the one that the run began with.
-        """
-        if int(state.step) == 0:
-            return state.params
-        params = base_lib.initial_params(self.config, self.abstract.params)
-        found = state_lib.fingerprint(params)
-        if found != self.weights:
-            raise validation.UsageError(
-                f"base = {self.config.base!r} has weights {found}; this run began with "
-                f"{self.weights}, and its cached reference log-probabilities are gone. Restore "
-                "that base, or start anew in another --workdir"
-            )
-        return params
-
-    def _eval_batches(self, rows: loader.Rows) -> Iterator[dict]:
-        return loader.eval_batches(
-            rows,
-            batch_size=self.config.micro_batch_size or self.config.batch_size,
-            process_index=self.row_share[0],
-            process_count=self.row_share[1],
-        )
-
-    def _progress(self, items, name: str, **options):
-        import tqdm
-
-        return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
-
-    def evaluate(self, params: dict) -> dict[str, float]:
-        """`eval/*` means over the whole validation split, of DPO by source and by length as well;
+    def evaluate(self, params: Params, frozen: Frozen) -> dict[str, float]:
+        """`eval/*` means over the whole validation split, and over the feed's groups of examples;
         nothing if there is no such split."""
-        if self.eval_split is None:
+        batches = self.feed.evaluation()
+        if batches is None:
             return {}
-        totals, count = dict.fromkeys(self.objective.METRICS, 0.0), 0.0
-        groups = pairs.Groups(self.eval_split.rows)
-        for batch in self._eval_batches(self.eval_split.rows):
-            batch = put_batch(self.eval_split.attach(batch), self.mesh)
-            sums, n, values = jax.device_get(self.eval_step(params, batch, self.reference))
-            totals = {name: totals[name] + float(sums[name]) for name in totals}
+        totals, count, examples = dict.fromkeys(self.config.objective.metrics, 0.0), 0.0, []
+        for batch in batches:
+            n, found = jax.device_get(self.eval_step(params, frozen, self.put(batch)))
+            totals = {name: totals[name] + float(found.scalars[name]) for name in totals}
             count += float(n)
-            groups.add(values)
-        means = {name: total / count for name, total in totals.items()} | groups.means()
+            examples.append(found.examples)
+        means = {name: total / count for name, total in totals.items()}
+        means |= self.feed.groups(examples)
         return {f"eval/{name}": mean for name, mean in means.items()}
 
-    def _loop(self, state: TrainState, notice: preemption.Notice) -> dict[str, float]:
+    def _loop(
+        self, state: TrainState, frozen: Frozen, notice: preemption.Notice
+    ) -> dict[str, float]:
         config = self.config
         start = int(state.step)
         if start >= self.num_steps:
             logging.info("Nothing left to do: step %d of %d", start, self.num_steps)
-            return self.evaluate(state.params)
+            return self.evaluate(state.params, frozen)
         recorder = metrics_lib.Recorder(
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
@@ -257,25 +283,17 @@ class Run:
             donate_argnums=0,
             compiler_options=compiler.options(self.mesh.devices.flat[0].device_kind),
         )
-        batches = loader.batches(
-            self.rows,
-            batch_size=config.batch_size,
-            start_step=start,
-            num_steps=self.num_steps,
-            process_index=self.row_share[0],
-            process_count=self.row_share[1],
-            workers=config.data.workers,
-        )
         last_eval: dict[str, float] = {}
         if start == 0:
-            last_eval = self.evaluate(state.params)
+            last_eval = self.evaluate(state.params, frozen)
             recorder.write(0, last_eval)
-        bar = self._progress(batches, "train", initial=start, total=self.num_steps)
-        for step, batch in enumerate(bar, start + 1):
-            batch = put_batch(self.train_split.attach(batch), self.mesh)
+        steps = range(start + 1, self.num_steps + 1)
+        bar = self.progress(steps, "train", initial=start, total=self.num_steps)
+        for step in bar:
+            batch = self.put(self.feed(step, state.params))
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch, self.reference)
-            meter.push(step, metrics, bar)
+                state, measured = train_step(state, frozen, batch)
+            meter.push(step, measured, bar)
             final = step == self.num_steps
             stop = not final and notice.reached(step)
             save = final or stop or step % config.checkpoint.every == 0
@@ -283,14 +301,14 @@ class Run:
             if save or evaluate:
                 meter.flush(bar)  # a checkpoint is of finite numbers only
             if evaluate:
-                last_eval = self.evaluate(state.params)
+                last_eval = self.evaluate(state.params, frozen)
                 recorder.write(step, last_eval)
                 logging.info("step %d %s", step, _line(last_eval))
                 meter.restart()
             if save:
                 measured = last_eval if evaluate else {}
                 recorder.flush()  # a resumed run has the lines before its checkpoint
-                self.checkpoints.save(step, state, self.about(), measured)
+                self.checkpoints.save(step, state, self._about(), measured)
             if stop:
                 recorder.close()
                 self.checkpoints.wait()
@@ -306,7 +324,7 @@ class Meter:
 
     def __init__(self, run: Run, recorder: metrics_lib.Recorder):
         self.run, self.recorder = run, recorder
-        self.pending: tuple[int, dict] | None = None
+        self.pending: tuple[int, step_lib.Measured] | None = None
         self.flops = run.config.model.flops_per_token(run.config.data.max_length)
         self.restart()
 
@@ -314,24 +332,23 @@ class Meter:
         """Leaves what happened since the last update out of the rates."""
         self.time = time.perf_counter()
 
-    def push(self, step: int, metrics: dict, bar) -> None:
-        """Remembers the metrics of `step` and reports those of the update before."""
+    def push(self, step: int, measured: step_lib.Measured, bar) -> None:
+        """Remembers what was measured at `step` and reports that of the update before."""
         self.flush(bar)
-        self.pending = step, metrics
+        self.pending = step, measured
 
     def flush(self, bar) -> None:
         """Reports what is pending. Raises `FloatingPointError` if it is not finite."""
         if self.pending is None:
             return
-        step, metrics = self.pending
+        step, measured = self.pending
         self.pending = None
-        margins = metrics.pop(step_lib.PAIR_MARGINS, None)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: float(value) for name, value in jax.device_get(measured.scalars).items()}
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
-        self._require_finite(step, values, margins)
-        counted = [n for n in (*metrics_lib.COUNTS, *metrics_lib.EXAMPLES) if n in values]
-        counts = {name: values.pop(name) for name in counted}
+        self._require_finite(step, values, measured.examples)
+        known = {*self.run.config.objective.metrics, "grad_norm", "learning_rate"}
+        counts = {name: values.pop(name) for name in list(values) if name not in known}
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"batch/{name}": value for name, value in counts.items()}
         scalars |= metrics_lib.rates(
@@ -342,22 +359,22 @@ class Meter:
         rate = scalars["perf/nonpadding_tokens_per_second"]
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} useful tokens/s")
 
-    def _require_finite(self, step: int, values: dict[str, float], margins) -> None:
+    def _require_finite(self, step: int, values: dict[str, float], examples: dict) -> None:
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not bad:
             return
         run, size = self.run, self.run.config.batch_size
-        rows = [run.rows.example_ids(row) for row in range((step - 1) * size, step * size)]
+        rows = [run.feed.rows.example_ids(row) for row in range((step - 1) * size, step * size)]
         said = ""
-        if margins is not None:
-            by_row = np.isfinite(np.asarray(margins)).reshape(size, -1)
+        for name, value in examples.items():
+            by_row = np.isfinite(np.asarray(value)).reshape(size, -1)
             named = [
                 example
                 for ids, finite in zip(rows, by_row, strict=True)
                 for example, fine in zip(ids, finite, strict=False)
                 if not fine
             ]
-            said = f"Pairs whose margin is not finite: {', '.join(named) or 'none'}. "
+            said += f"Examples whose {name} is not finite: {', '.join(named) or 'none'}. "
         run.checkpoints.wait()
         raise FloatingPointError(
             f"step {step}: {_line(bad)} is not finite. {said}Rows of the batch: "
@@ -368,8 +385,9 @@ class Meter:
 
 
 def _different(before: dict, now: dict, inside: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, value before, value now) of what differs, nested ones as "outer.inner"."""
-    for name in now:
+    """(name, value before, value now) of what differs, nested ones as "outer.inner"; what a
+    checkpoint does not record at all is free."""
+    for name in (name for name in now if inside or name in before):
         was, value = before.get(name), now[name]
         if isinstance(was, dict) and isinstance(value, dict):
             yield from _different(was, value, f"{inside}{name}.")

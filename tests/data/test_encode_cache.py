@@ -13,7 +13,7 @@ import sys
 import pytest
 from raw_rows import chats, identity, messages, pair, write_jsonl
 
-from tulu_jax.data import chat, encode, examples, loader, registry, tokenizer_training
+from tulu_jax.data import chat, data_checks, encode, examples, loader, registry, tokenizer_training
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def two(config, tmp_path, add_task) -> loader.DataConfig:
 def held_out(config, **changes) -> dict[str, int]:
     """The number of train rows of each task that are not trained on."""
     config = dataclasses.replace(config, **changes)
-    assert list(loader.problems(config, kind="sft")) == []
+    assert list(data_checks.problems(config, kind="sft")) == []
     assert loader.prepare(config, split="validation").num_examples
     tasks = loader.prepare(config, split="train").stats.tasks
     return {counts.task: counts.raw_rows - counts.examples for counts in tasks}
@@ -383,13 +383,13 @@ def test_rows_are_held_out_only_for_the_validation_split_that_they_go_to(two, tm
     ],
 )
 def test_a_validation_split_without_rows_is_found_before_encoding(two, encoded, changes, message):
-    (problem,) = loader.problems(dataclasses.replace(two, **changes), kind="sft")
+    (problem,) = data_checks.problems(dataclasses.replace(two, **changes), kind="sft")
     assert re.match(f".*{message}", problem) and encoded == []
 
 
 def test_a_file_of_both_splits_is_found_before_encoding(config, add_task):
     task = add_task("both", {"train": "rows.jsonl", "validation": "rows.jsonl"})
-    (problem,) = loader.problems(dataclasses.replace(config, train=task), kind="sft")
+    (problem,) = data_checks.problems(dataclasses.replace(config, train=task), kind="sft")
     assert "rows.jsonl is trained on (both) and is the validation split, too (both)" in problem
 
 

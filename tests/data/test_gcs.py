@@ -21,7 +21,7 @@ import pytest
 from raw_rows import chats, write_jsonl
 
 from tulu_jax import preflight
-from tulu_jax.data import encode, loader
+from tulu_jax.data import data_checks, encode, loader
 from tulu_jax.data.sources import readers
 from tulu_jax.training import metrics
 
@@ -258,7 +258,7 @@ def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypat
     with pytest.raises(OSError, match="gs://globs-out-of-reach cannot be read or written"):
         readers.find("gs://globs-out-of-reach/data/*.parquet")
     tries.clear()
-    (problem,) = loader.problems(away, kind="sft")
+    (problem,) = data_checks.problems(away, kind="sft")
     assert problem.startswith("a (train): gs://out-of-reach cannot be read") and not tries
     with pytest.raises(OSError, match="gs://cache-out-of-reach cannot be read or written"):
         local(dataclasses.replace(config, cache_dir="gs://cache-out-of-reach/cache"))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tulu_jax.data import chat, loader, store
+from tulu_jax.data import chat, data_checks, loader, store
 from tulu_jax.data.sources import tulu_tiny
 
 SFT_KEYS = ["loss_mask", "positions", "segment_ids", "targets", "tokens"]
@@ -307,13 +307,13 @@ def test_problems_of_a_run_are_listed_together(sft_config, tmp_path):
     config = dataclasses.replace(
         sft_config, train="lima", tokenizer=str(tmp_path), data_root=str(tmp_path)
     )
-    assert list(loader.problems(sft_config, kind="sft")) == []
-    found = list(loader.problems(config, kind="preference"))
+    assert list(data_checks.problems(sft_config, kind="sft")) == []
+    found = list(data_checks.problems(config, kind="preference"))
     assert len(found) == 3
     assert "the objective trains on preference data; 'lima' is sft data" in found[0]
     assert "found no tokenizer" in found[1]
     assert found[2].startswith("lima (train): task 'lima': found no ")
-    assert loader.vocab_size(config) is None
+    assert data_checks.vocab_size(config) is None
 
 
 def test_importing_data_loads_no_heavy_library():

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, messages, write_jsonl
 
-from tulu_jax.data import loader, registry
+from tulu_jax.data import data_checks, loader, registry
 from tulu_jax.data.audit import card, check, show
 from tulu_jax.data.sources import own
 
@@ -48,7 +48,7 @@ def first_batch(rows: loader.Rows) -> loader.Batch:
 def test_from_a_file_to_batches(config, folder):
     write_jsonl(folder / "my.jsonl", chats(20))
     data = config("my.jsonl", holdout_every=5, max_length=128)
-    assert data.kind == "sft" and list(loader.problems(data, kind="sft")) == []
+    assert data.kind == "sft" and list(data_checks.problems(data, kind="sft")) == []
     train, validation = (loader.prepare(data, split=split) for split in registry.SPLITS)
     assert ids(validation) == [f"my.jsonl/{i}" for i in (4, 9, 14, 19)] and train.num_examples == 16
     (counts,) = train.stats.tasks
@@ -69,11 +69,11 @@ def test_from_a_file_to_batches(config, folder):
 def test_pairs_from_a_file_to_batches(config, folder):
     write_jsonl(folder / "my.jsonl", [{"prompt": f"Say {i}", **ANSWERS} for i in range(6)])
     data = config("my.jsonl", holdout_every=3)
-    assert data.kind == "preference" and list(loader.problems(data, kind="preference")) == []
+    assert data.kind == "preference" and list(data_checks.problems(data, kind="preference")) == []
     train, validation = (loader.prepare(data, split=split) for split in registry.SPLITS)
     assert (train.num_examples, validation.num_examples) == (4, 2)
     assert set(first_batch(train)["branches"].reshape(-1).tolist()) == {0, 1, 2}
-    (problem,) = loader.problems(data, kind="sft")
+    (problem,) = data_checks.problems(data, kind="sft")
     assert "the objective trains on sft data; 'my.jsonl' is preference data" in problem
     built = card.build(data, {"train": train}, batch_size=2, prompts=None)
     assert built.numbers["mixture"] == "my.jsonl"
@@ -140,7 +140,7 @@ def test_a_second_file_is_the_validation_split(config, folder):
     write_jsonl(folder / "my.jsonl", chats(10))
     write_jsonl(folder / "val.jsonl", chats(3))
     data = config("my.jsonl", validation="val.jsonl", holdout_every=5)
-    assert list(loader.problems(data, kind="sft")) == []
+    assert list(data_checks.problems(data, kind="sft")) == []
     train, validation = (loader.prepare(data, split=split) for split in registry.SPLITS)
     assert (train.num_examples, validation.num_examples) == (10, 3)
 
@@ -149,7 +149,7 @@ def test_the_file_that_is_trained_on_is_no_validation_split(config, folder):
     write_jsonl(folder / "my.jsonl", chats(10))
     (folder / "alias.jsonl").symlink_to(folder / "my.jsonl")
     for validation in ("my.jsonl", "./my.jsonl", "alias.jsonl"):
-        (problem,) = loader.problems(config("my.jsonl", validation=validation), kind="sft")
+        (problem,) = data_checks.problems(config("my.jsonl", validation=validation), kind="sft")
         assert f"{folder}/my.jsonl is trained on (my.jsonl) and is the validation split, too" in (
             problem
         )

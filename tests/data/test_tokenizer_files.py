@@ -7,7 +7,7 @@ import shutil
 import pytest
 from sentencepiece_models import trained
 
-from tulu_jax.data import chat, loader, tokenizer_files, tokenizer_training
+from tulu_jax.data import chat, data_checks, loader, tokenizer_files, tokenizer_training
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 499723\n"
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, messag
         with pytest.raises(ValueError, match=rf"{name}: {message}"):
             chat.load_tokenizer(path)
     config = loader.DataConfig(train="tulu_tiny", tokenizer=folder, max_length=64)
-    (problem,) = loader.problems(config, kind="sft")
+    (problem,) = data_checks.problems(config, kind="sft")
     assert problem.startswith("tokenizer: ") and "\n" not in problem
 
 

@@ -46,7 +46,7 @@ def run(tmp_path_factory, shared_data, request):
     about = {
         "params": checkpoint.param_shapes(params),
         "weights": "w",
-        "base_dtype": base.weights_dtype(config),
+        **base.about(config),
         "must_match": {"model": dataclasses.asdict(model)},
     }
     saved = checkpoint.Checkpoints(config.workdir, checkpoint.CheckpointConfig(every=4))

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from tulu_jax.data import fields
+
 PACKINGS = ("best_fit", "none")
 
 
@@ -91,7 +93,7 @@ def fill_row(
 
     Each example's shift happens inside its own segment, so no target crosses into the next.
     """
-    row, start = _empty_row(capacity), 0
+    row, start = fields.empty_row(capacity, branches=False), 0
     for segment, (ids, spans) in enumerate(examples, 1):
         stop = start + len(ids) - 1
         _place(row, ids, spans, start=start, stop=stop, segment=segment)
@@ -110,8 +112,7 @@ def fill_pair_row(
     branches continue the positions of the prompt. A key is visible to a query if it is not later
     in the row, in the same segment, and in the prompt or in the same branch.
     """
-    row, start = _empty_row(capacity), 0
-    row["branches"] = np.zeros(capacity, np.int32)
+    row, start = fields.empty_row(capacity, branches=True), 0
     for segment, sides in enumerate(pairs, 1):
         shared = int(sides[0][1][0, 0])
         prompt, no_spans = sides[0][0][: shared + 1], np.zeros((0, 2), np.int64)
@@ -126,13 +127,6 @@ def fill_pair_row(
             row["branches"][start:stop] = branch
             start = stop
     return row
-
-
-def _empty_row(capacity: int) -> dict[str, np.ndarray]:
-    dtypes = {name: np.int32 for name in ("tokens", "targets", "segment_ids", "positions")}
-    return {name: np.zeros(capacity, dtype) for name, dtype in dtypes.items()} | {
-        "loss_mask": np.zeros(capacity, np.bool_)
-    }
 
 
 def _place(row, ids, spans, *, start: int, stop: int, segment: int) -> None:

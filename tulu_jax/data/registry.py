@@ -11,6 +11,7 @@ as well (`own_rows`).
 import dataclasses
 import functools
 import importlib
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 from tulu_jax import validation
@@ -218,24 +219,29 @@ def all_names() -> list[str]:
 
 
 def components(
-    wanted: str | Mixture | Task, *, data_root: str | None = None, split: str = "train"
+    wanted: str | Mixture | Task,
+    *,
+    data_root: str | None = None,
+    split: str = "train",
+    read: bool = True,
 ) -> list[Component]:
     """The tasks behind a mixture or task, its name, or the path of a file of own rows.
 
     Such a file is looked for in the working directory and below `data_root`, and its first row
-    tells the kind of the task; all its rows are the source of `split`, too. Raises `ValueError` for
+    tells the kind of the task; all its rows are the source of `split`, too. Without `read` such a
+    file need not be there, and the kind of its task is None. Raises `ValueError` for
     unknown names and splits, a task that is named twice, a number of rows of a mixture, and a
     mixture of supervised and preference tasks; all of them at once.
     """
     check_split(split)
     problems: list[str] = []
-    find = functools.partial(_found, data_root=data_root, split=split)
+    find = functools.partial(_found, data_root=data_root, split=split, read=read)
     found = _flat(wanted, None, None, find, problems)
     names = [component.task.name for component in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         problems.append(f"mixture {name_of(wanted)!r} has tasks more than once: {twice}")
-    kinds = {component.task.name: component.task.kind for component in found}
+    kinds = {c.task.name: c.task.kind for c in found if c.task.kind is not None}
     if len(set(kinds.values())) > 1:
         problems.append(f"mixture {name_of(wanted)!r} has tasks of different kinds: {kinds}")
     if problems:
@@ -277,11 +283,18 @@ def _no_such_name(name: str) -> str:
     )
 
 
-def _found(wanted: str | Mixture | Task, *, data_root: str | None, split: str) -> Mixture | Task:
+def _found(
+    wanted: str | Mixture | Task, *, data_root: str | None, split: str, read: bool
+) -> Mixture | Task:
     """The mixture, or the task with its kind and converter."""
     from tulu_jax.data import own_rows  # it reads files of tasks
 
     found = _named(wanted) if isinstance(wanted, str) else wanted
+    if not read:
+        if found is None and ("/" in wanted or pathlib.PurePath(wanted).suffix):
+            return Task(name=wanted, sources={"train": wanted})
+        if found is not None:
+            return found
     if found is None:
         try:
             found = own_rows.task_of_file(wanted, data_root=data_root, split=split)

@@ -12,7 +12,7 @@ from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
 __all__ = ["held_out", "is_exact", "style"]
 
 VOCAB_SIZE = 512
-TASKS = ("tulu_tiny", "tulu_tiny_preference")
+OF_KIND = {"sft": "tulu_tiny", "preference": "tulu_tiny_preference"}
 
 
 def _as_is(row: dict) -> dict:

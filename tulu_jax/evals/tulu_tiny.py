@@ -18,12 +18,12 @@ def problems(data: loader.DataConfig) -> Iterator[str]:
     """Why these prompts are not held-out ones of a run on `data`, if none of its rows is of
     tulu_tiny."""
     tasks = [component.task.name for component in registry.components(data.train)]
-    if not set(tasks) & set(tulu_tiny.TASKS):
+    if not set(tasks) & set(tulu_tiny.OF_KIND.values()):
         yield (
             f"evaluate scores the held-out prompts of tulu_tiny; this run trains on "
             f"{registry.name_of(data.train)!r} ({', '.join(tasks)}), to which they do not belong; "
-            f"expected a run on {' or '.join(tulu_tiny.TASKS)}. What this run says of its own "
-            "held-out rows is in its metrics.jsonl (eval/*), with holdout_every or a validation set"
+            f"expected a run on {' or '.join(tulu_tiny.OF_KIND.values())}. What this run says of "
+            "its own held-out rows is in its metrics.jsonl (eval/*), with holdout_every or a validation set"
         )
 
 

@@ -184,6 +184,23 @@ def hidden_states(
     return run(params, tokens, segment_ids, positions, branches)
 
 
+def forward(config: LlamaConfig, execution: ExecutionConfig) -> Callable[[Params, dict], jax.Array]:
+    """(params, batch) -> `hidden_states` of the rows of a batch, by the names of its fields."""
+
+    def run(params, batch):
+        return hidden_states(
+            config,
+            execution,
+            params,
+            tokens=batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            branches=batch.get("branches"),
+        )
+
+    return run
+
+
 def unembedding(params: Params) -> Float[Array, "V D"]:
     """The output projection, a row for each id: the transposed head, or the tied embedding."""
     if "lm_head" in params:

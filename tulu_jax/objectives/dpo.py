@@ -8,32 +8,21 @@ prompt before each answer, and `example` is [B]. Below, `*pairs` is the shape of
 
 import dataclasses
 import warnings
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tulu_jax import validation
+from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
-from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import losses, preference
+from tulu_jax.models.config import DTYPES
+from tulu_jax.objectives import dpo_feed, losses, objective, preference
 from tulu_jax.objectives.preference import CHOSEN, REJECTED
+from tulu_jax.training.state import Frozen
 
-KIND = "preference"
 REFERENCES = ("cached", "resident")
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "kl",
-    "lengths/chosen",
-    "lengths/rejected",
-    "truncated",
-)
 SAFE = -1.0  # the log-probability of places without a pair: finite in every loss
 
 
@@ -45,7 +34,8 @@ class DPOConfig:
     and 'simpo' reckon with, `target_margin` the γ of 'simpo'. `reference`: 'cached' computes the
     reference's log-probabilities once, before training; 'resident' keeps a frozen copy of the first
     parameters instead. `log_softmax_dtype` 'bfloat16' is as the original computed it, see
-    `losses.bfloat16_token_logps`. `vocab_chunk` as in `SFTConfig`.
+    `losses.bfloat16_token_logps`. `vocab_chunk` as in `SFTConfig`. The functions are those of
+    `objective.Objective`.
     """
 
     loss: str = "sigmoid"
@@ -55,6 +45,16 @@ class DPOConfig:
     reference: str = "cached"
     log_softmax_dtype: str = "float32"
     vocab_chunk: int = 512
+
+    kind: ClassVar[str] = "preference"
+    metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected", "kl", "lengths/chosen", "lengths/rejected"),
+        "truncated",
+    )
+    watched: ClassVar[tuple[str, ...]] = ("rewards/margins",)
+    param_axes: ClassVar[tuple] = ()
+    row_multiple: ClassVar[int] = 1
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -95,44 +95,140 @@ class DPOConfig:
     def needs_reference(self) -> bool:
         return self.loss not in preference.REFERENCE_FREE
 
+    @property
+    def caches_reference(self) -> bool:
+        """Whether a batch brings the reference's log-probabilities."""
+        return self.needs_reference and self.reference == "cached"
 
-def add_weights(batch: dict, config: DPOConfig) -> dict:
-    """`batch` with float32 `weights` [*pairs]: 1 / pairs of the update, 0 where there is none."""
-    real = (batch["example"] >= 0).astype(jnp.float32)
-    return {**batch, "weights": real / jnp.maximum(real.sum(), 1.0)}
+    @property
+    def scores_first(self) -> bool:
+        return self.caches_reference
 
+    def saves_memory(self):
+        return ["DPOConfig.reference = 'cached'"] if self.reference == "resident" else []
 
-def response_logps(
-    params: llama.Params,
-    batch: dict,
-    *,
-    config: DPOConfig,
-    model: LlamaConfig,
-    execution: ExecutionConfig,
-) -> Float[Array, "*pairs 2"]:
-    """Summed float32 log-probability of both responses of each pair, [CHOSEN, REJECTED]; 0 where
-    there is no pair.
+    def problems(self, config):
+        yield (
+            config.reference_dir is None or self.caches_reference,
+            f"reference_dir = {config.reference_dir!r} is for DPO with reference = 'cached'; this "
+            "run caches no reference",
+        )
+        yield (
+            self.log_softmax_dtype != "bfloat16" or config.execution.compute_dtype == "bfloat16",
+            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
+            f"as the original's did; compute_dtype = {config.execution.compute_dtype!r}. Set both, "
+            "or neither",
+        )
 
-    A pair lies in one row, or in neighbours along the batch, so it stays on one device.
-    """
-    length = batch["tokens"].shape[-1]
-    flat = {
-        name: batch[name].reshape(-1, length)
-        for name in ("tokens", "targets", "segment_ids", "positions")
-    }
-    hidden = llama.hidden_states(
-        model,
-        execution,
-        params,
-        tokens=flat["tokens"],
-        segment_ids=flat["segment_ids"],
-        positions=flat["positions"],
-        branches=batch.get("branches"),
-    )
-    paper = config.log_softmax_dtype == "bfloat16"
-    token_logps = losses.bfloat16_token_logps if paper else losses.token_logps
-    logps = token_logps(hidden, llama.unembedding(params), flat["targets"], config.vocab_chunk)
-    return response_sums(logps.reshape(batch["tokens"].shape), batch)
+    def identity(self):
+        return dataclasses.asdict(self)
+
+    def fields(self, *, rows, length, packing, places):
+        """Those of `fields.pairs`, bool `truncated` [*pairs], whether the pair was cut to fit, and
+        with a cached reference its float32 `ref_logps` [*pairs, 2]."""
+        packed = packing != "none"
+        found = fields_lib.pairs(rows=rows, length=length, packed=packed, places=places)
+        added = {"truncated": fields_lib.of_examples(found, "bool")}
+        if self.caches_reference:
+            added["ref_logps"] = fields_lib.of_examples(found, "float32", 2)
+        return {**found, **added}
+
+    def split(self, params, key):
+        del key
+        resident = self.needs_reference and self.reference == "resident"
+        return params, Frozen(reference=params) if resident else Frozen()
+
+    def weigh(self, batch):
+        """`batch` with float32 `weights` [*pairs]: 1 / pairs of the update, 0 where there is
+        none."""
+        real = (batch["example"] >= 0).astype(jnp.float32)
+        return {**batch, "weights": real / jnp.maximum(real.sum(), 1.0)}
+
+    def counts(self, batch):
+        return {"pairs": self.measured(batch)} | objective.position_counts(batch)
+
+    def measured(self, batch):
+        return jnp.sum(batch["example"] >= 0, dtype=jnp.float32)
+
+    def compute(self, forward, params, frozen, batch):
+        """The mean of the pairs' losses; in `examples` each metric pair by pair, [*pairs]."""
+        logps = self.response_logps(forward, params, batch)
+        real = batch["example"] >= 0
+        lengths = response_sums(jnp.ones(batch["loss_mask"].shape), batch)
+        ratios = logps - self._ref_logps(forward, frozen, batch) if self.needs_reference else logps
+        ratios = jnp.where(real[..., None], ratios, SAFE)
+        values = {
+            "loss": preference.pair_losses(
+                self.loss,
+                ratios,
+                lengths,
+                real=real,
+                beta=self.beta,
+                label_smoothing=self.label_smoothing,
+                target_margin=self.target_margin,
+            )
+        }
+        values |= self._rewards(ratios, lengths) | {
+            "logps/chosen": logps[..., CHOSEN],
+            "logps/rejected": logps[..., REJECTED],
+            "lengths/chosen": lengths[..., CHOSEN],
+            "lengths/rejected": lengths[..., REJECTED],
+            "truncated": batch["truncated"].astype(jnp.float32),
+        }
+        shares = {name: jnp.sum(batch["weights"] * value) for name, value in values.items()}
+        examples = jax.lax.stop_gradient(values) | {"example": batch["example"]}
+        return objective.Loss(value=shares["loss"], metrics=shares, examples=examples)
+
+    def response_logps(
+        self, forward: objective.Forward, params: llama.Params, batch: objective.Batch
+    ) -> Float[Array, "*pairs 2"]:
+        """Summed float32 log-probability of both responses of each pair, [CHOSEN, REJECTED]; 0
+        where there is no pair.
+
+        A pair lies in one row, or in neighbours along the batch, so it stays on one device.
+        """
+        length = batch["tokens"].shape[-1]
+        rows = {
+            name: batch[name].reshape(-1, length)
+            for name in (*fields_lib.BY_POSITION, *fields_lib.BRANCHES)
+            if name in batch
+        }
+        paper = self.log_softmax_dtype == "bfloat16"
+        token_logps = losses.bfloat16_token_logps if paper else losses.token_logps
+        hidden, unembedding = forward(params, rows), llama.unembedding(params)
+        logps = token_logps(hidden, unembedding, rows["targets"], self.vocab_chunk)
+        return response_sums(logps.reshape(batch["tokens"].shape), batch)
+
+    def evaluating(self):
+        return self
+
+    def feed(self, run):
+        return dpo_feed.PairFeed(self, run)
+
+    def _ref_logps(self, forward, frozen, batch):
+        if self.caches_reference:
+            return batch["ref_logps"]
+        return jax.lax.stop_gradient(self.response_logps(forward, frozen.reference, batch))
+
+    def _rewards(self, ratios, lengths) -> objective.Arrays:
+        """Implicit rewards β(log π − log π_ref), their margin, whether it is positive (a tie is not
+        a win), and the mean of log π − log π_ref over both answers: an estimate, on the data's
+        answers instead of the policy's own, of the KL divergence from the reference in nats an
+        answer.
+
+        Without a reference the rewards are β times the mean log π of a token, as in SimPO and ORPO.
+        """
+        if not self.needs_reference:
+            ratios = ratios / jnp.maximum(lengths, 1.0)
+        rewards = self.beta * ratios
+        margins = rewards[..., CHOSEN] - rewards[..., REJECTED]
+        return {
+            "rewards/chosen": rewards[..., CHOSEN],
+            "rewards/rejected": rewards[..., REJECTED],
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).astype(jnp.float32),
+            "kl": ratios.mean(axis=-1) if self.needs_reference else jnp.zeros(margins.shape),
+        }
 
 
 def response_sums(values: Float[Array, "B *two T"], batch: dict) -> Float[Array, "*pairs 2"]:
@@ -148,64 +244,3 @@ def response_sums(values: Float[Array, "B *two T"], batch: dict) -> Float[Array,
         return jax.ops.segment_sum(values, response, num_segments=2 * pairs + 1)[:-1]
 
     return jax.vmap(row)(values, response).reshape(-1, pairs, 2)
-
-
-def loss(
-    params: llama.Params,
-    batch: dict,
-    *,
-    config: DPOConfig,
-    model: LlamaConfig,
-    execution: ExecutionConfig,
-) -> tuple[Float[Array, ""], tuple[losses.Metrics, losses.Metrics]]:
-    """The share of the update's loss that these pairs carry, the same share of each metric, and
-    each metric pair by pair, [*pairs].
-
-    `batch["ref_logps"]` is float32 [*pairs, 2], the reference's `response_logps`, unless the loss
-    needs none; `batch["truncated"]` tells which pairs were cut to fit.
-    """
-    logps = response_logps(params, batch, config=config, model=model, execution=execution)
-    real = batch["example"] >= 0
-    lengths = response_sums(jnp.ones(batch["loss_mask"].shape), batch)
-    ratios = logps - batch["ref_logps"] if config.needs_reference else logps
-    ratios = jnp.where(real[..., None], ratios, SAFE)
-    values = {
-        "loss": preference.pair_losses(
-            config.loss,
-            ratios,
-            lengths,
-            real=real,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            target_margin=config.target_margin,
-        )
-    }
-    values |= _metrics(ratios, lengths, config) | {
-        "logps/chosen": logps[..., CHOSEN],
-        "logps/rejected": logps[..., REJECTED],
-        "lengths/chosen": lengths[..., CHOSEN],
-        "lengths/rejected": lengths[..., REJECTED],
-        "truncated": batch["truncated"].astype(jnp.float32),
-    }
-    shares = {name: jnp.sum(batch["weights"] * value) for name, value in values.items()}
-    return shares["loss"], (shares, jax.lax.stop_gradient(values))
-
-
-def _metrics(ratios, lengths, config: DPOConfig) -> losses.Metrics:
-    """Implicit rewards β(log π − log π_ref), their margin, whether it is positive (a tie is not a
-    win), and the mean of log π − log π_ref over both answers: an estimate, on the data's answers
-    instead of the policy's own, of the KL divergence from the reference in nats an answer.
-
-    Without a reference the rewards are β times the mean log π of a token, as in SimPO and ORPO.
-    """
-    if not config.needs_reference:
-        ratios = ratios / jnp.maximum(lengths, 1.0)
-    rewards = config.beta * ratios
-    margins = rewards[..., CHOSEN] - rewards[..., REJECTED]
-    return {
-        "rewards/chosen": rewards[..., CHOSEN],
-        "rewards/rejected": rewards[..., REJECTED],
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).astype(jnp.float32),
-        "kl": ratios.mean(axis=-1) if config.needs_reference else jnp.zeros(margins.shape),
-    }

@@ -1,17 +1,16 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the assistant's tokens."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tulu_jax import validation
+from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
-from tulu_jax.models.config import ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import losses
-
-KIND = "sft"
-METRICS = ("loss",)
+from tulu_jax.objectives import loader_feed, losses, objective
+from tulu_jax.training.state import Frozen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +18,19 @@ class SFTConfig:
     """`loss_norm` is 'token' (one token-weighted mean per update) or 'paper' (the mean of the means
     of `loss_norm_rows`-row groups, as the original trainer accumulated micro-batches of 32).
 
-    `vocab_chunk` is the number of positions of a row whose logits exist at once.
+    `vocab_chunk` is the number of positions of a row whose logits exist at once. The functions are
+    those of `objective.Objective`.
     """
 
     loss_norm: str = "token"
     loss_norm_rows: int = 32
     vocab_chunk: int = 512
+
+    kind: ClassVar[str] = "sft"
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    watched: ClassVar[tuple[str, ...]] = ()
+    param_axes: ClassVar[tuple] = ()
+    scores_first: ClassVar[bool] = False
 
     def __post_init__(self):
         validation.check(
@@ -35,6 +41,68 @@ class SFTConfig:
                 (self.vocab_chunk > 0, f"vocab_chunk = {self.vocab_chunk}: not positive"),
             ],
         )
+
+    @property
+    def row_multiple(self) -> int:
+        return self.loss_norm_rows if self.loss_norm == "paper" else 1
+
+    def problems(self, config):
+        yield (
+            config.batch_size % self.row_multiple == 0,
+            f"loss_norm = 'paper' averages groups of {self.row_multiple} rows; batch_size = "
+            f"{config.batch_size} is not a multiple",
+        )
+        yield (
+            self.loss_norm != "paper" or config.data.packing == "none",
+            "loss_norm = 'paper' is defined for one conversation a row; set packing = 'none'",
+        )
+        yield (
+            config.reference_dir is None,
+            f"reference_dir = {config.reference_dir!r} is for DPO with reference = 'cached'; this "
+            "run caches no reference",
+        )
+
+    def saves_memory(self):
+        return []
+
+    def identity(self):
+        return dataclasses.asdict(self)
+
+    def fields(self, *, rows, length, packing, places):
+        del packing, places
+        return fields_lib.conversations(rows=rows, length=length)
+
+    def split(self, params, key):
+        del key
+        return params, Frozen()
+
+    def weigh(self, batch):
+        """`batch` with float32 `weights` [B, T], which sum to 1 over the update."""
+        weights = token_weights(batch["loss_mask"], norm=self.loss_norm, rows=self.loss_norm_rows)
+        return {**batch, "weights": weights}
+
+    def counts(self, batch):
+        first = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
+        conversations = {"conversations": jnp.sum(first, dtype=jnp.float32)}
+        return conversations | objective.position_counts(batch)
+
+    def measured(self, batch):
+        return jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+
+    def compute(self, forward, params, frozen, batch):
+        """Σ weight × −log p over the rows; no value for each example."""
+        del frozen
+        hidden, unembedding = forward(params, batch), llama.unembedding(params)
+        value = losses.weighted_nll(
+            hidden, unembedding, batch["targets"], batch["weights"], self.vocab_chunk
+        )
+        return objective.Loss(value=value, metrics={"loss": value}, examples={})
+
+    def evaluating(self):
+        return dataclasses.replace(self, loss_norm="token")
+
+    def feed(self, run):
+        return loader_feed.LoaderFeed(run)
 
 
 def token_weights(loss_mask: Bool[Array, "B T"], *, norm: str, rows: int) -> Float[Array, "B T"]:
@@ -49,35 +117,3 @@ def token_weights(loss_mask: Bool[Array, "B T"], *, norm: str, rows: int) -> Flo
     counts = grouped.sum(axis=1, keepdims=True)
     used = jnp.maximum((counts > 0).sum(), 1)
     return (grouped / (jnp.maximum(counts, 1.0) * used)).reshape(mask.shape)
-
-
-def add_weights(batch: dict, config: SFTConfig) -> dict:
-    """`batch` with float32 `weights` [B, T] over the whole update, before it is cut into pieces."""
-    weights = token_weights(batch["loss_mask"], norm=config.loss_norm, rows=config.loss_norm_rows)
-    return {**batch, "weights": weights}
-
-
-def loss(
-    params: llama.Params,
-    batch: dict,
-    *,
-    config: SFTConfig,
-    model: LlamaConfig,
-    execution: ExecutionConfig,
-) -> tuple[Float[Array, ""], tuple[losses.Metrics, losses.Metrics]]:
-    """The share of the update's loss that these rows carry: Σ weight × −log p. Shares add up.
-
-    With it the metrics as shares, and no metric row by row.
-    """
-    hidden = llama.hidden_states(
-        model,
-        execution,
-        params,
-        tokens=batch["tokens"],
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
-    )
-    value = losses.weighted_nll(
-        hidden, llama.unembedding(params), batch["targets"], batch["weights"], config.vocab_chunk
-    )
-    return value, ({"loss": value}, {})

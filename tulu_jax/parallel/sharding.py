@@ -7,6 +7,7 @@ it, for optimizer, decoding and metrics, XLA places what the tables say.
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Table = tuple[tuple[str, tuple[str, ...]], ...]
 
 # Every parameter path matches exactly one line; there is no catch-all.
 PARAM_AXES = (
@@ -29,9 +32,6 @@ PARAM_AXES = (
     (r"model/norm/scale", ("norm",)),
     (r"lm_head/kernel", ("embed", "vocab")),
 )
-
-# Fields of a batch whose last axis is the sequence.
-LENGTH_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "branches")
 
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
@@ -190,9 +190,10 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_axes(name: str) -> tuple[str, ...]:
-    """Logical axes of the parameter `name`. Raises `ValueError` unless exactly one line matches."""
-    matches = [axes for pattern, axes in PARAM_AXES if re.fullmatch(pattern, name)]
+def param_axes(name: str, more: Table = ()) -> tuple[str, ...]:
+    """Logical axes of the parameter `name`. Raises `ValueError` unless exactly one line of
+    PARAM_AXES and `more` matches."""
+    matches = [axes for pattern, axes in (*PARAM_AXES, *more) if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise ValueError(
             f"parameter {name!r} matches {len(matches)} lines of PARAM_AXES; expected exactly one"
@@ -205,30 +206,14 @@ def param_specs(params):
     return jax.tree.map_with_path(lambda path, _: spec(*param_axes(path_name(path))), params)
 
 
-def state_shardings(mesh: Mesh, state):
-    """`NamedSharding` for every leaf of a training state: parameter-like leaves by their path.
+def param_shardings(mesh: Mesh, params, more: Table = ()):
+    """The `NamedSharding` of every parameter of a nested dict; `more` are lines for leaves that
+    PARAM_AXES does not have."""
 
-    Optimizer moments carry the path of their parameter as a suffix, so one table serves both.
-    Scalars (steps and counts) are replicated.
-    """
+    def leaf(path, _):
+        return NamedSharding(mesh, spec(*param_axes(path_name(path), more)))
 
-    def leaf(path, value):
-        if value.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
-        match = re.search(r"(model/|lm_head/).*", path_name(path))
-        if match is None:
-            raise ValueError(f"state leaf {path_name(path)!r} belongs to no parameter")
-        return NamedSharding(mesh, spec(*param_axes(match.group())))
-
-    return jax.tree.map_with_path(leaf, state)
-
-
-def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
-    """Sharding of batch field `name`: rows over `batch`, positions over `length`."""
-    axes: list[str | None] = ["batch"] + [None] * (ndim - 1)
-    if name in LENGTH_FIELDS:
-        axes[-1] = "length"
-    return NamedSharding(mesh, spec(*axes))
+    return jax.tree.map_with_path(leaf, params)
 
 
 def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
@@ -236,6 +221,19 @@ def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
     devices = math.prod(mesh_sizes.values())
     *most, last = (str(d) for d in range(1, devices + 1) if devices % d == 0 and size % d == 0)
     return f"{', '.join(most)} or {last} would" if most else f"only {last} would"
+
+
+def fitting(num_devices: int, abstract_params: dict) -> dict[str, int]:
+    """Sizes of the mesh axes that put parameters on any number of devices: `fsdp` as large as
+    divides them, then `tensor`; `data`, which repeats them, takes the rest."""
+    divisors = [n for n in range(num_devices, 0, -1) if num_devices % n == 0]
+    for fsdp, tensor in itertools.product(divisors, divisors):
+        if num_devices % (fsdp * tensor) == 0:
+            data = num_devices // (fsdp * tensor)
+            sizes = {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
+            if not divisibility_problems(sizes, abstract_params):
+                break
+    return sizes
 
 
 def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from tulu_jax import step as step_lib
 from tulu_jax.kernels import flash_attention_tuning
-from tulu_jax.objectives import dpo
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import compiled, cost, hlo, rows
@@ -36,10 +35,11 @@ LARGEST_SUM = 8e6  # bytes that a step may all-reduce at once: norms' gradients 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes a device, by kind. `kept` is what the forward pass keeps for the backward pass, part of
-    `temporaries`, and `gradients` likewise."""
+    """Bytes a device, by kind. `params` train, `frozen` ones do not. `kept` is what the forward
+    pass keeps for the backward pass, part of `temporaries`, and `gradients` likewise."""
 
     params: int
+    frozen: int
     moments: int
     gradients: int
     kept: int
@@ -87,32 +87,7 @@ def documents(config: TrainConfig) -> rows.Documents:
     """What the rows of this run hold: one example each, packed pairs or packed conversations."""
     if config.data.packing == "none":
         return rows.WHOLE
-    return rows.PAIRS if isinstance(config.objective, dpo.DPOConfig) else rows.CONVERSATIONS
-
-
-def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of one update's batch, as the loader and the run make it."""
-    B, T = config.batch_size, config.data.max_length
-    pair = isinstance(config.objective, dpo.DPOConfig)
-    packed = config.data.packing != "none"
-    row = (B, 2, T) if pair and not packed else (B, T)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    fields: dict[str, tuple[tuple[int, ...], Any]] = {name: (row, jnp.int32) for name in names}
-    fields["loss_mask"] = (row, jnp.bool_)
-    if pair:
-        places = (B, PAIRS_PER_ROW) if packed else (B,)
-        fields["example"] = (places, jnp.int32)
-        fields["truncated"] = (places, jnp.bool_)
-        if packed:
-            fields["branches"] = (row, jnp.int32)
-        if config.objective.needs_reference and config.objective.reference == "cached":
-            fields["ref_logps"] = ((*places, 2), jnp.float32)
-    return {
-        name: jax.ShapeDtypeStruct(
-            shape, dtype, sharding=sharding.batch_sharding(mesh, name, len(shape))
-        )
-        for name, (shape, dtype) in fields.items()
-    }
+    return rows.OF_KIND[config.objective.kind]
 
 
 def compile_step(
@@ -133,15 +108,12 @@ def compile_step(
     mesh = mesh_lib.make(config.mesh, devices)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        state = step_lib.abstract_state(config, mesh, num_steps)
-        batch = abstract_batch(config, mesh)
-        reference = None
-        if "example" in batch and config.objective.needs_reference and "ref_logps" not in batch:
-            reference = state.params
+        state, frozen = step_lib.abstract_state(config, mesh)
+        batch = step_lib.abstract_batch(config, mesh, places=PAIRS_PER_ROW)
         traced = jax.jit(
             step_lib.make_train_step(config, num_steps),
             donate_argnums=0,
-        ).trace(state, batch, reference)
+        ).trace(state, frozen, batch)
         executed = flops(traced.jaxpr.jaxpr)
         lowered = traced.lower(lowering_platforms=("tpu",))
         options = compiler.options(devices[0].device_kind)
@@ -172,7 +144,7 @@ def compile_step(
     return Step(
         topology=topology,
         mesh=dict(mesh.shape),
-        memory=_memory(config, state, module, made, topology),
+        memory=_memory(config, state, frozen, module, made, topology),
         cost=estimator.estimate(),
         model_flops=config.model.flops_per_token(0) * row_count * config.data.max_length
         + attention,
@@ -324,13 +296,14 @@ def _bytes_per_device(tree) -> int:
     )
 
 
-def _memory(config, state, module, made: dict[str, Any], topology: Topology) -> Memory:
+def _memory(config, state, frozen, module, made: dict[str, Any], topology: Topology) -> Memory:
     params = _bytes_per_device(state.params)
     layers = config.model.num_layers
     dtypes = config.param_dtype if config.micro_batches == 1 else "float32"
     gradients = params * jnp.dtype(dtypes).itemsize // jnp.dtype(config.param_dtype).itemsize
     return Memory(
         params=params,
+        frozen=_bytes_per_device(frozen),
         moments=_bytes_per_device(state.opt_state),
         gradients=gradients,
         kept=_kept(module, layers, state.params),

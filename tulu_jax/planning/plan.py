@@ -12,7 +12,6 @@ from etils import epath
 
 from tulu_jax import preflight, validation
 from tulu_jax.data import registry
-from tulu_jax.objectives import dpo
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import aot, attention, cost, rows
 from tulu_jax.planning.topology import Topology
@@ -142,9 +141,8 @@ def price(config: TrainConfig, topology: Topology, *, held: rows.Documents | Non
     except aot.DoesNotFit as error:
         refused = str(error)
     reference = 0.0
-    if step and isinstance(config.objective, dpo.DPOConfig) and config.objective.needs_reference:
-        passes = updates / (config.num_epochs or 1)
-        reference = step.cost.seconds / 3 * passes
+    if step and config.objective.scores_first:
+        reference = step.cost.seconds / 3 * updates / (config.num_epochs or 1)
     return Result(
         config=config,
         topology=topology,
@@ -165,8 +163,7 @@ def advice(result: Result) -> str:
         found.append("a smaller micro_batch_size, or larger context and tensor")
     if config.optimizer.mu_dtype == "float32":
         found.append("OptimizerConfig.mu_dtype = 'bfloat16'")
-    if isinstance(config.objective, dpo.DPOConfig) and config.objective.reference == "resident":
-        found.append("DPOConfig.reference = 'cached'")
+    found += config.objective.saves_memory()
     found.append("a larger slice (--topologies compares them); --plan searches all of this")
     return "; ".join(found)
 

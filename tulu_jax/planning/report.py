@@ -52,6 +52,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "micro-batch": f"{result.config.micro_batch_size or result.config.batch_size}",
         "remat": result.config.execution.remat_policy,
         "GiB a device: parameters": _gib(memory.params),
+        **({"  frozen": _gib(memory.frozen)} if memory.frozen else {}),
         "  moments": _gib(memory.moments),
         "  temporaries": _gib(memory.temporaries),
         "    of them gradients": _gib(memory.gradients),
@@ -106,6 +107,7 @@ def draw(results: list[plan.Result], path: epath.Path) -> None:
         names,
         {
             "parameters": [m.params / GIB for m in memory],
+            "frozen": [m.frozen / GIB for m in memory],
             "moments": [m.moments / GIB for m in memory],
             "kept for backward": [min(m.kept, m.temporaries) / GIB for m in memory],
             "other temporaries": [max(0, m.temporaries - m.kept) / GIB for m in memory],

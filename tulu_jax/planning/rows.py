@@ -71,3 +71,4 @@ def _rows(documents: Documents, length: int) -> tuple[tuple[int, ...], ...]:
 WHOLE = Documents(None)
 CONVERSATIONS = Documents(1097.0, 1.37)
 PAIRS = Documents(8192 / 10.6, 0.5)
+OF_KIND = {"sft": CONVERSATIONS, "preference": PAIRS}  # packed rows, by the kind of their tasks

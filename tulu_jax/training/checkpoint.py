@@ -287,6 +287,13 @@ def problems(
             f"expected {sorted(expected)}: another version wrote it. Export it to Hugging Face "
             "with that version, and take the export"
         ]
+    frozen = about.get("frozen", {})
+    if frozen.keys() & param_shapes(abstract_params).keys():
+        return [
+            f"the checkpoint in {folder} holds what trained beside {len(frozen)} frozen parameters "
+            "of its base, and not these; expected all of them. Export that run to Hugging Face "
+            "(python -m tulu_jax.convert), and take the export"
+        ]
     trained = LlamaConfig(**recorded)
     return [
         f"the checkpoint in {folder} was trained with {name} = "
@@ -305,17 +312,19 @@ def param_shapes(params: dict) -> dict[str, list[int]]:
     }
 
 
-def param_problems(found: dict[str, list[int]], abstract_params: dict) -> list[str]:
+def param_problems(
+    found: dict[str, list[int]], abstract_params: dict, noun: str = "parameter"
+) -> list[str]:
     """How the shapes of a checkpoint differ from those the model expects, one line each."""
     expected = param_shapes(abstract_params)
     problems = [
-        f"checkpoint parameter {name} has shape {found[name]}; the model expects {shape}"
+        f"checkpoint {noun} {name} has shape {found[name]}; the model expects {shape}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    problems += [f"checkpoint lacks parameter {name}" for name in expected if name not in found]
+    problems += [f"checkpoint lacks {noun} {name}" for name in expected if name not in found]
     problems += [
-        f"checkpoint has parameter {name}, unknown to the model"
+        f"checkpoint has {noun} {name}, unknown to the model"
         for name in found
         if name not in expected
     ]

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import math
 import tempfile
 import time
 import uuid
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -18,9 +16,7 @@ from tulu_jax import strict_json, validation
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # a file of the workdir
-COUNTS = ("positions", "nonpadding", "trained")
 BUCKET_SECONDS = 30.0  # between two writes of the metrics of a run in a bucket
-EXAMPLES = ("conversations", "pairs")  # a batch counts one of them
 
 # Peak dense bfloat16 FLOP/s of one jax device (a v3 device is one core; others are chips).
 PEAK_FLOPS = {
@@ -166,22 +162,6 @@ def read(workdir: str) -> list[dict]:
         ) from error
 
 
-def batch_counts(batch: dict) -> dict[str, jax.Array]:
-    """float32 counts of one update: positions, non-padding and trained tokens, and conversations
-    or pairs."""
-    present = batch["segment_ids"] > 0
-    if "example" in batch:
-        examples = {"pairs": jnp.sum(batch["example"] >= 0, dtype=jnp.float32)}
-    else:
-        first = present & (batch["positions"] == 0)
-        examples = {"conversations": jnp.sum(first, dtype=jnp.float32)}
-    return examples | {
-        "positions": jnp.float32(math.prod(batch["tokens"].shape)),
-        "nonpadding": jnp.sum(present, dtype=jnp.float32),
-        "trained": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-    }
-
-
 def rates(
     counts: Mapping[str, float], seconds: float, *, flops: float, peak_flops: float
 ) -> dict[str, float]:
@@ -192,14 +172,15 @@ def rates(
     of a packed row see), `peak_flops` that of all devices. The useful rates say how much of it was
     worth doing.
     """
+    names = {"positions": "tokens", "nonpadding": "nonpadding_tokens", "trained": "trained_tokens"}
     return {
         "perf/step_seconds": seconds,
         "perf/mfu": flops / seconds / peak_flops,
-        "perf/tokens_per_second": counts["positions"] / seconds,
-        "perf/nonpadding_tokens_per_second": counts["nonpadding"] / seconds,
-        "perf/trained_tokens_per_second": counts["trained"] / seconds,
         "perf/useful_fraction": counts["nonpadding"] / counts["positions"],
-    } | {f"perf/{name}_per_second": counts[name] / seconds for name in EXAMPLES if name in counts}
+    } | {
+        f"perf/{names.get(name, name)}_per_second": count / seconds
+        for name, count in counts.items()
+    }
 
 
 def peak_flops(devices: list[jax.Device]) -> float:

@@ -115,3 +115,16 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
             mu_dtype=config.mu_dtype,
         ),
     )
+
+
+def shardings(optimizer: optax.GradientTransformation, state, params):
+    """The sharding of each leaf of an optimizer's `state`, for shardings `params` of what it
+    updates: moments lie as their parameters, all else whole on every device."""
+    mesh = jax.tree.leaves(params)[0].mesh
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        params,
+        transform_non_params=lambda _: jax.NamedSharding(mesh, jax.P()),
+    )

@@ -1,4 +1,4 @@
-"""What one update changes: step, parameters and optimizer state."""
+"""What one update changes (step, parameters and optimizer state), and what it never does."""
 
 import dataclasses
 import hashlib
@@ -16,11 +16,35 @@ STACKED = "model/layers/"  # parameters of all layers, one behind the other on a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` is an int32 scalar, the number of updates made; `params` a nested dict of arrays."""
+    """`step` is an int32 scalar, the number of updates made; `params` a nested dict of the arrays
+    that the optimizer updates."""
 
     step: Any
     params: Any
     opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that an update reads and never changes: without gradients, moments or copies in a
+    checkpoint, and not donated.
+
+    `base` is a nested dict of the policy's leaves that do not train; `reference` are the parameters
+    of a whole model beside it, or None.
+    """
+
+    base: Any = dataclasses.field(default_factory=dict)
+    reference: Any = None
+
+    def whole(self, params: dict) -> dict:
+        """The parameters of the policy: `params`, which train, and those of `base`."""
+        return _joined(self.base, params)
+
+
+def _joined(one: dict, other: dict) -> dict:
+    common = one.keys() & other.keys()
+    return one | other | {name: _joined(one[name], other[name]) for name in common}
 
 
 def not_finite(params: dict) -> dict[str, list[int]]:
