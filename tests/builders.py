@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tulu_jax.data import fields as fields_lib
 from tulu_jax.data import packing
 from tulu_jax.data.loader import DataConfig
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.objectives import dpo, sft
+from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training.checkpoint import CheckpointConfig
@@ -56,25 +59,33 @@ def replace(config, **changes):
     return config
 
 
+def placed(mesh, objective, batch: dict) -> dict[str, jax.Array]:
+    """`batch` on the devices of `mesh`, as the fields of `objective` say."""
+    packing = "best_fit" if "branches" in batch else "none"
+    fields = objective.fields(rows=1, length=1, packing=packing, places=1)
+    return {
+        name: jax.device_put(value, jax.NamedSharding(mesh, sharding.spec(*fields[name].axes)))
+        for name, value in batch.items()
+    }
+
+
 def sft_batch(rows: int, length: int, seed: int = 0) -> dict[str, jnp.ndarray]:
     """Packed rows with very unequal numbers of trained tokens and some padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, MODEL.vocab_size, (rows, length + 1))
-    segment_ids, positions = np.zeros((2, rows, length), np.int32)
-    loss_mask = np.zeros((rows, length), bool)
+    fields = fields_lib.conversations(rows=rows, length=length)
+    batch = {name: np.zeros(field.shape, field.dtype) for name, field in fields.items()}
+    batch["tokens"][:], batch["targets"][:] = tokens[:, :-1], tokens[:, 1:]
+    segment_ids, positions, loss_mask = (
+        batch[name] for name in ("segment_ids", "positions", "loss_mask")
+    )
     for row in range(rows):
         first, last = sorted(rng.integers(1, length, 2))
         segment_ids[row, :first], segment_ids[row, first:last] = 1, 2
         positions[row, :first], positions[row, first:last] = range(first), range(last - first)
         loss_mask[row] = (rng.random(length) < (row + 1) / rows) & (segment_ids[row] > 0)
         loss_mask[row, 0] = True
-    return {
-        "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-        "loss_mask": jnp.asarray(loss_mask),
-        "segment_ids": jnp.asarray(segment_ids),
-        "positions": jnp.asarray(positions),
-    }
+    return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 def dpo_batch(pairs: int, length: int, seed: int = 0) -> dict[str, jnp.ndarray]:

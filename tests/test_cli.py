@@ -249,7 +249,7 @@ def test_paper_norm_needs_unpacked_rows(tmp_path):
 
 def problems(overrides=(), devices=8, name="tulu_tiny_sft.gin"):
     config = cli.load(name, overrides, workdir=None)
-    return "\n".join(preflight.problems(config, num_devices=devices))
+    return "\n".join(preflight.to_train(config, devices))
 
 
 def test_preflight_finds_nothing_wrong_with_the_default():
@@ -286,7 +286,7 @@ def test_preflight_data_and_objective_of_different_kinds():
     import builders
 
     wrong = builders.replace(config, data__packing="none", data__train="tulu_tiny_preference")
-    assert any("preference" in line for line in preflight.problems(wrong, num_devices=1))
+    assert any("preference" in line for line in preflight.to_train(wrong, 1))
 
 
 def test_preflight_disk_space(monkeypatch):

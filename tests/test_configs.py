@@ -192,7 +192,7 @@ def test_a_mesh_that_does_not_fill_its_topology():
 
 
 def test_a_bucket_that_nobody_named():
-    found = "\n".join(preflight.problems(load("sft_7b"), num_devices=32))
+    found = "\n".join(preflight.to_train(load("sft_7b"), 32))
     assert "is in no bucket yet; name yours: '--gin.BUCKET=" in found and "1. " not in found
 
 

@@ -16,12 +16,12 @@ ALLOWED = {
     "parallel": set(),
     "data": set(),
     "models": {"kernels", "quant", "parallel"},
-    "objectives": {"models"},
+    "objectives": {"models", "data", "training", "decode"},
     "training": {"models", "parallel"},
     "interop": {"models", "parallel"},
     "decode": {"models", "parallel"},
 }
-TOP = {"base", "recipe", "step", "pairs", "trainer", "trained", "preflight", "cli"}
+TOP = {"base", "recipe", "step", "trainer", "trained", "preflight", "cli"}
 ENTRY_POINTS = {
     "train",
     "prepare",

@@ -1,5 +1,6 @@
 """One update: accumulation, the paper's loss scale, meshes, golden values, and that it learns."""
 
+import contextlib
 import functools
 import pathlib
 
@@ -12,13 +13,13 @@ import pytest
 
 from tulu_jax import step as step_lib
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo, sft
+from tulu_jax.objectives import sft
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import optim
 from tulu_jax.training import state as state_lib
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 STEPS = 10
 BATCHES = {
@@ -43,27 +44,21 @@ def initial_state(config):
 
 def losses_and_state(config, batch, *, steps=3, mesh=None):
     """Losses and gradient norms of `steps` updates on one batch, and the last state."""
-    step = step_lib.make_train_step(config, STEPS)
-    state = initial_state(config)
-    if mesh is None:
-        step = jax.jit(step)
-        history = []
+    step = jax.jit(step_lib.make_train_step(config, STEPS))
+    state, history = initial_state(config), []
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        if mesh:
+            abstract, _ = step_lib.abstract_state(config, mesh)
+            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+            batch = builders.placed(mesh, config.objective, batch)
         for _ in range(steps):
-            state, metrics = step(state, batch)
-            history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return history, state
-    with jax.set_mesh(mesh):
-        state = jax.device_put(state, sharding.state_shardings(mesh, state))
-        batch = {
-            name: jax.device_put(value, sharding.batch_sharding(mesh, name, value.ndim))
-            for name, value in batch.items()
-        }
-        step = jax.jit(step)
-        history = []
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-            history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+            state, measured = step(state, Frozen(), batch)
+            history.append(loss_and_norm(measured))
     return history, state
+
+
+def loss_and_norm(measured):
+    return tuple(float(measured.scalars[name]) for name in ("loss", "grad_norm"))
 
 
 @functools.cache
@@ -229,7 +224,7 @@ def test_fingerprint_is_of_the_values_and_not_of_the_mesh(tmp_path):
     params = initial_state(config).params
     prints = {state_lib.fingerprint(params)}
     for mesh in map(mesh_lib.make, MESHES[:4]):
-        shardings = sharding.state_shardings(mesh, params)
+        shardings = sharding.param_shardings(mesh, params)
         prints.add(state_lib.fingerprint(jax.device_put(params, shardings)))
     assert len(prints) == 1
     changed = jax.tree.map(lambda p: p, params)
@@ -261,17 +256,14 @@ def overfit(tmp_path, stage, rate):
     step = jax.jit(step_lib.make_train_step(config, 60), donate_argnums=0)
     state = initial_state(config)
     if stage == "dpo":
-        score = jax.jit(
-            lambda p: step_lib.OBJECTIVES[type(config.objective)].response_logps(
-                p, batch, config=config.objective, model=config.model, execution=config.execution
-            )
+        forward = llama.forward(config.model, config.execution)
+        batch["ref_logps"] = jax.jit(config.objective.response_logps, static_argnums=0)(
+            forward, state.params, batch
         )
-        batch["ref_logps"] = score(state.params)
     history = []
     for _ in range(60):
-        state, metrics = step(state, batch)
-        metrics.pop(step_lib.PAIR_MARGINS, None)
-        history.append({name: float(value) for name, value in metrics.items()})
+        state, measured = step(state, Frozen(), batch)
+        history.append({name: float(value) for name, value in measured.scalars.items()})
     return history
 
 
@@ -279,23 +271,18 @@ def test_a_resident_reference_gives_the_losses_of_the_cached_one(tmp_path):
     """Three updates, in one piece and in four: the copy stays, the policy moves."""
     config, batch = make(tmp_path, "packed")
     copy = initial_state(config).params
-    score = functools.partial(
-        dpo.response_logps,
-        config=config.objective,
-        model=config.model,
-        execution=config.execution,
-    )
+    forward = llama.forward(config.model, config.execution)
+    score = functools.partial(config.objective.response_logps, forward)
     batch["ref_logps"] = jax.jit(score)(copy, batch)
     cached, _ = losses_and_state(config, batch)
     del batch["ref_logps"]
     for micro in (8, 2):
-        pieces = builders.replace(config, micro_batch_size=micro)
+        pieces = builders.replace(config, micro_batch_size=micro, objective__reference="resident")
         step = jax.jit(step_lib.make_train_step(pieces, STEPS))
-        state = initial_state(config)
-        history = []
+        state, history = initial_state(config), []
         for _ in range(3):
-            state, metrics = step(state, batch, copy)
-            history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+            state, measured = step(state, Frozen(reference=copy), batch)
+            history.append(loss_and_norm(measured))
         assert history[0][0] == pytest.approx(np.log(2), abs=1e-6)
         np.testing.assert_allclose(history, cached, rtol=2e-5)
 

@@ -230,7 +230,7 @@ def test_not_finite_loss_stops_with_step_rows_and_checkpoint(home, tmp_path):
         run.train()
     message = str(error.value)
     step = int(message.split()[1].rstrip(":"))
-    rows = [i for row in range((step - 1) * 8, step * 8) for i in run.rows.example_ids(row)]
+    rows = [i for row in range((step - 1) * 8, step * 8) for i in run.feed.rows.example_ids(row)]
     assert rows and all(row in message for row in rows)
     assert f"Last good checkpoint: step {step - 1}" in message
     assert saved_steps(config.workdir)[-1] == step - 1
@@ -357,15 +357,16 @@ def test_a_loss_without_reference_computes_none(home, tmp_path):
 def test_a_margin_that_is_not_finite_names_its_pair(home, tmp_path):
     config = packed_dpo(home, tmp_path)
     run = trainer.Run(config)
+    run.open()
     recorder = metrics_lib.Recorder(config.logging, config.workdir, 0, {})
-    margins = np.zeros((8, run.rows.pairs_per_row), np.float32)
+    margins = np.zeros((8, run.feed.rows.pairs_per_row), np.float32)
     margins[3, 1] = np.nan
-    values = {"loss": np.float32(np.nan), step_lib.PAIR_MARGINS: margins}
     meter = trainer.Meter(run, recorder)
-    meter.push(2, values, None)
-    named = run.rows.example_ids(8 + 3)[1]
+    scalars, examples = {"loss": np.float32(np.nan)}, {"rewards/margins": margins}
+    meter.push(2, step_lib.Measured(scalars=scalars, examples=examples), None)
+    named = run.feed.rows.example_ids(8 + 3)[1]
     with pytest.raises(
-        FloatingPointError, match=f"Pairs whose margin is not finite: {named}. Rows"
+        FloatingPointError, match=f"Examples whose rewards/margins is not finite: {named}. Rows"
     ):
         meter.flush(None)
 
@@ -383,5 +384,5 @@ def test_rates_say_how_much_was_useful():
 def test_epochs_too_short_to_train_are_refused_before_the_devices(home, tmp_path):
     config = run_config(home, tmp_path, num_steps=None, num_epochs=1e-4)
     with pytest.raises(validation.UsageError, match="the only update has rate 0"):
-        trainer.Run(config)
+        trainer.Run(config).train()
     assert not (tmp_path / "run").exists()

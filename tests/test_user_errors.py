@@ -183,7 +183,7 @@ def test_preflight_lists_places_and_the_rest_together(tmp_path, tokenizer):
         data__cache_dir=f"{tmp_path}/file/cache",
         checkpoint__best="eval/los",
     )
-    found = "\n".join(preflight.problems(config, num_devices=8))
+    found = "\n".join(preflight.to_train(config, 8))
     assert "workdir = " in found and "data.cache_dir = " in found
     assert "found 1 update, 1 of them warm-up" in found
     assert "checkpoint.best = 'eval/los' is no metric" in found and "'eval/loss'?" in found

@@ -5,13 +5,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from tulu_jax.models import llama
-from tulu_jax.objectives.objective import Arrays, Batch
+from tulu_jax.objectives.objective import Batch
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim
@@ -24,8 +25,8 @@ class Measured:
     """What was measured of a batch: `scalars` float32 [], and `examples` by their name, with a
     value for each example of the batch, [*examples], whole on every device."""
 
-    scalars: Arrays
-    examples: Arrays
+    scalars: dict[str, Any]
+    examples: dict[str, Any]
 
 
 def make_train_step(

@@ -298,7 +298,7 @@ def test_metrics_are_written_again_at_most_every_half_minute(bucket, monkeypatch
 
 def bucket_problems(config, tmp_path, **changes):
     run = builders.replace(builders.train_config(tmp_path), data=config, **changes)
-    return preflight.problems(run, num_devices=8)
+    return preflight.to_train(run, 8)
 
 
 def test_buckets_that_cannot_be_written_are_named_before_a_run(config, bucket, tmp_path):

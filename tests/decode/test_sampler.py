@@ -149,7 +149,7 @@ def test_a_mesh_generates_the_same(sizes):
     params, expected = reference()
     mesh = mesh_lib.make(mesh_lib.MeshConfig(**dict(fsdp=1) | sizes))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, sharding_lib.state_shardings(mesh, params))
+        sharded = jax.device_put(params, sharding_lib.param_shardings(mesh, params))
         assert generate(sharded, PROMPTS[:3]) == expected[:3]
 
 

@@ -163,7 +163,7 @@ def test_half_precision_sources_are_exact_in_float32(tmp_path, checkpoint, sourc
 def test_loading_onto_a_mesh_equals_loading_onto_one_device(checkpoint, tmp_path, sizes):
     config, expected = load(checkpoint)
     mesh = mesh_lib.make(mesh_lib.MeshConfig(**dict(fsdp=1) | sizes))
-    shardings = sharding_lib.state_shardings(mesh, llama.abstract_params(config, "float32"))
+    shardings = sharding_lib.param_shardings(mesh, llama.abstract_params(config, "float32"))
     with jax.set_mesh(mesh):
         params = hf.load(checkpoint, config, shardings=shardings, dtype="float32")
     jax.tree.map(lambda x, s: pytest.fail("sharding") if x.sharding != s else 0, params, shardings)
@@ -186,7 +186,7 @@ def test_every_row_of_a_file_is_read_once(checkpoint, monkeypatch):
 
     monkeypatch.setattr(hf.WeightFiles, "rows", counting)
     mesh = mesh_lib.make(mesh_lib.MeshConfig(data=8, fsdp=1))
-    shardings = sharding_lib.state_shardings(mesh, llama.abstract_params(config, "float32"))
+    shardings = sharding_lib.param_shardings(mesh, llama.abstract_params(config, "float32"))
     hf.load(checkpoint, config, shardings=shardings, dtype="float32")
     assert sum(read) == config.num_params
     assert max(read) == 48 * 16 // 8  # an eighth of the largest weight

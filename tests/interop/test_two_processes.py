@@ -34,7 +34,7 @@ def counting(self, *arguments):
 hf.WeightFiles.rows = counting
 
 with jax.set_mesh(mesh_lib.make(mesh_lib.MeshConfig(fsdp=2, tensor=2))) as mesh:
-    shardings = sharding_lib.state_shardings(
+    shardings = sharding_lib.param_shardings(
         jax.sharding.get_mesh(), llama.abstract_params(CONFIG, "float32")
     )
     params = hf.load(source, CONFIG, shardings=shardings, dtype="float32")

@@ -97,7 +97,7 @@ def test_a_sharded_model_compiles_with_it(absent_slices):
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         params,
-        sharding.state_shardings(mesh, params),
+        sharding.param_shardings(mesh, params),
     )
     rows = jax.NamedSharding(mesh, sharding.spec("batch", "length"))
     ids = jax.ShapeDtypeStruct((4, 2048), jnp.int32, sharding=rows)

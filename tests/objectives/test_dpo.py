@@ -15,6 +15,7 @@ from tulu_jax.objectives import dpo, preference
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
+from tulu_jax.training.state import Frozen
 
 LENGTH = 144
 
@@ -58,9 +59,24 @@ def chats(tmp_path_factory):
     return [[(side.ids, side.spans) for side in pair] for pair in encoded]
 
 
-def execution(attention="xla"):
-    config = builders.ExecutionConfig(compute_dtype="float32", attention=attention, remat=False)
-    return dict(config=dpo.DPOConfig(vocab_chunk=32), model=builders.MODEL, execution=config)
+DPO = dpo.DPOConfig(vocab_chunk=32)
+
+
+def forward(attention="xla", dtype="float32"):
+    execution = builders.ExecutionConfig(compute_dtype=dtype, attention=attention, remat=False)
+    return llama.forward(builders.MODEL, execution)
+
+
+def scored(batch, config=DPO, **execution):
+    """`response_logps` of the shared parameters."""
+    run = forward(**execution)
+    return jax.jit(lambda b: config.response_logps(run, params(), b))(batch)
+
+
+def computed(batch, config=DPO, **execution):
+    """The loss of the shared parameters on a batch, weighed."""
+    run = forward(**execution)
+    return jax.jit(lambda b: config.compute(run, params(), Frozen(), b))(config.weigh(batch))
 
 
 def by_pair(values, batch):
@@ -70,26 +86,27 @@ def by_pair(values, batch):
     return values[np.argsort(example)][np.sum(example < 0) :]
 
 
-def loss_and_gradient(batch, ref_logps, **options):
+def loss_and_gradient(batch, ref_logps, config=DPO, attention="xla"):
     """Loss, metrics, log-probs by pair, and gradient; `ref_logps` [pairs, 2] in their order."""
     example = np.asarray(batch["example"])
     known = jnp.asarray(np.where((example >= 0)[..., None], ref_logps[example], 0.0), jnp.float32)
-    batch = dpo.add_weights({**batch, "ref_logps": known}, options["config"])
+    batch, run = config.weigh({**batch, "ref_logps": known}), forward(attention)
 
     def scalar(params):
-        return dpo.loss(params, batch, **options)
+        found = config.compute(run, params, Frozen(), batch)
+        return found.value, found
 
-    (value, (shares, values)), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params())
-    logps = jnp.stack([values["logps/chosen"], values["logps/rejected"]], axis=-1)
-    return value, shares, by_pair(logps, batch), grads
+    (value, found), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params())
+    sides = [found.examples[f"logps/{side}"] for side in ("chosen", "rejected")]
+    return value, found.metrics, by_pair(jnp.stack(sides, axis=-1), batch), grads
 
 
 def assert_packed_equals_plain(pairs, rows, *, length, attention):
     ref_logps = np.random.default_rng(0).uniform(-60, -20, (len(pairs), 2))
     plain = builders.plain_rows(pairs, length)
     packed = builders.packed_rows(pairs, rows, length)
-    one = loss_and_gradient(plain, ref_logps, **execution("xla"))
-    two = loss_and_gradient(packed, ref_logps, **execution(attention))
+    one = loss_and_gradient(plain, ref_logps)
+    two = loss_and_gradient(packed, ref_logps, attention=attention)
     np.testing.assert_allclose(two[2], one[2], rtol=2e-6)  # sums of up to 60 terms near −6
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     for name in one[1]:
@@ -121,8 +138,7 @@ def test_branches_continue_the_prompt_and_ignore_each_other():
         [pairs[0][0][0][: shared + 1], np.full(len(pairs[0][1][0]) - shared - 1, 7)]
     )
     other[0][1] = (ids, np.array([[shared, len(ids) - 1]]))
-    score = jax.jit(lambda batch: dpo.response_logps(params(), batch, **execution()))
-    one, two = (score(builders.packed_rows(p, 1, LENGTH)) for p in (pairs, other))
+    one, two = (scored(builders.packed_rows(p, 1, LENGTH)) for p in (pairs, other))
     assert one[0, 0, 0] == two[0, 0, 0] and one[0, 0, 1] != two[0, 0, 1]
     np.testing.assert_array_equal(one[0, 1], two[0, 1])
 
@@ -142,27 +158,20 @@ MESHES = [
 def test_packed_log_probabilities_on_eight_devices(mesh, attention):
     pairs = builders.random_pairs(10, 24)
     batch = builders.packed_rows(pairs, 8, 48)
-    expected = jax.jit(lambda b: dpo.response_logps(params(), b, **execution()))(batch)
+    expected, run = scored(batch), forward(attention)
     mesh = mesh_lib.make(mesh)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params(), sharding.state_shardings(mesh, params()))
-        rows = {
-            name: jax.device_put(value, sharding.batch_sharding(mesh, name, value.ndim))
-            for name, value in batch.items()
-        }
-        score = jax.jit(lambda p, b: dpo.response_logps(p, b, **execution(attention)))
-        found = score(placed, rows)
+        placed = jax.device_put(params(), sharding.param_shardings(mesh, params()))
+        rows = builders.placed(mesh, DPO, batch)
+        found = jax.jit(lambda p, b: DPO.response_logps(run, p, b))(placed, rows)
     np.testing.assert_allclose(found, expected, rtol=5e-6)
 
 
 def test_loss_is_log_two_at_the_reference_and_a_tie_is_no_win():
     batch = builders.packed_rows(builders.random_pairs(9, 48), 4, LENGTH)
-    score = jax.jit(lambda b: dpo.response_logps(params(), b, **execution()))
-    batch["ref_logps"] = score(batch)
-    batch = dpo.add_weights(batch, dpo.DPOConfig())
-    value, (shares, _) = jax.jit(lambda b: dpo.loss(params(), b, **execution()))(batch)
-    assert np.float32(value) == np.float32(np.log(2))
-    assert shares["rewards/margins"] == 0 and shares["rewards/accuracies"] == 0
+    found = computed({**batch, "ref_logps": scored(batch)})
+    assert np.float32(found.value) == np.float32(np.log(2))
+    assert found.metrics["rewards/margins"] == 0 and found.metrics["rewards/accuracies"] == 0
 
 
 def test_swapping_the_sides_negates_the_margin():
@@ -170,8 +179,8 @@ def test_swapping_the_sides_negates_the_margin():
     ref_logps = np.random.default_rng(0).uniform(-60, -20, (5, 2))
     one = builders.packed_rows(pairs, 2, LENGTH)
     two = builders.packed_rows([pair[::-1] for pair in pairs], 2, LENGTH)
-    _, left, _, _ = loss_and_gradient(one, ref_logps, **execution())
-    _, right, _, _ = loss_and_gradient(two, ref_logps[:, ::-1], **execution())
+    _, left, _, _ = loss_and_gradient(one, ref_logps)
+    _, right, _, _ = loss_and_gradient(two, ref_logps[:, ::-1])
     np.testing.assert_allclose(left["rewards/margins"], -right["rewards/margins"], rtol=1e-5)
 
 
@@ -184,7 +193,7 @@ def test_masked_tokens_get_no_gradient_even_if_not_finite():
 
 
 def test_places_without_a_pair_weigh_nothing():
-    batch = dpo.add_weights({"example": jnp.asarray([[4, -1], [0, -1]])}, dpo.DPOConfig())
+    batch = DPO.weigh({"example": jnp.asarray([[4, -1], [0, -1]])})
     np.testing.assert_allclose(batch["weights"], [[0.5, 0], [0.5, 0]])
 
 
@@ -193,10 +202,10 @@ def test_every_loss_is_finite_with_rows_that_are_not_full(loss):
     """The last place of each row holds no pair: neither loss nor gradient sees it."""
     pairs = builders.random_pairs(3, 48)
     beta = 2.0 if loss in preference.PER_TOKEN else 0.1
-    options = execution() | {"config": dpo.DPOConfig(loss=loss, beta=beta, vocab_chunk=32)}
+    config = dpo.DPOConfig(loss=loss, beta=beta, vocab_chunk=32)
     ref_logps = np.random.default_rng(0).uniform(-60, -20, (3, 2))
-    packed = loss_and_gradient(builders.packed_rows(pairs, 2, LENGTH), ref_logps, **options)
-    plain = loss_and_gradient(builders.plain_rows(pairs, LENGTH), ref_logps, **options)
+    packed = loss_and_gradient(builders.packed_rows(pairs, 2, LENGTH), ref_logps, config)
+    plain = loss_and_gradient(builders.plain_rows(pairs, LENGTH), ref_logps, config)
     np.testing.assert_allclose(packed[0], plain[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), packed[3], plain[3])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(packed[3]))
@@ -206,13 +215,10 @@ def test_bfloat16_log_probabilities_are_float32_sums_of_rounded_ones():
     """The original's arithmetic on plain rows; the reference is rounded alike: step 0 is ln 2."""
     batch = builders.plain_rows(builders.random_pairs(5, 48), LENGTH)
     config = dpo.DPOConfig(vocab_chunk=32, log_softmax_dtype="bfloat16")
-    run = builders.ExecutionConfig(compute_dtype="bfloat16", attention="xla", remat=False)
-    options = execution() | {"config": config, "execution": run}
-    score = jax.jit(lambda b: dpo.response_logps(params(), b, **options))
-    found = score(batch)
+    found = scored(batch, config, dtype="bfloat16")
     names = ("tokens", "segment_ids", "positions")
     flat = {name: batch[name].reshape(-1, LENGTH) for name in names}
-    hidden = jax.jit(lambda: llama.hidden_states(builders.MODEL, run, params(), **flat))()
+    hidden = jax.jit(lambda: forward(dtype="bfloat16")(params(), flat))()
     kernel = llama.unembedding(params()).astype(jnp.bfloat16)
     with jax.disable_jit():
         logps = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, kernel))
@@ -220,13 +226,10 @@ def test_bfloat16_log_probabilities_are_float32_sums_of_rounded_ones():
         logps = jnp.take_along_axis(logps, targets, axis=-1).reshape(5, 2, LENGTH)
         expected = jnp.sum(jnp.where(batch["loss_mask"], logps.astype(jnp.float32), 0.0), axis=-1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    exact = jax.jit(
-        lambda b: dpo.response_logps(params(), b, **options | {"config": dpo.DPOConfig()})
-    )(batch)
+    exact = scored(batch, dpo.DPOConfig(), dtype="bfloat16")
     assert float(jnp.abs(found - exact).max()) > 0.01
-    batch = dpo.add_weights({**batch, "ref_logps": found}, config)
-    value, _ = jax.jit(lambda b: dpo.loss(params(), b, **options))(batch)
-    assert np.float32(value) == np.float32(np.log(2))
+    found = computed({**batch, "ref_logps": found}, config, dtype="bfloat16")
+    assert np.float32(found.value) == np.float32(np.log(2))
 
 
 def test_beta_of_the_wrong_scale_warns_with_the_reason():

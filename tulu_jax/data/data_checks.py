@@ -1,4 +1,4 @@
-"""What of the data of a run cannot be served, found from headers and first rows, before encoding."""
+"""What of the data of a run cannot be served: found before encoding, from the first rows."""
 
 from collections.abc import Iterator
 

@@ -23,7 +23,8 @@ def problems(data: loader.DataConfig) -> Iterator[str]:
             f"evaluate scores the held-out prompts of tulu_tiny; this run trains on "
             f"{registry.name_of(data.train)!r} ({', '.join(tasks)}), to which they do not belong; "
             f"expected a run on {' or '.join(tulu_tiny.OF_KIND.values())}. What this run says of "
-            "its own held-out rows is in its metrics.jsonl (eval/*), with holdout_every or a validation set"
+            "its own held-out rows is in its metrics.jsonl (eval/*), with holdout_every or a "
+            "validation set"
         )
 
 

@@ -33,11 +33,12 @@ class Loss:
     example of the batch, [*examples].
     """
 
-    value: jax.Array
-    metrics: Arrays
-    examples: Arrays
+    value: Any
+    metrics: dict[str, Any]
+    examples: dict[str, Any]
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Where the batches of a run come from. It may look at the policy (rollouts), or not."""
 

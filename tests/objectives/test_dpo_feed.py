@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tulu_jax import pairs, preflight
+from tulu_jax import preflight, trainer
 from tulu_jax.data import loader, registry, tulu_tiny
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo
-from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.objectives import dpo, dpo_feed
+from tulu_jax.training.state import Frozen
 
 TASKS = ("two_sources", "no_source")
 
@@ -60,29 +60,28 @@ def config(tmp_path, tokenizer):
         registry.TaskRegistry.remove(name)
 
 
-def never(*arguments, **options):
-    raise AssertionError("the reference was computed again")
-
-
 def test_runs_that_differ_in_beta_and_rate_share_a_reference(config, tmp_path):
     config = builders.replace(config, reference_dir=str(tmp_path / "shared"))
     rows = loader.prepare(config.data, split="train")
     names = [rows.store.name(i) for i in range(rows.num_examples)]
     logps = np.random.default_rng(0).normal(-50, 9, (len(names), 2)).astype(np.float32)
-    pairs.reference_cache(config, "train", rows, "w1").add(names, logps)
+    dpo_feed.reference_cache(config, "train", rows, "w1").add(names, logps)
     other = builders.replace(config, objective__beta=0.3, optimizer__learning_rate=1e-6)
     other = builders.replace(other, workdir=str(tmp_path / "other"))
-    cache = pairs.reference_cache(other, "train", rows, "w1")
-    with jax.set_mesh(mesh_lib.make(config.mesh)):
-        found = pairs.reference_logps(other, rows, cache, params=never, put=never, progress=never)
-    np.testing.assert_array_equal(found, logps)
+    run = trainer.Run(other)
+    run.open()
+    run.feed.begin(None, "w1")  # without parameters nothing can be computed
+    batch = run.feed(1, None)
+    real = batch["example"] >= 0
+    np.testing.assert_array_equal(batch["ref_logps"][real], logps[batch["example"][real]])
+    assert not batch["ref_logps"][~real].any()
     rounded = builders.replace(
         other, execution__compute_dtype="bfloat16", objective__log_softmax_dtype="bfloat16"
     )
     for stranger, weights in ((other, "w2"), (rounded, "w1")):
-        assert names[0] not in pairs.reference_cache(stranger, "train", rows, weights)
+        assert names[0] not in dpo_feed.reference_cache(stranger, "train", rows, weights)
     own = builders.replace(config, reference_dir=None)
-    assert names[0] not in pairs.reference_cache(own, "train", rows, "w1")
+    assert names[0] not in dpo_feed.reference_cache(own, "train", rows, "w1")
 
 
 def test_a_shared_reference_needs_a_cached_one(config):
@@ -101,7 +100,7 @@ def test_rounded_log_softmax_needs_a_rounded_model(config):
 def test_groups_by_source_and_by_quarter_of_the_length(config):
     """Batches of three pairs and an empty place; the task stands for a source that is not told."""
     rows = loader.prepare(config.data, split="train")
-    groups, rng = pairs.Groups(rows), np.random.default_rng(0)
+    examples, rng = [], np.random.default_rng(0)
     margins = rng.normal(size=12).astype(np.float32)
     lengths = rng.permutation(12).astype(np.float32) + 1
     for start in range(0, 12, 3):
@@ -114,8 +113,8 @@ def test_groups_by_source_and_by_quarter_of_the_length(config):
             "rewards/margins": [*margins[here], np.nan],
             "rewards/accuracies": [*(margins[here] > 0), np.nan],
         }
-        groups.add({name: np.asarray(value)[None] for name, value in values.items()})
-    found = groups.means()
+        examples.append({name: np.asarray(value)[None] for name, value in values.items()})
+    found = dpo_feed.group_means(rows, examples)
     told = [rows.store.about(i).get("source", TASKS[1]) for i in range(12)]
     quarters = [f"Q{int((length - 1) // 3) + 1}" for length in lengths]
     assert {told.count(name) for name in ("books", "web")} == {3}
@@ -135,17 +134,16 @@ def test_metrics_are_means_over_the_pairs():
     """Rewards, KL estimate, lengths and the share that was cut, from a table of log-probs."""
     made = builders.random_pairs(7, 48)
     batch = builders.packed_rows(made, 3, 144)
-    options = dict(
-        config=dpo.DPOConfig(beta=0.2, vocab_chunk=32),
-        model=builders.MODEL,
-        execution=builders.ExecutionConfig(compute_dtype="float32", attention="xla", remat=False),
-    )
+    objective = dpo.DPOConfig(beta=0.2, vocab_chunk=32)
+    execution = builders.ExecutionConfig(compute_dtype="float32", attention="xla", remat=False)
+    forward = llama.forward(builders.MODEL, execution)
     params = jax.jit(lambda: llama.init_params(builders.MODEL, jax.random.key(0)))()
     example = np.asarray(batch["example"])
     ref = np.random.default_rng(0).uniform(-60, -20, (7, 2)).astype(np.float32)
     batch["ref_logps"] = jnp.where((example >= 0)[..., None], ref[example], 0.0)
-    batch = dpo.add_weights(batch, options["config"])
-    _, (shares, values) = jax.jit(lambda b: dpo.loss(params, b, **options))(batch)
+    compute = jax.jit(lambda b: objective.compute(forward, params, Frozen(), b))
+    found = compute(objective.weigh(batch))
+    shares, values = found.metrics, found.examples
     order = [np.argwhere(example == i)[0] for i in range(7)]
     sides = ("chosen", "rejected")
     logps = np.array([[values[f"logps/{side}"][tuple(o)] for side in sides] for o in order])
@@ -163,7 +161,7 @@ def test_metrics_are_means_over_the_pairs():
         expected[f"rewards/{side}"] = 0.2 * ratios[:, number].mean()
         expected[f"logps/{side}"] = logps[:, number].mean()
         expected[f"lengths/{side}"] = lengths[:, number].mean()
-    assert expected.keys() == set(dpo.METRICS) == shares.keys()
+    assert expected.keys() == set(objective.metrics) == shares.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(shares[name], value, rtol=2e-5, err_msg=name)
 
@@ -183,12 +181,12 @@ def test_a_base_of_another_architecture_or_vocabulary_is_refused_before_device_w
         write_tokenizer=None,
     )
     config = builders.replace(config, base=folder)
-    assert list(preflight.problems(config, num_devices=8)) == []
+    assert preflight.to_train(config, 8) == []
     for changes, name in (
         ({"model__vocab_size": 520}, "embed_tokens.weight has shape [512, 32]; expected [520, 32]"),
         ({"model__mlp_dim": 96}, "up_proj"),
         ({"model__num_layers": 3}, "layers"),
     ):
-        found = list(preflight.problems(builders.replace(config, **changes), num_devices=8))
+        found = preflight.to_train(builders.replace(config, **changes), 8)
         assert all(line.startswith(f"base = '{folder}': ") for line in found), found
         assert any(name in line for line in found), (changes, found)
