@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--chips v4 v5e v5p v6e] [--sweep]
 
 No TPU is needed: each kernel is compiled for the chip and its scheduled cycles are counted
-(`tulu_jax/planning/schedule.py`: lower bounds, the same for all). 32 heads x 8,192 x 128 and 64 / 8
-heads, bfloat16, causal. Public kernels run at their best block sizes; `--sweep` tries others too.
+(`tulu_jax/planning/cycles/schedule.py`: lower bounds, the same for all). 32 heads x 8,192 x 128
+and 64 / 8 heads, bfloat16, causal. Public kernels run at their best block sizes; `--sweep` tries
+others too.
 A public time is the fastest forward kernel plus the fastest backward kernel, without the XLA code
 around them; ours has it ("glue"). The public kernels here mask by segment but run every causal
 block. tokamax's `make_dynamic_splash_mha`, whose mask comes at run time, skips blocks and is not
@@ -29,8 +30,8 @@ import numpy as np
 from tulu_jax.data import packing
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention as counting
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import attention_cycles as counting
+from tulu_jax.planning.cycles import schedule
 
 LENGTH, HEAD_DIM = 8192, 128
 SHAPES = {"32 heads": (32, 32), "64/8 heads": (64, 8)}

@@ -21,8 +21,8 @@ import numpy as np
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention as counting
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import attention_cycles as counting
+from tulu_jax.planning.cycles import schedule
 
 HEADS = 32
 CHIP = schedule.CHIPS["v3"]

@@ -17,7 +17,7 @@ from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
 from tulu_jax.objectives import dpo, sft
 from tulu_jax.parallel import mesh
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import schedule
 from tulu_jax.training import optim
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"

@@ -20,6 +20,7 @@ ALLOWED = {
     "training": {"models", "parallel"},
     "interop": {"models", "parallel"},
     "decode": {"models", "parallel"},
+    "audit": {"data"},
 }
 TOP = {"base", "recipe", "step", "pairs", "trainer", "trained", "preflight", "cli"}
 ENTRY_POINTS = {

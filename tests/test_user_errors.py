@@ -14,7 +14,7 @@ import pytest
 
 from tulu_jax import base, cli, preflight, validation
 from tulu_jax.data import registry
-from tulu_jax.evals import tulu_tiny as benchmark
+from tulu_jax.evals import held_out_prompts as benchmark
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.training import checkpoint, metrics

@@ -29,7 +29,7 @@ _WHOLE_ROWS = flags.DEFINE_bool(
 
 
 def main(config: TrainConfig) -> None:
-    from tulu_jax.planning import plan, report, rows, topology
+    from tulu_jax.planning import plan, render, rows, topology
 
     held = rows.WHOLE if _WHOLE_ROWS.value else None
     out = epath.Path(validation.expanded(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}"))
@@ -46,9 +46,9 @@ def main(config: TrainConfig) -> None:
         runs = [(plan.suited(config, s), s) for s in slices]
         cli.stop_if(problem for run in runs for problem in plan.problems(*run))
         results = [plan.price(*run, held=held) for run in runs]
-    print(report.table(results))
+    print(render.table(results))
     (out / "dryrun.json").write_text(strict_json.dumps([r.as_dict() for r in results], indent=1))
-    report.draw(results, out / "dryrun.png")
+    render.draw(results, out / "dryrun.png")
     if results[0].step:
         (out / "step.hlo.txt").write_text(results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)

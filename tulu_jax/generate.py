@@ -25,7 +25,7 @@ def main(config) -> None:
     """Prints a reply to each prompt, or reads messages until end of file."""
     cli.check(config)
     from tulu_jax import trained
-    from tulu_jax.decode import chat
+    from tulu_jax.decode import chat_loop
 
     model = trained.Generator(
         config,
@@ -36,7 +36,9 @@ def main(config) -> None:
         seed=_SEED.value,
     )
     if not _PROMPT.value:
-        chat.converse(lambda m: model.replies([m])[0], lines=chat.terminal_lines(), write=print)
+        chat_loop.converse(
+            lambda m: model.replies([m])[0], lines=chat_loop.terminal_lines(), write=print
+        )
         return
     conversations = [[{"role": "user", "content": text}] for text in _PROMPT.value]
     for text, reply in zip(_PROMPT.value, model.replies(conversations), strict=True):

@@ -12,7 +12,8 @@ from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
-from tulu_jax.planning import compiled, schedule, topology
+from tulu_jax.planning import compiled, topology
+from tulu_jax.planning.cycles import schedule
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

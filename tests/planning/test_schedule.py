@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import schedule
 
 BLOCK, BLOCKS = 512, 4
 

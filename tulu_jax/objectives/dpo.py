@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from tulu_jax import validation
 from tulu_jax.models import llama
 from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import losses, preference
-from tulu_jax.objectives.preference import CHOSEN, REJECTED
+from tulu_jax.objectives import losses
+from tulu_jax.objectives import preference_losses as preference
+from tulu_jax.objectives.preference_losses import CHOSEN, REJECTED
 
 KIND = "preference"
 REFERENCES = ("cached", "resident")

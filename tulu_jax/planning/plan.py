@@ -14,7 +14,8 @@ from tulu_jax import preflight, validation
 from tulu_jax.data import registry
 from tulu_jax.objectives import dpo
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, attention, cost, rows
+from tulu_jax.planning import aot, cost, rows
+from tulu_jax.planning.cycles import attention_cycles
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
@@ -333,7 +334,7 @@ def with_best_blocks(result: Result) -> Result:
     model, execution = config.model, config.execution
     if execution.attention not in ("auto", "pallas"):
         return result
-    shape = attention.Shape(
+    shape = attention_cycles.Shape(
         heads=model.num_heads // sizes["tensor"],
         kv_heads=model.num_kv_heads // sizes["tensor"],
         head_dim=model.head_dim,
@@ -342,7 +343,9 @@ def with_best_blocks(result: Result) -> Result:
         dtype=execution.compute_dtype,
     )
     try:
-        counted = attention.block_milliseconds(result.topology.chip, shape, aot.documents(config))
+        counted = attention_cycles.block_milliseconds(
+            result.topology.chip, shape, aot.documents(config)
+        )
     except ValueError:  # no tiles for this dtype: the kernel is not chosen
         return result
     best = min(counted, key=counted.get, default=None)

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from tulu_jax import validation
 from tulu_jax.parallel import mesh
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from raw_rows import pair
 
+from tulu_jax.audit import card, near_duplicates, preference_audit
 from tulu_jax.data import loader, registry
-from tulu_jax.data.audit import card, near_duplicates, preference_audit
 
 
 def pairs_of(rows: list[dict], *, tokens=None) -> preference_audit.Pairs:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tulu_jax.objectives import preference
+from tulu_jax.objectives import preference_losses
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -31,8 +31,8 @@ def ours(loss, logps, mask, ref_logps, *, beta, label_smoothing=0.0, target_marg
     lengths = jnp.asarray(mask.sum(axis=1).reshape(2, PAIRS).T, jnp.float32)
 
     def mean(sums):
-        ratios = sums if loss in preference.REFERENCE_FREE else sums - ref_logps
-        return preference.pair_losses(
+        ratios = sums if loss in preference_losses.REFERENCE_FREE else sums - ref_logps
+        return preference_losses.pair_losses(
             loss,
             ratios.reshape(2, PAIRS).T,
             lengths,
@@ -207,6 +207,6 @@ def test_kto_on_pairs_is_kto_of_each_side_against_the_other_sides_kl(seed):
 def test_swapping_sides_mirrors_the_sigmoid_loss():
     """L(m) − L(−m) = −m, whatever the lengths."""
     margins = jnp.linspace(-30, 30, 13)
-    left = preference.sigmoid(margins, label_smoothing=0.0)
-    right = preference.sigmoid(-margins, label_smoothing=0.0)
+    left = preference_losses.sigmoid(margins, label_smoothing=0.0)
+    right = preference_losses.sigmoid(-margins, label_smoothing=0.0)
     np.testing.assert_allclose(left - right, -margins, rtol=1e-5, atol=1e-5)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from raw_rows import messages, pair, write_jsonl
 
+from tulu_jax.audit import benchmarks, card
 from tulu_jax.data import chat, loader, registry
-from tulu_jax.data.audit import benchmarks, card
 from tulu_jax.data.sources import name_filter
 
 PNG = b"\x89PNG\r\n"

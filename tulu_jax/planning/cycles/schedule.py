@@ -213,7 +213,7 @@ def compile_for(
             "requests": [dataclasses.asdict(request) for request in requests],
         }
         process = subprocess.run(
-            [sys.executable, "-m", "tulu_jax.planning.schedule"],
+            [sys.executable, "-m", "tulu_jax.planning.cycles.schedule"],
             input=json.dumps(task),
             env=child_environment(os.path.join(folder, "dumps"), flags),
             capture_output=True,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from tulu_jax.audit import difficult_chats
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
 from tulu_jax.data import loader, tokenizer_files, tokenizer_training
-from tulu_jax.data.audit import difficult_chats
 
 ROWS_PER_TASK = 64
 SHOWN_BEFORE, SHOWN_BEHIND = 4, 8

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tulu_jax.audit import pieces
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import encode, loader, registry
 from tulu_jax.data import examples as examples_lib
-from tulu_jax.data.audit import pieces
 
 SIDES = ("chosen", "rejected")
 AGAIN = "start again, and what has changed is encoded again"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tulu_jax.data.audit import near_duplicates, ngrams
+from tulu_jax.audit import near_duplicates, ngrams
 
 ALIKE = 0.8  # Jaccard similarity from which two answers are near-duplicates
 OPENING_PAIRS = 20  # an opening word is listed if so many pairs have it on one side alone

@@ -14,7 +14,8 @@ import numpy as np
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import rows, schedule
+from tulu_jax.planning import rows
+from tulu_jax.planning.cycles import schedule
 
 TARGET = f"{__file__}:one_pass"
 STAGES = ("forward", "backward")

@@ -7,8 +7,8 @@ markup (rich) would have to be kept from touching the text that is audited.
 import itertools
 from collections.abc import Iterable, Mapping
 
-from tulu_jax.data.audit import pieces
-from tulu_jax.data.audit.show import Piece, ShownRow
+from tulu_jax.audit import pieces
+from tulu_jax.audit.show import Piece, ShownRow
 
 GREEN, DIM, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 COLOURS = {

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from raw_rows import messages, write_jsonl
 from sentencepiece_models import trained
 
+from tulu_jax.audit import check, pieces, show, show_html, show_text
 from tulu_jax.data import chat, examples, loader, registry, tokenizer_training
-from tulu_jax.data.audit import check, pieces, show, show_html, show_text
 
 ROWS = 12
 ODD = [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies
 from raw_rows import messages, pair
 
+from tulu_jax.audit import benchmarks, contamination, ngrams
 from tulu_jax.data import examples, registry
-from tulu_jax.data.audit import benchmarks, contamination, ngrams
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 

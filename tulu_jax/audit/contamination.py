@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tulu_jax.data.audit import benchmarks, ngrams
+from tulu_jax.audit import benchmarks, ngrams
 
 SEED_WORDS, LONGEST_N = 8, 13
 SHORTEST = 5

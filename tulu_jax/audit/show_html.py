@@ -3,8 +3,8 @@
 import html
 from collections.abc import Iterable, Iterator, Mapping
 
-from tulu_jax.data.audit import pieces
-from tulu_jax.data.audit.show import Part, Piece, Segment, ShownRow
+from tulu_jax.audit import pieces
+from tulu_jax.audit.show import Part, Piece, Segment, ShownRow
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1d2530; --soft: #69758a;

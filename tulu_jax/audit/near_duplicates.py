@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tulu_jax.data.audit import ngrams
+from tulu_jax.audit import ngrams
 
 SHINGLE_WORDS = 5
 BANDS, BAND_ROWS = 25, 5

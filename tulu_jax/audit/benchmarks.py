@@ -19,7 +19,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 
-from tulu_jax.data.audit import ngrams
+from tulu_jax.audit import ngrams
 from tulu_jax.data.sources import readers
 
 BRIEF = 8  # words; an MMLU question of fewer is taken with its options

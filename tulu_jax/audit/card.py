@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tulu_jax import strict_json
-from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import encode, examples, loader, packing, registry, store, truncation
-from tulu_jax.data.audit import (
+from tulu_jax.audit import (
     benchmarks,
     card_markdown,
     card_plots,
     contamination,
     preference_audit,
 )
+from tulu_jax.data import chat as chat_lib
+from tulu_jax.data import encode, examples, loader, packing, registry, store, truncation
 from tulu_jax.data.sources import name_filter, readers
 
 # TÜLU 2 (arXiv 2311.10702) §2 and figure 1; tokens of a row of the V2 mixture.
