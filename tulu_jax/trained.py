@@ -25,7 +25,7 @@ def saved_step(config: TrainConfig, step: int | None) -> int:
 def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, dict]:
     """The mesh of the run and the parameters of `step`, or with None those that training starts
     from. Raises `UsageError` if there is no such checkpoint."""
-    mesh = mesh_lib.make(config.mesh)
+    mesh = mesh_lib.make(config.mesh_on(jax.device_count()))
     abstract = step_lib.abstract_state(config, mesh, num_steps=1).params
     with jax.set_mesh(mesh):
         if step is None:

@@ -87,7 +87,7 @@ def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path, capsys):
             f"--out={folder}",
         )
         assert status == 0, capsys.readouterr()
-        fragments.append((folder / "pod.gin").read_text())
+        fragments.append((folder / "slice.gin").read_text())
         assert len(json.loads((folder / "dryrun.json").read_text())) == 2
     assert fragments[0] == fragments[1]
     assert "mesh.MeshConfig.topology = 'v5e:2x2'" in fragments[0]

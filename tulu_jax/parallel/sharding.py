@@ -9,7 +9,7 @@ it, for optimizer, decoding and metrics, XLA places what the tables say.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +231,13 @@ def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def shards(logical_axis: str, mesh_sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that divide `logical_axis`, and into how many shards."""
+    rule = AXIS_RULES[logical_axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return names, math.prod(mesh_sizes[name] for name in names)
+
+
 def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
     """'1, 2 or 4 would': the divisors of `size` that a mesh of as many devices can have."""
     devices = math.prod(mesh_sizes.values())
@@ -246,9 +253,7 @@ def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> 
     def check(path, leaf):
         name = path_name(path)
         for size, axis in zip(leaf.shape, param_axes(name), strict=True):
-            rule = AXIS_RULES[axis]
-            names = (rule,) if isinstance(rule, str) else rule or ()
-            divisor = math.prod(mesh_sizes[name] for name in names)
+            names, divisor = shards(axis, mesh_sizes)
             if size % divisor:
                 problems.setdefault(
                     (axis, size),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tulu_jax import chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 from tulu_jax.planning import rows
@@ -104,7 +105,7 @@ def milliseconds(
     chip: str, kernel: schedule.Kernel, tile: flash.Tile, stage: str, heads: int, counts: Counts
 ) -> float:
     """One pass over a row with these counts, all `heads` on all cores of a device."""
-    hardware, count = schedule.CHIPS[chip], counts[stage]
+    hardware, count = chips.CHIPS[chip], counts[stage]
     scale = heads / tile.heads / hardware.cores
     cycles = kernel.cycles(
         steps=count["steps"] * scale,

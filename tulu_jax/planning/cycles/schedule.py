@@ -23,40 +23,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tulu_jax import chips
 from tulu_jax.planning import compiled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """One device. `clock` in Hz and `peak` in FLOP/s are the published ones (v6e's and tpu7x's
-    clocks are what their peaks imply), `bandwidth` in bytes/s of HBM is of one device with all its
-    `cores`."""
-
-    topology: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    clock: float
-    cores: int
-    peak: float
-    bandwidth: float
-
-
-CHIPS = {
-    # A device is one of a chip's two cores.
-    "v3": Chip(topology="v3:2x2", clock=0.94e9, cores=1, peak=61.5e12, bandwidth=0.45e12),
-    "v4": Chip(
-        topology="v4:2x2x1",
-        options=dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1),
-        clock=1.05e9,
-        cores=2,
-        peak=275e12,
-        bandwidth=1.23e12,
-    ),
-    "v5e": Chip(topology="v5e:2x2", clock=1.5e9, cores=1, peak=197e12, bandwidth=0.82e12),
-    "v5p": Chip(topology="v5p:2x2x1", clock=1.75e9, cores=2, peak=459e12, bandwidth=2.46e12),
-    "v6e": Chip(topology="v6e:2x2", clock=1.75e9, cores=1, peak=918e12, bandwidth=1.64e12),
-    # A device is one of a chip's two cores.
-    "tpu7x": Chip(topology="tpu7x:2x2x1", clock=2.2e9, cores=1, peak=1153.5e12, bandwidth=3.69e12),
-}
 
 PASSES = {
     "post-bundle-packing-post-ra": "flow",
@@ -348,10 +316,11 @@ def _child() -> None:
     # What is compiled, and so kept, does not depend on where the source lies or on its lines.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     task = json.load(sys.stdin)
-    chip, dumps = CHIPS[task["chip"]], pathlib.Path(task["folder"], "dumps")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip.topology, **chip.options
-    )
+    chip, dumps = chips.CHIPS[task["chip"]], pathlib.Path(task["folder"], "dumps")
+    name, options = f"{task['chip']}:{chip.smallest}", dict(chip.options)
+    if options:
+        options["num_slices"] = 1
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
     dumps.mkdir()
     for number, request in enumerate(task["requests"]):
@@ -362,7 +331,7 @@ def _child() -> None:
             )
             lowered = function.lower(*arguments)
             make = functools.partial(_make, lowered, dumps)
-            where = f"{chip.topology} {chip.options}"
+            where = f"{name} {options}"
             result = compiled.kept(make, lowered, place=where, options={}) | {"error": None}
         except Exception as error:  # every refusal goes back to the caller
             result = {"error": f"{type(error).__name__}: {error}"[:3000]}
