@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--chips v4 v5e v5p v6e] [--sweep]
 
 No TPU is needed: each kernel is compiled for the chip and its scheduled cycles are counted
-(`tulu_jax/planning/schedule.py`: lower bounds, the same for all). 32 heads x 8,192 x 128 and 64 / 8
-heads, bfloat16, causal. Public kernels run at their best block sizes; `--sweep` tries others too.
+(`tulu_jax/planning/cycles/schedule.py`: lower bounds, the same for all). 32 heads x 8,192 x 128
+and 64 / 8 heads, bfloat16, causal. Public kernels run at their best block sizes; `--sweep` tries
+others too.
 A public time is the fastest forward kernel plus the fastest backward kernel, without the XLA code
 around them; ours has it ("glue"). The public kernels here mask by segment but run every causal
 block. tokamax's `make_dynamic_splash_mha`, whose mask comes at run time, skips blocks and is not
@@ -26,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tulu_jax import chips
 from tulu_jax.data import packing
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention as counting
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import attention_cycles as counting
+from tulu_jax.planning.cycles import schedule
 
 LENGTH, HEAD_DIM = 8192, 128
 SHAPES = {"32 heads": (32, 32), "64/8 heads": (64, 8)}
@@ -176,7 +178,7 @@ def public_milliseconds(chip, program, N, K, block):
         compute = (
             [some_here] if len(branches["compute"]) == 1 else [whole_here, some_here - whole_here]
         )
-        cores = 1 if kernel.primary_core_only else schedule.CHIPS[chip].cores
+        cores = 1 if kernel.primary_core_only else chips.CHIPS[chip].cores
         outer = (K if "dkv" in name else N) / N * blocks
         scale = N / cores
         cycles = kernel.cycles(
@@ -184,8 +186,8 @@ def public_milliseconds(chip, program, N, K, block):
             compute=[n * scale for n in compute],
             side=[outer * scale] * len(branches["side"]),
         )
-        times["backward" if backward else "forward"] += 1e3 * cycles / schedule.CHIPS[chip].clock
-    glue = 1e3 * program.glue_bytes / schedule.CHIPS[chip].bandwidth
+        times["backward" if backward else "forward"] += 1e3 * cycles / chips.CHIPS[chip].clock
+    glue = 1e3 * program.glue_bytes / chips.CHIPS[chip].bandwidth
     return times["forward"], times["backward"], glue
 
 
@@ -203,7 +205,7 @@ def transfer_milliseconds(chip, tiling, heads, kv_heads, counts):
             moved = count["steps"] * 2 * tile.heads + count["first"] * 4 * some
             moved += count["last_query"] * tile.heads
         total += head * moved * heads / tile.heads
-    return 1e3 * total / schedule.CHIPS[chip].bandwidth
+    return 1e3 * total / chips.CHIPS[chip].bandwidth
 
 
 def our_milliseconds(chip, program, tiling, heads, counts):
@@ -214,7 +216,7 @@ def our_milliseconds(chip, program, tiling, heads, counts):
             stage = "backward" if "backward" in name else "forward"
             tile = getattr(tiling, stage)
             times[stage] = counting.milliseconds(chip, kernel, tile, stage, heads, counts)
-    glue = 1e3 * program.glue_bytes / schedule.CHIPS[chip].bandwidth
+    glue = 1e3 * program.glue_bytes / chips.CHIPS[chip].bandwidth
     return times["forward"], times["backward"], glue
 
 
@@ -335,7 +337,7 @@ def public_requests(chip, N, K, sweep):
                 yield request("splash", **sizes, fused=fused)
             yield request("tokamax", **sizes, scheduler=False)
             if N == K and (
-                sweep or not segments or schedule.CHIPS[chip].cores > 1
+                sweep or not segments or chips.CHIPS[chip].cores > 1
             ):  # it has no groups
                 edge = min(block, 1024)
                 yield request("jax_flash", segments=segments, block=edge)

@@ -19,10 +19,11 @@ import sys
 import attention
 import numpy as np
 
+from tulu_jax import chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention as counting
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import attention_cycles as counting
+from tulu_jax.planning.cycles import schedule
 
 HEADS = 32
 DTYPES = ("bfloat16", "float32")
@@ -109,7 +110,7 @@ def tune(chip, dtype, stage, wide, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", nargs="+", default=list(tuning.CORES), choices=tuning.CORES)
+    parser.add_argument("--chips", nargs="+", default=list(chips.CHIPS), choices=chips.CHIPS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--stages", nargs="+", default=counting.STAGES, choices=counting.STAGES)
     parser.add_argument("--wide", action="store_true", help="more candidates")

@@ -19,13 +19,14 @@ import tempfile
 import attention
 import numpy as np
 
+from tulu_jax import chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention as counting
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import attention_cycles as counting
+from tulu_jax.planning.cycles import schedule
 
 HEADS = 32
-CHIP = schedule.CHIPS["v3"]
+CHIP = chips.CHIPS["v3"]
 BLOCKWISE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies

@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
+from tulu_jax.audit import benchmarks, contamination, preference_audit
 from tulu_jax.data import examples, registry
-from tulu_jax.data.audit import benchmarks, contamination, preference_audit
 
 ROW_WORDS, SFT_ROWS, PAIRS = 820, 326_154, 61_966
 

@@ -26,7 +26,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / "runs" / "pods"
-SHORT = [("sft_7b.gin", "v5p_64_7b_sft"), ("dpo_70b.gin", "v5p_512_70b_dpo")]
+SHORT = [("sft_7b.gin", "v5p_64"), ("dpo_70b.gin", "v5p_512")]
 SPARE, SECONDS, GIGABYTES = 0.05, 180, 12
 # The module of a run, its slice, and the MFU that MaxText published. Whether that counts attention
 # whole or its causal half is not said; MaxText's formula had it whole until July 2025 (its #1988).
@@ -72,14 +72,20 @@ def dry_run(name: str, pod: str | None, *arguments: str) -> dict:
 
 
 def runs() -> list[tuple[str, str]]:
-    """Every complete file of the paper with every pod that is sized for it."""
-    pods = sorted(path.stem for path in (ROOT / "configs" / "pods").glob("*.gin"))
+    """Every complete file of the paper with every slice that is laid out for it."""
+    import gin
+
+    from tulu_jax import cli
+    from tulu_jax.parallel import slices
+
     found = []
     for path in sorted((ROOT / "configs").glob("*.gin")):
-        included = [pod for pod in pods if f"'pods/{pod}.gin'" in path.read_text()]
-        if included:
-            size = "_".join(included[0].split("_")[2:])
-            found += [(path.name, pod) for pod in pods if pod.endswith(f"_{size}")]
+        gin.clear_config()
+        if "SLICE = " in path.read_text():
+            config = cli.load(path.name, workdir="unused")
+            size = slices.size_of(config.model.num_params)
+            known = slices.known(stage=config.objective.stage, size=size)
+            found += [(path.name, pod) for pod in known if not pod.endswith("_wide")]
     return found
 
 
@@ -220,7 +226,7 @@ def against_maxtext(folder: pathlib.Path) -> dict:
     ours; theirs is faster with a policy that keeps more."""
     stem = "llama2_70b_v5p_512-max_target_length_8192-per_device_batch_size_1-remat_policy_full"
     theirs, parts, about = maxtext(folder, stem, "v5p:4x8x8")
-    ours = dry_run("sft_70b.gin", "v5p_512_70b_wide", "--gin.BATCH_SIZE=256", "--whole_rows")
+    ours = dry_run("sft_70b.gin", "v5p_512_wide", "--gin.BATCH_SIZE=256", "--whole_rows")
     tokens = 256 * 8192 / 256
     print("MaxText with full rematerialisation, not its fastest policy")
     print(f"{'':<10} s a step  matrix attention    HBM interconnect  GiB temporaries")
@@ -248,7 +254,7 @@ def scaling() -> dict:
     for topology, rows in (("v5p:4x4x4", 16), ("v5p:4x8x8", 64), ("v5p:8x8x16", 256)):
         result = dry_run(
             "sft_70b.gin",
-            "v5p_128_70b_sft",
+            "v5p_128",
             f"--gin.BATCH_SIZE={rows}",
             f"--topology={topology}",
         )

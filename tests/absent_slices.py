@@ -7,7 +7,8 @@ import pathlib
 import caches
 import pytest
 
-from tulu_jax.planning import compiled, schedule
+from tulu_jax.planning import compiled
+from tulu_jax.planning.cycles import schedule
 
 
 def folder() -> pathlib.Path:

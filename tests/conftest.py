@@ -1,4 +1,5 @@
-"""Eight fake CPU devices, rank promotion as an error, and the real data where it is present.
+"""Eight fake CPU devices, rank promotion as an error, the real data where it is present, a small
+tokenizer, and tasks that exist for one test.
 
 Compiled programs are kept from one session to the next (`caches`), also by the processes that tests
 start. A test that is not `slow` and takes over `limit_seconds` fails the run (`time_limit`).
@@ -20,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from raw_rows import identity
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -44,3 +46,38 @@ def shared_data() -> pathlib.Path:
     if not root.is_dir():
         pytest.skip(f"real data not found at {root}; set TULU_JAX_DATA to its folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> str:
+    """A folder with the byte-level BPE tokenizer of tulu_tiny."""
+    from tulu_jax.data import tulu_tiny
+
+    return tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir):
+    """That tokenizer, a `chat.ChatTokenizer`."""
+    from tulu_jax.data import chat
+
+    return chat.load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture
+def add_task():
+    """`add_task(name, sources, ...)` registers a task until the test ends."""
+    from tulu_jax.data import registry
+
+    added = []
+
+    def add(name: str, sources: dict, **options):
+        options = {"kind": "sft", "convert": identity, "licence": "-", "origin": "-"} | options
+        task = registry.Task(name=name, sources=sources, **options)
+        registry.TaskRegistry.add(task)
+        added.append(name)
+        return task
+
+    yield add
+    for name in added:
+        registry.TaskRegistry.remove(name)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import commands
 import gin
 import pytest
 
@@ -169,6 +170,55 @@ def test_operative_config_rebuilds_the_run(tmp_path):
     again = cli.load(str(tmp_path / "config.gin"), workdir=None)
     assert again == config
     assert cli.operative_config() == text
+
+
+SAVED = pathlib.Path(__file__).with_name("saved_config.gin")  # of before runs named a slice
+
+
+def test_a_config_saved_before_slices_rebuilds_its_run():
+    config = cli.load(str(SAVED), workdir=None)
+    overrides = ["--gin.NUM_STEPS=4"]
+    assert config == cli.load("tulu_tiny_sft.gin", overrides, workdir="runs/x")
+    said = refusal(str(SAVED), "--gin.SLICE='v5p_512'")
+    assert "--gin.SLICE: no such macro, for --pod to set; a config that was saved" in said
+
+
+UNDER = """
+BUCKET = 'gs://b'
+base/recipe.under.root = %BUCKET
+base/recipe.under.path = %BASE
+recipe.TrainConfig.base = @base/recipe.under()
+include 'pods/v5p_64_7b_sft.gin'
+"""
+
+
+def test_what_files_of_before_had_is_refused_with_what_to_write_instead(tmp_path):
+    said = refusal(write(tmp_path, UNDER))
+    assert "mine.gin, line 8" in said and "'include" not in said
+    assert "paths lie below recipe.TrainConfig.bucket and loader.DataConfig.bucket now" in said
+    assert "include 'pods/v5p_64_7b_sft.gin' was not found; slices are a table now" in said
+
+
+@pytest.mark.parametrize("name", ["sft_70b.gin", "dpo_70b.gin", "tulu_tiny_sft.gin"])
+def test_a_run_is_printed_on_one_screen(name, capsys):
+    command = (f"--gin_file={name}", "--pod=any", "--print_config", "--workdir=w")
+    assert commands.run("train", *command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 100
+    text = " ".join(" ".join(lines).split())
+    config = cli.load(name, workdir="w", pod="any")
+    for part in (config, *(getattr(config, name) for name in ("model", "data", "mesh"))):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            assert dataclasses.is_dataclass(value) or f"{field.name}={value!r}" in text
+    assert " *num_" in text and " param_dtype='float32'" in text and "*param_dtype" not in text
+    assert " on 8: " in text
+
+
+def test_the_mesh_of_a_slice_is_printed(capsys):
+    assert commands.run("train", "--gin_file=dpo_70b.gin", "--pod=v6e_256", "--print_config") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "*topology='v6e:16x16' (on 256: context 32 x tensor 8)" in text
 
 
 def test_misspelt_file_names_the_nearest():

@@ -16,13 +16,13 @@ import pytest
 from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
 from tulu_jax.objectives import dpo, sft
-from tulu_jax.parallel import mesh
-from tulu_jax.planning import schedule
+from tulu_jax.parallel import mesh, slices
+from tulu_jax.planning.cycles import schedule
 from tulu_jax.training import optim
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-PODS = {path.stem: path for path in sorted((CONFIGS / "pods").glob("*.gin"))}
-RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "'pods/" in path.read_text())
+TOKENIZER = "--gin.TOKENIZER='unused'"  # else the embedded default trains its own
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "\nSLICE = " in path.read_text())
 
 # Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
 # of 8,192 as benchmarks/dpo_packing.py measures them.
@@ -40,11 +40,10 @@ def load(run, *overrides, pod=None):
     return cli.load(f"{run}.gin", overrides, workdir=None, pod=pod)
 
 
-def slices(run):
-    """The pods that the run can take, by the size and stage of the one that it includes."""
-    text = (CONFIGS / f"{run}.gin").read_text()
-    suffix = re.search(r"pods/\w+?(_\d+b_(sft|dpo))\.gin", text).group(1)
-    return [name.removesuffix(suffix) for name in PODS if name.endswith(suffix)]
+def slices_of(run):
+    """The slices that the run can take, but for those of the benchmarks."""
+    stage, size = run.split("_")[0], run.split("_")[-1]
+    return [name for name in slices.known(stage=stage, size=size) if not name.endswith("_wide")]
 
 
 def test_the_published_runs_are_there():
@@ -86,7 +85,7 @@ def test_recipe_values(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_every_slice_divides_and_is_filled(run):
     """Each generation at least, and the paper's own slice among them."""
-    names = slices(run)
+    names = slices_of(run)
     assert {name.split("_")[0] for name in names} == {"v3", "v4", "v5e", "v5p", "v6e"}
     assert "v3_256" in names and (not run.endswith("70b") or "v3_512" in names)
     for name in names:
@@ -98,14 +97,16 @@ def test_every_slice_divides_and_is_filled(run):
         assert devices == int(cores_or_chips) // cores_a_device
 
 
-def test_every_fragment_serves_a_run():
-    used = {f"{s}_{suffix}" for run in RUNS for s in slices(run) for suffix in suffixes(run)}
-    assert used == {pod for pod in PODS if not pod.endswith("_wide")}  # those are for benchmarks
-
-
-def suffixes(run):
-    text = (CONFIGS / f"{run}.gin").read_text()
-    return re.findall(r"pods/\w+?_(\d+b_(?:sft|dpo))\.gin", text)
+def test_every_layout_serves_a_run():
+    """But for those of the benchmarks: one that no run takes is one that nobody has compiled."""
+    used = {
+        id(slices.SLICES[name].layout(run.split("_")[0], run.split("_")[-1]))
+        for run in RUNS
+        for name in slices_of(run)
+    }
+    for name, slice_ in slices.SLICES.items():
+        if not name.endswith("_wide"):
+            assert {id(layout) for layout in slice_.layouts.values()} <= used, name
 
 
 def updates(config, rows_per_epoch):
@@ -140,38 +141,65 @@ def test_a_file_states_what_its_packed_batch_holds(run):
     assert number == pytest.approx(config.num_updates(math.ceil(total / a_row)), abs=1)
 
 
-def test_pods_that_are_not_there():
+def test_slices_that_are_not_there():
     with pytest.raises(cli.UsageError) as error:
         load("dpo_70b", pod="v5p_51")
-    assert "did you mean 'v5p_512'?" in str(error.value)
-    assert "slices for 70b_dpo are ['v3_256', 'v3_512', 'v4_512'" in str(error.value)
-    with pytest.raises(cli.UsageError, match="tulu_tiny_sft\\.gin includes no fragment of pods/"):
-        load("tulu_tiny_sft", pod="v5p_512")
+    assert "slice = 'v5p_51' is not known; did you mean 'v5p_512'?" in str(error.value)
+    assert "slices for 70b dpo are ['any', 'v3_256', 'v3_512', 'v4_512'" in str(error.value)
+    with pytest.raises(cli.UsageError, match="slice = 'v5p_64' has no layout for 70b sft; slices"):
+        load("sft_70b", pod="v5p_64")
+    with pytest.raises(cli.UsageError, match=r"no layout for a model of 1,.*\['any'\]"):
+        load("tulu_tiny_sft", TOKENIZER, pod="v5p_512")
 
 
-def test_another_runs_pod_is_taken_by_its_whole_name():
-    config = load("sft_7b", pod="v6e_256_13b_sft")
-    assert config.mesh.topology == "v6e:16x16"
-    assert config.model == model_config.named("llama2_7b")
+def test_a_slice_gives_way_to_what_a_file_sets(tmp_path):
+    mine = tmp_path / "mine.gin"
+    text = (
+        "from __gin__ import dynamic_registration\nfrom tulu_jax import recipe\n"
+        "from tulu_jax.models import config\nfrom tulu_jax.parallel import mesh\n"
+        "include 'sft_7b.gin'\nrecipe.TrainConfig.micro_batch_size = 4\n"
+        "config.ExecutionConfig.remat_policy = 'save_gate'\n"
+    )
+    mine.write_text(text)
+    config = cli.load(str(mine), workdir=None)
+    assert (config.micro_batch_size, config.execution.remat_policy) == (4, "save_gate")
+    assert config.mesh == load("sft_7b").mesh
+    mine.write_text(text + "mesh.MeshConfig.fsdp = 4\nmesh.MeshConfig.tensor = 8\n")
+    with pytest.raises(cli.UsageError, match=r"slice = 'v5p_64' and mesh\.MeshConfig .*'fsdp': 4"):
+        cli.load(str(mine), workdir=None)
+    mine.write_text(mine.read_text() + "SLICE = 'any'\n")
+    config = cli.load(str(mine), workdir=None)
+    assert config.mesh == config.mesh_on(32) == mesh.MeshConfig(fsdp=4, tensor=8)
+    with pytest.raises(cli.UsageError, match=r"slice = 'v6e_64' and mesh\.MeshConfig has"):
+        cli.load(str(mine), workdir=None, pod="v6e_64")
+
+
+@pytest.mark.parametrize("run", [*RUNS, "tulu_tiny_sft", "tulu_tiny_dpo"])
+def test_any_is_whatever_devices_there_are(run):
+    config = load(run, *([TOKENIZER] if "tiny" in run else []), pod="any")
+    for devices in (1, 2, 4, 8, 32, 256):
+        assert math.prod(config.mesh_on(devices).sizes(devices).values()) == devices
+        assert list(preflight.mesh_problems(config, devices)) == []
+    (said,) = preflight.mesh_problems(config, 23)
+    assert "23 devices divide no mesh over {'batch': " in said
+    assert "expected one of [1, 2, " in said
+
+
+def test_any_divides_rows_first_then_heads_then_the_sequence():
+    assert load("sft_70b", pod="any").mesh_on(256) == mesh.MeshConfig(fsdp=16, context=2, tensor=8)
+    assert load("dpo_70b", pod="any").mesh_on(512) == mesh.MeshConfig(fsdp=1, context=64, tensor=8)
+    assert load("tulu_tiny_sft", TOKENIZER).mesh_on(8) == mesh.MeshConfig(fsdp=4, context=2)
 
 
 @pytest.mark.parametrize(
-    "overrides, pod, message",
+    "run, override, message",
     [
-        (
-            ["--gin.BATCH_SIZE=6"],
-            "v5p_512",
-            "a multiple of 16, or data x fsdp of which 1 or 2 would",
-        ),
-        (
-            ["--gin.MAX_LENGTH=6000"],
-            "v5p_512_70b_dpo",
-            "context x tensor = 256; 1, 2, 4, 8 or 16 would",
-        ),
+        ("sft_70b", "BATCH_SIZE=6", "a multiple of 16, or data x fsdp of which 1 or 2 would"),
+        ("dpo_70b", "MAX_LENGTH=6000", "context x tensor = 256; 1, 2, 4, 8 or 16 would"),
     ],
 )
-def test_what_does_not_divide_and_what_would(overrides, pod, message):
-    config = load("sft_70b", *overrides, pod=pod)
+def test_what_does_not_divide_and_what_would(run, override, message):
+    config = load(run, f"--gin.{override}", pod="v5p_512")
     devices = mesh.slice_devices(config.mesh.topology)
     assert message in "\n".join(preflight.mesh_problems(config, devices))
 
@@ -216,10 +244,25 @@ def test_a_tokenizer_of_ones_own(shared_data):
             assert config.data.tokenizer == found
 
 
+def test_weights_tokenizer_rows_and_cache_need_not_lie_under_one_root():
+    places = {"BASE": "gs://a/base", "TOKENIZER": "/tok", "DATA_ROOT": "gs://d", "CACHE": "./here"}
+    overrides = [f"--gin.{macro}={path!r}" for macro, path in places.items()]
+    config = load("sft_7b", *overrides, "--gin.BUCKET='gs://b'")
+    data = config.data
+    assert (config.base, config.workdir) == ("gs://a/base", "gs://b/runs/sft_7b")
+    assert (data.tokenizer, data.data_root, data.cache_dir) == ("/tok", "gs://d", "here")
+    config = cli.load("sft_7b.gin", ["--gin.BUCKET='gs://b'"], workdir="mine")
+    assert (config.workdir, config.base) == ("mine", "gs://b/models/Llama-2-7b-hf")
+    assert dataclasses.replace(config, seed=1).base == config.base  # placed once
+    config = load("sft_7b", "--gin.BUCKET='near'")
+    assert dataclasses.replace(config, seed=1).data == config.data
+    assert (config.workdir, config.data.data_root) == ("near/runs/sft_7b", "near/data")
+
+
 PLACE = """
 import json, sys
 from jax.experimental import topologies
-from tulu_jax.parallel import mesh
+from tulu_jax.parallel import mesh, slices
 
 megacore = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
 for name, configs in json.load(sys.stdin).items():
@@ -235,10 +278,10 @@ for name, configs in json.load(sys.stdin).items():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_meshes_are_placed_on_the_devices_of_the_compiler():
-    """Every pod's mesh on its topology, as libtpu describes it."""
+    """Every slice's mesh on its topology, as libtpu describes it."""
     meshes = {}
     for run in RUNS:
-        for pod in slices(run):
+        for pod in slices_of(run):
             found = load(run, pod=pod).mesh
             known = meshes.setdefault(found.topology, [])
             known += [c] if (c := dataclasses.asdict(found)) not in known else []

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "tulu_jax"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # What each folder may import of tulu_jax; files at the top may import everything below them.
-ANYONE = {"validation", "strict_json"}
+ANYONE = {"validation", "strict_json", "chips"}
 ALLOWED = {
     "kernels": set(),
     "quant": set(),
@@ -20,8 +20,9 @@ ALLOWED = {
     "training": {"models", "parallel"},
     "interop": {"models", "parallel"},
     "decode": {"models", "parallel"},
+    "audit": {"data"},
 }
-TOP = {"base", "recipe", "step", "trainer", "trained", "preflight", "cli"}
+TOP = {"base", "recipe", "step", "trainer", "trained", "preflight", "cli", "gin_files"}
 ENTRY_POINTS = {
     "train",
     "prepare",
@@ -33,7 +34,7 @@ ENTRY_POINTS = {
     "dryrun",
 }
 HOMES = {
-    "gin": {"cli.py"},
+    "gin": {"gin_files.py"},
     "flax": {"models/"},
     "orbax": {"training/checkpoint.py"},
     "safetensors": {"interop/"},

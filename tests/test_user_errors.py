@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tulu_jax import base, cli, preflight, validation
+from tulu_jax import base, cli, gin_files, preflight, validation
 from tulu_jax.data import registry
-from tulu_jax.evals import tulu_tiny as benchmark
+from tulu_jax.evals import held_out_prompts as benchmark
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.training import checkpoint, metrics
@@ -156,7 +156,7 @@ def test_a_macro_of_another_type_is_refused_in_words(name, shared_data):
     """Every macro of a file, with what it cannot be."""
     overrides = [f'--gin.DATA_ROOT="{shared_data}"'] if "stories" in name else []
     load(f"{name}.gin", *overrides)
-    for macro in cli._macros():
+    for macro in gin_files._macros():
         for value in ("None", "-3", "1.5", "True", "'a b'", "['x']", "{'a': 1}", "''"):
             gin.clear_config()
             try:

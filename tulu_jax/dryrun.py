@@ -5,7 +5,7 @@ DIR/dryrun.png and DIR/step.hlo.txt, the optimized program. Exit status 1 means 
 not fit; the last lines say what to change. `--topologies=A,B,...` compares slices, each with this
 run's mesh where that fills it, else with the one that the planner's estimate prefers; `--plan`
 searches the mesh, the micro-batch, rematerialisation, the optimizer's dtype and attention's blocks
-for one slice and writes the fragment that wins. `docs/pods.md` tells how the time is estimated.
+for one slice and writes what wins as DIR/slice.gin. `docs/pods.md` tells how the time is estimated.
 """
 
 import sys
@@ -20,7 +20,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Slice to compile for, e.g. v5p:4x8x8 or 2*v5e:16x16. Default: the pod's."
 )
 _TOPOLOGIES = flags.DEFINE_list("topologies", [], "Slices to compare for this run.")
-_PLAN = flags.DEFINE_bool("plan", False, "Search the best pods/ fragment for the topology.")
+_PLAN = flags.DEFINE_bool("plan", False, "Search the best mesh for the topology; writes slice.gin.")
 _COMPILES = flags.DEFINE_integer("compiles", 6, "Compilations that --plan may spend.")
 _OUT = flags.DEFINE_string("out", None, "Folder of dryrun.json and .png. Default: dryrun/<file>.")
 _WHOLE_ROWS = flags.DEFINE_bool(
@@ -29,7 +29,7 @@ _WHOLE_ROWS = flags.DEFINE_bool(
 
 
 def main(config: TrainConfig) -> None:
-    from tulu_jax.planning import plan, report, rows, topology
+    from tulu_jax.planning import plan, render, rows, topology
 
     held = rows.WHOLE if _WHOLE_ROWS.value else None
     out = epath.Path(validation.expanded(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}"))
@@ -46,9 +46,9 @@ def main(config: TrainConfig) -> None:
         runs = [(plan.suited(config, s), s) for s in slices]
         cli.stop_if(problem for run in runs for problem in plan.problems(*run))
         results = [plan.price(*run, held=held) for run in runs]
-    print(report.table(results))
+    print(render.table(results))
     (out / "dryrun.json").write_text(strict_json.dumps([r.as_dict() for r in results], indent=1))
-    report.draw(results, out / "dryrun.png")
+    render.draw(results, out / "dryrun.png")
     if results[0].step:
         (out / "step.hlo.txt").write_text(results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)

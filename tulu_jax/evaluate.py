@@ -25,18 +25,18 @@ flags.register_multi_flags_validator(
 
 def main(config) -> None:
     """Runs the held-out prompts of tulu_tiny greedily; prints and saves the scores."""
-    from tulu_jax.evals import tulu_tiny
+    from tulu_jax.evals import held_out_prompts
 
-    cli.stop_if(tulu_tiny.problems(config.data))
+    cli.stop_if(held_out_prompts.problems(config.data))
     from tulu_jax import preflight
 
     cli.check(config, preflight.to_read)
     from tulu_jax import trained
 
     model = trained.Generator(config, step=_STEP.value, initial=_INITIAL.value, max_new_tokens=32)
-    scores, replies = tulu_tiny.evaluate(model.replies)
+    scores, replies = held_out_prompts.evaluate(model.replies)
     if jax.process_index() == 0:
-        tulu_tiny.save(config.workdir, model.step, scores, replies)
+        held_out_prompts.save(config.workdir, model.step, scores, replies)
     print(strict_json.dumps(scores))
 
 

@@ -27,7 +27,7 @@ def main(config) -> None:
 
     cli.check(config, preflight.to_read)
     from tulu_jax import trained
-    from tulu_jax.decode import chat
+    from tulu_jax.decode import chat_loop
 
     model = trained.Generator(
         config,
@@ -38,7 +38,9 @@ def main(config) -> None:
         seed=_SEED.value,
     )
     if not _PROMPT.value:
-        chat.converse(lambda m: model.replies([m])[0], lines=chat.terminal_lines(), write=print)
+        chat_loop.converse(
+            lambda m: model.replies([m])[0], lines=chat_loop.terminal_lines(), write=print
+        )
         return
     conversations = [[{"role": "user", "content": text}] for text in _PROMPT.value]
     for text, reply in zip(_PROMPT.value, model.replies(conversations), strict=True):

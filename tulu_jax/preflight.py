@@ -89,7 +89,7 @@ def not_writable(config: TrainConfig) -> Iterator[str]:
 def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
     """What of `config` does not divide over the devices, and what would; reads nothing."""
     try:
-        sizes = config.mesh.sizes(num_devices)
+        sizes = config.mesh_on(num_devices).sizes(num_devices)
     except ValueError as error:
         yield str(error)
         return

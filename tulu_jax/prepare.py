@@ -55,8 +55,8 @@ def main(config) -> None:
 def _card(config) -> None:
     from etils import epath
 
+    from tulu_jax.audit import benchmarks, card
     from tulu_jax.data import loader, registry
-    from tulu_jax.data.audit import benchmarks, card
 
     prompts = None
     if _EVAL_DATA.value:
@@ -75,7 +75,7 @@ def _card(config) -> None:
 
 
 def _check(data) -> int:
-    from tulu_jax.data.audit import check
+    from tulu_jax.audit import check
 
     with validation.reading():
         outcomes = check.check(data)
@@ -84,8 +84,8 @@ def _check(data) -> int:
 
 
 def _show(data) -> None:
+    from tulu_jax.audit import show, show_html, show_text
     from tulu_jax.data import loader
-    from tulu_jax.data.audit import show, show_html, show_text
 
     with validation.reading():
         rows = loader.prepare(data, split=_SPLIT.value)

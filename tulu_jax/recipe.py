@@ -5,9 +5,10 @@ import math
 
 from tulu_jax import validation
 from tulu_jax.data import loader
-from tulu_jax.models.config import DTYPES, ExecutionConfig, LlamaConfig
+from tulu_jax.models.config import DTYPES, KEEP_NOTHING, ExecutionConfig, LlamaConfig
 from tulu_jax.objectives.objective import Objective
-from tulu_jax.parallel.mesh import MeshConfig
+from tulu_jax.parallel import slices
+from tulu_jax.parallel.mesh import AXES, MeshConfig
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
 from tulu_jax.training.optim import OptimizerConfig
@@ -23,6 +24,11 @@ class TrainConfig:
     folder, the workdir of another run, or None for random ones. `eval_every` None evaluates only at
     the end. `reference_dir` is where runs share the cached reference of DPO, each under the
     fingerprint of what its numbers depend on; None keeps it in the workdir.
+
+    `bucket` and `slice` are consumed here. Relative paths lie below `bucket`, a folder or a `gs://`
+    prefix; one of the working directory begins with `./`. `slice`, a name in `parallel/slices.py`,
+    gives the mesh, and where they are None the micro-batch and `execution.remat_policy`; 'any'
+    leaves a mesh that is set as it is, and one that is not to the devices there are (`mesh_on`).
     """
 
     model: LlamaConfig
@@ -43,9 +49,40 @@ class TrainConfig:
     eval_every: int | None = None
     param_dtype: str = "float32"
     seed: int = 42
+    bucket: dataclasses.InitVar[str | None] = None
+    slice: dataclasses.InitVar[str] = slices.ANY
 
-    def __post_init__(self):
-        validation.check(self, self._rules, paths=("workdir", "base", "reference_dir"))
+    def __post_init__(self, bucket, slice):
+        paths = dict.fromkeys(("workdir", "base", "reference_dir"), bucket)
+        validation.check(self, lambda: [*self._put_on(slice), *self._rules()], paths=paths)
+
+    def _put_on(self, slice):
+        """Sets what `slice` decides; the rule that this breaks, if it does."""
+        policy = KEEP_NOTHING
+        if slice != slices.ANY:
+            try:
+                mesh, layout = slices.find(
+                    slice, num_params=self.model.num_params, stage=self.objective.stage
+                )
+            except validation.UsageError as error:
+                return [(False, str(error))]
+            if self.mesh not in (MeshConfig(), mesh):
+                axes = {name: getattr(self.mesh, name) for name in AXES}
+                return [
+                    (
+                        False,
+                        f"slice = {slice!r} and mesh.MeshConfig has {axes}; expected one of the "
+                        f"two: remove the mesh, or set SLICE = {slices.ANY!r} to keep it",
+                    )
+                ]
+            policy = layout.remat_policy
+            micro = self.micro_batch_size or layout.micro_batch_size or self.batch_size
+            object.__setattr__(self, "mesh", mesh)
+            object.__setattr__(self, "micro_batch_size", micro)
+        if self.execution.remat_policy is None:
+            execution = dataclasses.replace(self.execution, remat_policy=policy)
+            object.__setattr__(self, "execution", execution)
+        return []
 
     def _rules(self):
         for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
@@ -63,6 +100,15 @@ class TrainConfig:
         yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
         yield from self.objective.problems(self)
 
+    def mesh_on(self, num_devices: int) -> MeshConfig:
+        """The mesh of the run on so many devices: `mesh`, or, where that says nothing, the one that
+        divides the model and the rows. Raises `UsageError` if nothing does."""
+        if self.mesh != MeshConfig():
+            return self.mesh
+        rows = {"batch": self.micro_batch_size or self.batch_size}
+        rows["positions"] = self.data.max_length
+        return slices.anywhere(num_devices, rows | self.model.axis_sizes)
+
     @property
     def micro_batches(self) -> int:
         """Forwards per update."""
@@ -76,21 +122,3 @@ class TrainConfig:
         if self.num_steps is not None:
             return self.num_steps
         return max(1, math.floor(self.num_epochs * rows_per_epoch / self.batch_size))
-
-
-def under(root: str, path: str | None) -> str | None:
-    """`root/path`, for gin files, which cannot join strings: real data lies below one root.
-
-    A `path` that is whole (`/…`, `~/…`, `gs://…`) is itself, and None stays None. Raises
-    `UsageError` for what is no path.
-    """
-    if path is None:
-        return None
-    for name, value in (("root", root), ("path", path)):
-        if not isinstance(value, str) or not value:
-            raise validation.UsageError(
-                f"recipe.under.{name} = {value!r}: expected a path as a string; mend the macro "
-                "that it is set to, such as BUCKET, DATA_ROOT or BASE."
-            )
-    path = validation.expanded(path)
-    return path if path.startswith("/") or "://" in path else f"{root.rstrip('/')}/{path}"

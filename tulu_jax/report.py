@@ -15,7 +15,7 @@ from absl import app, flags
 from etils import epath
 
 from tulu_jax import cli, validation
-from tulu_jax.evals import tulu_tiny
+from tulu_jax.evals import held_out_prompts
 from tulu_jax.training import metrics
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Workdirs of runs, in order.", required=True)
@@ -93,7 +93,7 @@ def scores(workdir: str) -> list[tuple[str, dict]]:
     in their order."""
     return [
         ("before training" if found["step"] is None else f"at update {found['step']}", found)
-        for found in tulu_tiny.saved(workdir)
+        for found in held_out_prompts.saved(workdir)
     ]
 
 

@@ -13,7 +13,7 @@ from tulu_jax.decode import sampler
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding
+from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 
@@ -29,8 +29,7 @@ def saved_step(config: TrainConfig, step: int | None) -> int:
 def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, llama.Params]:
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
     that training starts from. Raises `UsageError` if there is no such checkpoint."""
-    sizes = sharding.fitting(jax.device_count(), llama.abstract_params(config.model, "float32"))
-    mesh = mesh_lib.make(mesh_lib.MeshConfig(**sizes))
+    mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.model.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
             return mesh, base_lib.initial_params(config, mesh)

@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, config_text: str | None = None):
         self.config, self.config_text = config, config_text
-        self.mesh = mesh_lib.make(config.mesh)
+        self.mesh = mesh_lib.make(config.mesh_on(jax.device_count()))
         self.row_share = mesh_lib.row_share(self.mesh)
         self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract, self.abstract_frozen = step_lib.abstract_state(config, self.mesh)

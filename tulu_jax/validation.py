@@ -13,8 +13,9 @@ import math
 import os
 import re
 import sys
+import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from absl import logging
 
@@ -102,15 +103,34 @@ def raise_if(problems: Iterable[str]) -> None:
         raise UsageError(f"{len(problems)} {noun} in the configuration:\n{lines}")
 
 
+def below(bucket: str | None, path: str) -> str:
+    """`bucket/path`. A path that is whole (`/…`, `~/…`, `gs://…`, or `./…` and `../…` for one of
+    the working directory) is itself, as is every path without a bucket.
+
+    A leading `~` is expanded and a leading `./` dropped. Raises `UsageError` for what is no path.
+    """
+    for name, value in (("bucket", bucket), ("path", path)):
+        if (name, value) != ("bucket", None) and not (isinstance(value, str) and value):
+            raise UsageError(
+                f"{name} = {value!r}: expected a path as a string; mend the macro that it is set "
+                "to, such as BUCKET, DATA_ROOT or BASE"
+            )
+    whole = bucket is None or path.startswith(("/", "~", "./", "../")) or "://" in path
+    return expanded(path.removeprefix("./") if whole else f"{bucket.rstrip('/')}/{path}")
+
+
 def check(
-    config, rules: Callable[[], Iterable[Rule]] = lambda: (), *, paths: Iterable[str] = ()
+    config,
+    rules: Callable[[], Iterable[Rule]] = lambda: (),
+    *,
+    paths: Mapping[str, str | None] = types.MappingProxyType({}),
 ) -> None:
     """Checks the field types of a dataclass and then `rules`: pairs of (holds, message if not).
 
-    The rules run only if every type is right. A leading `~` is expanded in the fields `paths`.
+    The rules run only if every type is right. The fields `paths` are placed `below` their buckets.
     Raises `UsageError`, or adds to `collect()`.
     """
-    problems = _type_problems(config) or _expand(config, paths)
+    problems = _type_problems(config) or _place(config, paths)
     if not problems:
         name = type(config).__name__
         problems = [f"{name}: {message}" for holds, message in rules() if not holds]
@@ -154,17 +174,17 @@ def nearest(value: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def _expand(config, paths: Iterable[str]) -> list[str]:
-    """Expands the fields `paths` of a frozen dataclass; what could not be."""
-    problems = []
-    for name in paths:
+def _place(config, paths: Mapping[str, str | None]) -> list[str]:
+    """Places fields of a frozen dataclass below their buckets; what could not be, each once."""
+    problems = {}
+    for name, bucket in paths.items():
         value = getattr(config, name)
         if isinstance(value, str):
             try:
-                object.__setattr__(config, name, expanded(value))
+                object.__setattr__(config, name, below(bucket, value))
             except UsageError as error:
-                problems.append(f"{type(config).__name__}.{name} = {error}")
-    return problems
+                problems.setdefault(str(error), f"{type(config).__name__}.{name}: {error}")
+    return list(problems.values())
 
 
 def _type_problems(config) -> list[str]:

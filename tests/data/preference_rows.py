@@ -5,13 +5,13 @@ import functools
 from raw_rows import messages
 
 from tulu_jax.data import examples, registry
-from tulu_jax.data.sources import hh, own, preference, rankings, ultrafeedback
+from tulu_jax.data.sources import hh, own, rankings, ready_pairs, ultrafeedback
 
 h4 = functools.partial(
-    preference.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
+    ready_pairs.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
 )
 argilla = functools.partial(
-    preference.conversations, scores=("chosen-rating", "rejected-rating"), ties="drop"
+    ready_pairs.conversations, scores=("chosen-rating", "rejected-rating"), ties="drop"
 )
 
 
@@ -37,7 +37,7 @@ def sharegpt_turn(sender: str, value: str) -> dict:
 
 LAYOUTS = {  # converter, a row in its layout
     "trl": (
-        preference.ultrafeedback_binarized,
+        ready_pairs.ultrafeedback_binarized,
         {
             "prompt": "p",
             "chosen": "good",
@@ -73,11 +73,11 @@ LAYOUTS = {  # converter, a row in its layout
         },
     ),
     "orca": (
-        preference.orca,
+        ready_pairs.orca,
         {"system": "", "question": "p", "chosen": "good", "rejected": "bad"},
     ),
     "openai": (
-        preference.openai,
+        ready_pairs.openai,
         {
             "input": {"messages": messages("p"), "tools": []},
             "preferred_output": [{"role": "assistant", "content": "good", "weight": 1}],
@@ -85,11 +85,11 @@ LAYOUTS = {  # converter, a row in its layout
         },
     ),
     "stack_exchange": (
-        preference.stack_exchange,
+        ready_pairs.stack_exchange,
         {"qid": 1, "question": "p", "response_j": "good", "response_k": "bad"},
     ),
     "sharegpt": (
-        preference.sharegpt,
+        ready_pairs.sharegpt,
         {
             "conversations": [sharegpt_turn("human", "p")],
             "chosen": sharegpt_turn("gpt", "good"),
@@ -97,7 +97,7 @@ LAYOUTS = {  # converter, a row in its layout
         },
     ),
     "alpaca": (
-        preference.alpaca,
+        ready_pairs.alpaca,
         {"instruction": "p ", "input": "", "output": "x", "chosen": "good", "rejected": "bad"},
     ),
     "hh": (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tulu_jax.data import chat, data_checks, loader, store
-from tulu_jax.data.sources import tulu_tiny
+from tulu_jax.data.sources import tiny_instructions
 
 SFT_KEYS = ["loss_mask", "positions", "segment_ids", "targets", "tokens"]
 ALONE = {"process_index": 0, "process_count": 1}
@@ -196,7 +196,7 @@ def test_an_epoch_visits_every_example_once(sft_rows):
 
 def test_each_segment_is_its_conversation_encoded_alone(sft_rows):
     tokenizer = chat.load_tokenizer(sft_rows.config.tokenizer)
-    conversations = tulu_tiny.sft_rows("train")
+    conversations = tiny_instructions.sft_rows("train")
     for index in (0, 1, sft_rows.rows_per_epoch + 7):
         row = sft_rows.row(index)
         for segment, example_id in enumerate(sft_rows.example_ids(index), 1):

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, messages, write_jsonl
 
+from tulu_jax.audit import card, check, show
 from tulu_jax.data import data_checks, loader, registry
-from tulu_jax.data.audit import card, check, show
 from tulu_jax.data.sources import own
 
 ANSWERS = {"chosen": "hen", "rejected": "fox"}

@@ -5,25 +5,28 @@ import pathlib
 
 import pytest
 
-from tulu_jax.data import chat
-from tulu_jax.data import tulu_tiny as tulu_tiny_task
-from tulu_jax.data.sources import tulu_tiny
+from tulu_jax.data import chat, tulu_tiny
+from tulu_jax.data.sources import tiny_instructions
 
 
 def test_words_and_numbers_are_single_tokens(tokenizer):
-    words = tulu_tiny.WORDS + tulu_tiny.NAMES + [str(n) for n in range(tulu_tiny.LARGEST + 1)]
+    words = (
+        tiny_instructions.WORDS
+        + tiny_instructions.NAMES
+        + [str(n) for n in range(tiny_instructions.LARGEST + 1)]
+    )
     assert all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode("<unk>")) == (1, 2, [0])
 
 
 def test_training_is_repeatable_and_done_once(tokenizer, tmp_path):
-    folder = tulu_tiny_task.tokenizer(str(tmp_path))
+    folder = tulu_tiny.tokenizer(str(tmp_path))
     again = chat.load_tokenizer(folder)
     assert again.fingerprint == tokenizer.fingerprint and again.vocab_size == 512
     files = {file: file.stat().st_mtime_ns for file in pathlib.Path(folder).iterdir()}
     names = {file.name for file in files}
     assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    assert tulu_tiny_task.tokenizer(str(tmp_path)) == folder
+    assert tulu_tiny.tokenizer(str(tmp_path)) == folder
     assert files == {file: file.stat().st_mtime_ns for file in pathlib.Path(folder).iterdir()}
 
 

@@ -4,7 +4,7 @@ import collections
 import re
 
 from tulu_jax.data import chat, registry, tulu_tiny
-from tulu_jax.data.sources import tulu_tiny as source
+from tulu_jax.data.sources import tiny_instructions as source
 
 
 def key(messages: list[dict]) -> tuple:

@@ -1,6 +1,6 @@
 """The chat loop: what is asked of the model, and the commands."""
 
-from tulu_jax.decode import chat
+from tulu_jax.decode import chat_loop
 
 
 def talk(*lines):
@@ -11,7 +11,7 @@ def talk(*lines):
         seen.append(messages)
         return f"answer {len(seen)}"
 
-    messages = chat.converse(respond, lines=lines, write=written.append)
+    messages = chat_loop.converse(respond, lines=lines, write=written.append)
     return written, seen, messages
 
 
@@ -58,7 +58,7 @@ def test_reply_encodes_generates_and_decodes():
         calls.append(messages)
         return [1, 2]
 
-    answer = chat.reply(
+    answer = chat_loop.reply(
         [user("hi")],
         encode=encode,
         generate=lambda prompt: [*prompt, 3],
@@ -77,4 +77,4 @@ def test_terminal_lines_end_with_the_input(monkeypatch):
         raise EOFError
 
     monkeypatch.setattr("builtins.input", read)
-    assert list(chat.terminal_lines()) == ["one", "two"]
+    assert list(chat_loop.terminal_lines()) == ["one", "two"]

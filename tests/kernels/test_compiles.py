@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tulu_jax import chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
-from tulu_jax.planning import compiled, schedule, topology
+from tulu_jax.planning import compiled, topology
+from tulu_jax.planning.cycles import schedule
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -51,7 +53,7 @@ def forward_and_backward(chip, heads, kv_heads, length, head_dim, dtype, branche
     return jax.jit(both), (q, k, k, q, ids, ids)
 
 
-KINDS = {name: kind for kind, name in tuning.CHIPS.items()}
+KINDS = {name: chip.kinds[-1] for name, chip in chips.CHIPS.items()}
 PACKED = dict(heads=2, kv_heads=2, length=1024, head_dim=128, dtype="bfloat16", branched=False)
 PAIRS = dict(heads=4, kv_heads=2, length=1000, head_dim=64, dtype="bfloat16", branched=True)
 EXACT = dict(heads=2, kv_heads=1, length=512, head_dim=128, dtype="float32", branched=False)

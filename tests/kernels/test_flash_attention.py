@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from kernels import attention_cases as cases
 
+from tulu_jax import chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 
@@ -307,7 +308,7 @@ def test_ids_are_checked():
         jax.eval_shape(lambda: flash.prepare(**good, query_offset=0, tiling=tiling))
 
 
-@pytest.mark.parametrize("chip", tuning.CORES)
+@pytest.mark.parametrize("chip", chips.CHIPS)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (64, 8), (8, 1), (3, 3)])
 def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):
     for dtype in ("bfloat16", "float32") if chip != "v3" else ("bfloat16",):

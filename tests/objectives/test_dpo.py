@@ -11,7 +11,7 @@ import pytest
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tulu_tiny
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo, preference
+from tulu_jax.objectives import dpo, preference_losses
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
@@ -197,11 +197,11 @@ def test_places_without_a_pair_weigh_nothing():
     np.testing.assert_allclose(batch["weights"], [[0.5, 0], [0.5, 0]])
 
 
-@pytest.mark.parametrize("loss", preference.LOSSES)
+@pytest.mark.parametrize("loss", preference_losses.LOSSES)
 def test_every_loss_is_finite_with_rows_that_are_not_full(loss):
     """The last place of each row holds no pair: neither loss nor gradient sees it."""
     pairs = builders.random_pairs(3, 48)
-    beta = 2.0 if loss in preference.PER_TOKEN else 0.1
+    beta = 2.0 if loss in preference_losses.PER_TOKEN else 0.1
     config = dpo.DPOConfig(loss=loss, beta=beta, vocab_chunk=32)
     ref_logps = np.random.default_rng(0).uniform(-60, -20, (3, 2))
     packed = loss_and_gradient(builders.packed_rows(pairs, 2, LENGTH), ref_logps, config)

@@ -9,7 +9,7 @@ import pytest
 
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
-from tulu_jax.planning import attention
+from tulu_jax.planning.cycles import attention_cycles
 
 LENGTH = 1024
 
@@ -42,10 +42,12 @@ def listed(tiling, row, shards, shard):
     queries = jnp.asarray(row[None, shard * T : (shard + 1) * T])
     plan = prepared(tiling, queries, jnp.asarray(row[None]), jnp.int32(shard * T))
     counts = {}
-    for stage in attention.STAGES:
+    for stage in attention_cycles.STAGES:
         pairs = getattr(plan, stage)
         flags = np.asarray(pairs.flag)[: int(pairs.count[0])]
-        counts[stage] = {name: (flags & bit != 0).sum() for name, bit in attention.FLAGS.items()}
+        counts[stage] = {
+            name: (flags & bit != 0).sum() for name, bit in attention_cycles.FLAGS.items()
+        }
         counts[stage]["steps"] = len(flags)
         kinds = flash.kinds(getattr(tiling, stage).block)
         counts[stage]["kinds"] = {n: (flags & flash.KIND == n).sum() for n in kinds}
@@ -57,21 +59,21 @@ def listed(tiling, row, shards, shard):
 def test_documents_are_counted_as_they_are_listed(block, shards):
     tiling = tuning.with_block(tuning.INTERPRETED, block)
     for row in rows_of(np.random.default_rng(block + shards), 4):
-        counts = attention.count_packed(tiling, row[None], shards)
+        counts = attention_cycles.count_packed(tiling, row[None], shards)
         parts = [listed(tiling, row, shards, shard) for shard in range(shards)]
-        for stage in attention.STAGES:
+        for stage in attention_cycles.STAGES:
             most = max(parts, key=lambda part: sum(part[stage]["kinds"].values()))[stage]
             found = counts[stage]
             kinds = {n: x for n, x in found["kinds"].items() if n in most["kinds"]}
             assert kinds == most["kinds"], (row, stage)
             assert sum(found["kinds"].values()) == sum(kinds.values())
-            names = ("steps", *attention.SIDES[stage])
+            names = ("steps", *attention_cycles.SIDES[stage])
             assert {n: found[n] for n in names} == {n: most[n] for n in names}, (row, stage)
 
 
 def test_executed_products_are_those_of_the_pairs():
     tiling = tuning.with_block(tuning.INTERPRETED, 256)
-    one = attention.count_packed(tiling, np.ones((1, LENGTH), np.int32))
+    one = attention_cycles.count_packed(tiling, np.ones((1, LENGTH), np.int32))
     blocks = LENGTH // 256
     whole, diagonal = blocks * (blocks - 1) / 2 * 256**2, blocks * (128 * 256 + 128 * 128)
-    assert attention.executed(tiling, one) == pytest.approx(whole + diagonal)
+    assert attention_cycles.executed(tiling, one) == pytest.approx(whole + diagonal)

@@ -10,6 +10,7 @@ import sys
 import commands
 import pytest
 
+from tulu_jax import cli
 from tulu_jax.planning import aot, hlo
 
 pytestmark = pytest.mark.skipif(
@@ -87,10 +88,20 @@ def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path, capsys):
             f"--out={folder}",
         )
         assert status == 0, capsys.readouterr()
-        fragments.append((folder / "pod.gin").read_text())
+        fragments.append((folder / "slice.gin").read_text())
         assert len(json.loads((folder / "dryrun.json").read_text())) == 2
     assert fragments[0] == fragments[1]
     assert "mesh.MeshConfig.topology = 'v5e:2x2'" in fragments[0]
+    mine = tmp_path / "mine.gin"
+    mine.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "include 'tulu_tiny_sft.gin'\nSLICE = 'v5p_64'\ninclude 'one/slice.gin'\n"
+    )
+    config = cli.load(str(mine), ["--gin.TOKENIZER='unused'"], workdir=None)
+    mesh = {name: size for name, size in config.mesh.sizes(4).items() if size > 1}
+    result = json.loads((tmp_path / "one" / "dryrun.json").read_text())[0]
+    assert mesh == {name: size for name, size in result["mesh"].items() if size > 1}
+    assert config.execution.remat_policy == result["remat_policy"]
 
 
 def test_what_does_not_fit_is_status_1_with_advice(tmp_path, capsys):

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tulu_jax.planning import schedule
+from tulu_jax import chips
+from tulu_jax.planning.cycles import schedule
 
 BLOCK, BLOCKS = 512, 4
 
@@ -59,7 +60,7 @@ def test_a_matrix_product_takes_what_the_unit_needs_and_little_more():
     kernels = [next(iter(program.kernels.values())) for program in (both, one)]
     assert [kernel.primary_core_only for kernel in kernels] == [False, True]
     for kernel in kernels:
-        chip = schedule.CHIPS["v4"]
+        chip = chips.CHIPS["v4"]
         ideal = 2 * BLOCK**3 / (chip.peak / chip.cores / chip.clock)
         (body,) = kernel.branches["step"]  # every step multiplies: no branch of its own
         assert ideal <= body.own <= 1.25 * ideal

@@ -40,7 +40,8 @@ class DataConfig:
     after the shift; what becomes of longer examples is the rule `truncation`, one of
     `truncation.RULES`, and counted. `packing` is "best_fit" (of pairs: prompt once, answers as
     branches) or "none" (one example a row; of a pair, two rows). A mixture whose counts are not as
-    expected is refused unless `accept_counts`. `workers` threads build batches ahead.
+    expected is refused unless `accept_counts`. `workers` threads build batches ahead. Relative
+    `tokenizer`, `data_root` and `cache_dir` lie below `bucket`, and `data_root` None is the bucket.
     """
 
     train: str | registry.Mixture | registry.Task
@@ -56,9 +57,13 @@ class DataConfig:
     cache_dir: str = "cache"
     seed: int = 0
     workers: int = 2
+    bucket: dataclasses.InitVar[str | None] = None
 
-    def __post_init__(self):
-        paths = ("train", "validation", "tokenizer", "data_root", "cache_dir")
+    def __post_init__(self, bucket):
+        paths = {"train": None, "validation": None, "tokenizer": bucket, "cache_dir": bucket}
+        paths["data_root"] = bucket if self.data_root is not None else None
+        if self.data_root is None:
+            object.__setattr__(self, "data_root", bucket)
         validation.check(self, self._rules, paths=paths)
 
     def _rules(self):

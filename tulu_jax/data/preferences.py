@@ -7,7 +7,7 @@ Paths are relative to the data root: the files of a hub repository lie as they a
 import functools
 
 from tulu_jax.data.registry import Files, Filter, Mixture, MixtureRegistry, Task, TaskRegistry
-from tulu_jax.data.sources import hh, preference, rankings, ultrafeedback
+from tulu_jax.data.sources import hh, rankings, ready_pairs, ultrafeedback
 
 # The revision that Zephyr and TÜLU 2 were trained on; the hub serves the second by default.
 H4_FIRST = "292c16329d921287c4166934cac1a6ad1e13a6c5"
@@ -42,7 +42,7 @@ _add(
         revision=H4_FIRST,
     ),
     convert=functools.partial(
-        preference.conversations, scores=("score_chosen", "score_rejected"), ties="keep"
+        ready_pairs.conversations, scores=("score_chosen", "score_rejected"), ties="keep"
     ),
     expected=61966,
     licence=MIT,
@@ -52,7 +52,7 @@ _add(
     "ultrafeedback_h4_second",
     sources=_prefs("ultrafeedback_h4_second", hub="HuggingFaceH4/ultrafeedback_binarized"),
     convert=functools.partial(
-        preference.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
+        ready_pairs.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
     ),
     expected=61135,
     licence=MIT,
@@ -62,7 +62,7 @@ _add(
     "ultrafeedback_ai2_cleaned",
     sources=_prefs("ultrafeedback_ai2_cleaned", hub="allenai/ultrafeedback_binarized_cleaned"),
     convert=functools.partial(
-        preference.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
+        ready_pairs.conversations, scores=("score_chosen", "score_rejected"), ties="drop"
     ),
     expected=60829,
     licence=MIT,
@@ -77,7 +77,7 @@ _add(
         )
     },
     convert=functools.partial(
-        preference.conversations, scores=("chosen-rating", "rejected-rating"), ties="drop"
+        ready_pairs.conversations, scores=("chosen-rating", "rejected-rating"), ties="drop"
     ),
     expected=60917,
     licence=MIT,
@@ -86,7 +86,7 @@ _add(
 _add(
     "ultrafeedback_binarized",
     sources={"train": "preference_raw/ultrafeedback/ultrafeedback_binarized.jsonl"},
-    convert=preference.ultrafeedback_binarized,
+    convert=ready_pairs.ultrafeedback_binarized,
     licence=MIT,
     origin="Hugging Face hub: trl-lib/ultrafeedback_binarized",
 )
@@ -152,7 +152,7 @@ _add(
             paths=("preference_raw/orca_dpo_pairs/orca_rlhf.jsonl",), hub="Intel/orca_dpo_pairs"
         )
     },
-    convert=preference.orca,
+    convert=ready_pairs.orca,
     expected=12859,
     licence="Apache-2.0",
     origin="Hugging Face hub: Intel/orca_dpo_pairs",
@@ -160,7 +160,7 @@ _add(
 _add(
     "stack_exchange_paired",
     sources={"train": "preference_raw/stack_exchange_paired/data/reward/*.parquet"},
-    convert=preference.stack_exchange,
+    convert=ready_pairs.stack_exchange,
     licence="CC BY-SA 4.0",
     origin="Hugging Face hub: lvwerra/stack-exchange-paired, folder data/reward",
 )
@@ -176,28 +176,28 @@ _add(
 _add(
     "orca_dpo_pairs_sample",
     sources={"train": "preference_raw/orca_dpo_pairs/validation.jsonl"},
-    convert=preference.openai,
+    convert=ready_pairs.openai,
     licence=MIT,
     origin="GitHub: jayesh-tanna/fine-tuning, Sample_Datasets",
 )
 _add(
     "stack_exchange_sample",
     sources={"train": "preference_raw/stack_exchange_paired/stack_exchange_paired_tiny.json"},
-    convert=preference.stack_exchange,
+    convert=ready_pairs.stack_exchange,
     licence="CC BY-SA 4.0",
     origin="GitHub: pytorch/torchtune, tests/assets",
 )
 _add(
     "sharegpt_pairs_sample",
     sources={"train": "preference_raw/sharegpt_pairs/dpo_en_demo.json"},
-    convert=preference.sharegpt,
+    convert=ready_pairs.sharegpt,
     licence="Apache-2.0",
     origin="GitHub: hiyouga/LLaMA-Factory, data/dpo_en_demo.json",
 )
 _add(
     "alpaca_pairs_sample",
     sources={"train": "preference_raw/llms_from_scratch/instruction-data-with-preference.json"},
-    convert=preference.alpaca,
+    convert=ready_pairs.alpaca,
     licence="Apache-2.0",
     origin="GitHub: rasbt/LLMs-from-scratch, ch07/04_preference-tuning-with-dpo",
 )

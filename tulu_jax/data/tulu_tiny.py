@@ -6,8 +6,8 @@ import pathlib
 
 from tulu_jax import validation
 from tulu_jax.data import registry, tokenizer_training
-from tulu_jax.data.sources import tulu_tiny
-from tulu_jax.data.sources.tulu_tiny import held_out, is_exact, style
+from tulu_jax.data.sources import tiny_instructions
+from tulu_jax.data.sources.tiny_instructions import held_out, is_exact, style
 
 __all__ = ["held_out", "is_exact", "style"]
 
@@ -20,8 +20,8 @@ def _as_is(row: dict) -> dict:
 
 
 for _name, _kind, _rows in (
-    ("tulu_tiny", "sft", tulu_tiny.sft_rows),
-    ("tulu_tiny_preference", "preference", tulu_tiny.preference_rows),
+    ("tulu_tiny", "sft", tiny_instructions.sft_rows),
+    ("tulu_tiny_preference", "preference", tiny_instructions.preference_rows),
 ):
     registry.TaskRegistry.add(
         registry.Task(
@@ -41,8 +41,8 @@ def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:
     The folder lies in `directory` under a hash of what writes the rows: the same rows give the same
     tokenizer, so a folder that exists is the right one.
     """
-    written_by = hashlib.sha256(pathlib.Path(tulu_tiny.__file__).read_bytes()).hexdigest()[:12]
-    folder = pathlib.Path(validation.expanded(directory)) / written_by
+    source = pathlib.Path(tiny_instructions.__file__).read_bytes()
+    folder = pathlib.Path(validation.expanded(directory)) / hashlib.sha256(source).hexdigest()[:12]
     if not (folder / "tokenizer.json").is_file():
         tokenizer_training.train_tokenizer("tulu_tiny", str(folder), vocab_size=VOCAB_SIZE)
     return str(folder)

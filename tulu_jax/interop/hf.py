@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from tulu_jax import validation
 from tulu_jax.interop import config_file, folder, placement, weight_files
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
@@ -46,12 +47,12 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
-def read_config(path: Path) -> LlamaConfig:
-    """The model described by `config.json` in the folder `path`.
+def read_config(path: Path, *, bucket: str | None = None) -> LlamaConfig:
+    """The model described by `config.json` in the folder `path`, which lies below `bucket`.
 
     Raises `ValueError` that lists every field this project does not compute.
     """
-    folder_ = epath.Path(path).expanduser()
+    folder_ = epath.Path(validation.below(bucket, os.fspath(path)))
     fields = config_file.read(folder_)
     file = folder_ / config_file.NAME
     problems = config_file.unsupported(fields)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tulu_jax import validation
+from tulu_jax import chips, validation
 from tulu_jax.kernels import flash_attention, flash_attention_gpu, flash_attention_tuning
 from tulu_jax.models import xla_attention
 from tulu_jax.parallel import sharding
@@ -163,7 +163,7 @@ def _tpu(heads, dtype, interpret, block):
     tiling = flash_attention_tuning.INTERPRETED
     if not interpret:
         kind = _device_kind()
-        chip = flash_attention_tuning.chip(kind)
+        chip = chips.name(kind)
         if chip is None:
             raise validation.UsageError(
                 f"attention implementation 'pallas' does not run on {kind!r}; expected a TPU v3 or "

@@ -12,14 +12,18 @@ ATTENTION = (
     *("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"),
 )
 ATTENTION_BLOCKS = (128, 256, 512, 1024)
-REMAT_POLICIES = (
-    "nothing_saveable",
-    "save_projections",
-    "save_gate",
-    "save_attention",
-    "dots_with_no_batch_dims_saveable",
-    "dots_saveable",
-)
+_OF_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
+# What each keeps of a layer for the backward pass, by the names that the layer gives (`Block` and
+# `attention`), the most first; the last three are jax's own, of which the first keeps nothing.
+REMAT_POLICIES = {
+    "save_projections": (*_OF_ATTENTION, "residual", "gate", "up"),
+    "save_gate": (*_OF_ATTENTION, "residual", "gate"),
+    "save_attention": (*_OF_ATTENTION, "residual"),
+    "nothing_saveable": (),
+    "dots_with_no_batch_dims_saveable": None,
+    "dots_saveable": None,
+}
+KEEP_NOTHING = "nothing_saveable"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -72,6 +76,17 @@ class LlamaConfig:
         ]
 
     @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes that a mesh divides, by logical axis (`parallel/sharding.py`)."""
+        return {
+            "embed": self.embed_dim,
+            "mlp": self.mlp_dim,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "vocab": self.vocab_size,
+        }
+
+    @property
     def num_params(self) -> int:
         """Exact number of parameters: 2VD + L(2D² + 2DKH + 3DF + 2D) + D where N·H = D."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
@@ -101,30 +116,28 @@ class ExecutionConfig:
     'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
     `attention.choose` explains. `attention_block` is the queries and keys of a block of the TPU
     kernel: None takes what was tuned for the chip. `remat` recomputes each layer in the backward
-    pass, keeping what `remat_policy` says: a name in `jax.checkpoint_policies`, or
-    'save_projections'.
+    pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes what the slice of the
+    run says (`parallel/slices.py`), and without one keeps nothing.
     """
 
     compute_dtype: str = "bfloat16"
     attention: str = "auto"
     attention_block: int | None = None
     remat: bool = True
-    remat_policy: str = "nothing_saveable"
+    remat_policy: str | None = None
 
     def __post_init__(self):
-        validation.check(
-            self,
-            lambda: [
-                validation.one_of("compute_dtype", self.compute_dtype, DTYPES),
-                validation.one_of("attention", self.attention, ATTENTION),
-                (
-                    self.attention_block in (None, *ATTENTION_BLOCKS),
-                    f"attention_block = {self.attention_block}: expected None or one of "
-                    f"{ATTENTION_BLOCKS}",
-                ),
-                validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES),
-            ],
+        validation.check(self, self._rules)
+
+    def _rules(self):
+        yield validation.one_of("compute_dtype", self.compute_dtype, DTYPES)
+        yield validation.one_of("attention", self.attention, ATTENTION)
+        yield (
+            self.attention_block in (None, *ATTENTION_BLOCKS),
+            f"attention_block = {self.attention_block}: expected None or one of {ATTENTION_BLOCKS}",
         )
+        if self.remat_policy is not None:
+            yield validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
 
 
 _LLAMA2 = dict(

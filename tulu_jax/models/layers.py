@@ -11,16 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from tulu_jax.models import attention as attention_lib
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES, LlamaConfig
 from tulu_jax.parallel import sharding
 
-# What the remat policies of these names keep of each layer.
-_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
-SAVED = {
-    "save_projections": (*_ATTENTION, "residual", "gate", "up"),
-    "save_gate": (*_ATTENTION, "residual", "gate"),
-    "save_attention": (*_ATTENTION, "residual"),
-}
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
 
 
@@ -154,12 +147,13 @@ def _parted(x, count: int):
     return [shards[:, :, n].reshape(x.shape[0], -1, *x.shape[2:]) for n in range(count)]
 
 
-def remat_policy(name: str):
-    """A policy of `jax.checkpoint_policies`, or one of SAVED: keep what those matrix products made
-    (and what attention needs), recompute what lies between them."""
-    if name in SAVED:
+def remat_policy(name: str | None):
+    """Keeps what REMAT_POLICIES says, made by matrix products and attention, and recomputes what
+    lies between; None keeps nothing."""
+    name = name or KEEP_NOTHING
+    if kept := REMAT_POLICIES[name]:
         # Keys and values gathered over `context` are gathered again: each device keeps its own.
         own = {"attention_k": "key", "attention_v": "value"}
         own = own if sharding.axis_size("length") > 1 else {}
-        return jax.checkpoint_policies.save_only_these_names(*(own.get(x, x) for x in SAVED[name]))
+        return jax.checkpoint_policies.save_only_these_names(*(own.get(x, x) for x in kept))
     return getattr(jax.checkpoint_policies, name)

@@ -18,8 +18,8 @@ from tulu_jax import validation
 from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
 from tulu_jax.models.config import DTYPES
-from tulu_jax.objectives import dpo_feed, losses, objective, preference
-from tulu_jax.objectives.preference import CHOSEN, REJECTED
+from tulu_jax.objectives import dpo_feed, losses, objective, preference_losses
+from tulu_jax.objectives.preference_losses import CHOSEN, REJECTED
 from tulu_jax.training.state import Frozen
 
 REFERENCES = ("cached", "resident")
@@ -28,7 +28,7 @@ SAFE = -1.0  # the log-probability of places without a pair: finite in every los
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """`loss` is one of `preference.LOSSES`; `beta` scales what it compares.
+    """`loss` is one of `preference_losses.LOSSES`; `beta` scales what it compares.
 
     `label_smoothing` ε is the share of flipped labels that 'sigmoid' (conservative DPO), 'robust'
     and 'simpo' reckon with, `target_margin` the γ of 'simpo'. `reference`: 'cached' computes the
@@ -47,6 +47,7 @@ class DPOConfig:
     vocab_chunk: int = 512
 
     kind: ClassVar[str] = "preference"
+    stage: ClassVar[str] = "dpo"
     metrics: ClassVar[tuple[str, ...]] = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *("logps/chosen", "logps/rejected", "kl", "lengths/chosen", "lengths/rejected"),
@@ -60,16 +61,16 @@ class DPOConfig:
         validation.check(self, self._rules)
 
     def _rules(self):
-        yield validation.one_of("loss", self.loss, preference.LOSSES)
+        yield validation.one_of("loss", self.loss, preference_losses.LOSSES)
         yield validation.one_of("reference", self.reference, REFERENCES)
         yield validation.one_of("log_softmax_dtype", self.log_softmax_dtype, DTYPES)
         yield self.beta > 0, f"beta = {self.beta}: expected a positive number"
         smoothing = self.label_smoothing
         yield 0 <= smoothing < 0.5, f"label_smoothing = {smoothing}: expected 0 or more, below 0.5"
         yield (
-            smoothing == 0 or self.loss in preference.SMOOTHED,
+            smoothing == 0 or self.loss in preference_losses.SMOOTHED,
             f"label_smoothing = {smoothing} with loss = {self.loss!r}, which does not take it; "
-            f"expected one of {preference.SMOOTHED}",
+            f"expected one of {preference_losses.SMOOTHED}",
         )
         yield self.target_margin >= 0, f"target_margin = {self.target_margin}: expected 0 or more"
         yield self.vocab_chunk > 0, f"vocab_chunk = {self.vocab_chunk}: not positive"
@@ -77,7 +78,7 @@ class DPOConfig:
 
     def _warn_of_scale(self):
         said = f"DPOConfig: loss = {self.loss!r} with beta = {self.beta}: it compares "
-        if self.loss in preference.PER_TOKEN and self.beta < 1:
+        if self.loss in preference_losses.PER_TOKEN and self.beta < 1:
             warnings.warn(
                 f"{said}means over tokens, which are smaller than sums by the length of an answer, "
                 "a few hundred, so this hardly moves the model; means go with a beta of 2 to 10 "
@@ -93,7 +94,7 @@ class DPOConfig:
 
     @property
     def needs_reference(self) -> bool:
-        return self.loss not in preference.REFERENCE_FREE
+        return self.loss not in preference_losses.REFERENCE_FREE
 
     @property
     def caches_reference(self) -> bool:
@@ -158,7 +159,7 @@ class DPOConfig:
         ratios = logps - self._ref_logps(forward, frozen, batch) if self.needs_reference else logps
         ratios = jnp.where(real[..., None], ratios, SAFE)
         values = {
-            "loss": preference.pair_losses(
+            "loss": preference_losses.pair_losses(
                 self.loss,
                 ratios,
                 lengths,

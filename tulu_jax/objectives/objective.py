@@ -62,11 +62,13 @@ class Feed(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """`kind` is that of the tasks it trains on (`registry.KINDS`), `metrics` the names in
+    """`kind` is that of the tasks it trains on (`registry.KINDS`), `stage` that of the layouts it
+    takes on a slice (`parallel/slices.py`), `metrics` the names in
     `Loss.metrics`, of which "loss" is one, and `watched` the names in `Loss.examples` that every
     update reads, to tell which examples are not finite."""
 
     kind: str
+    stage: str
     metrics: tuple[str, ...]
     watched: tuple[str, ...]
 

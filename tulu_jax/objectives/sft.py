@@ -27,6 +27,7 @@ class SFTConfig:
     vocab_chunk: int = 512
 
     kind: ClassVar[str] = "sft"
+    stage: ClassVar[str] = "sft"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     watched: ClassVar[tuple[str, ...]] = ()
     param_axes: ClassVar[tuple] = ()

@@ -5,6 +5,8 @@ them. Where a chip has SparseCores (v5p, v6e) they move the data; elsewhere gath
 steps of the products that run meanwhile. `docs/pods.md` has the predicted step with and without.
 """
 
+from tulu_jax import chips
+
 _BESIDE = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -22,15 +24,14 @@ _TWO_AT_ONCE = {  # a gather or scatter on each SparseCore; slower on v5p
     "xla_max_concurrent_async_reduce_scatters": "4",
 }
 OPTIONS = {
-    "TPU v3": _BESIDE,
-    "TPU v4": _BESIDE,
-    "TPU v5 lite": _BESIDE,
-    "TPU v5": _SPARSE_CORES,
-    "TPU v5p": _SPARSE_CORES,
-    "TPU v6 lite": _SPARSE_CORES | _TWO_AT_ONCE,
+    "v3": _BESIDE,
+    "v4": _BESIDE,
+    "v5e": _BESIDE,
+    "v5p": _SPARSE_CORES,
+    "v6e": _SPARSE_CORES | _TWO_AT_ONCE,
 }
 
 
 def options(device_kind: str) -> dict[str, str]:
     """Compiler options of `jax.jit` for devices of this kind; none for those not measured."""
-    return OPTIONS.get(device_kind, {})
+    return OPTIONS.get(chips.name(device_kind), {})

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from tulu_jax import validation
+from tulu_jax import chips, validation
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -70,15 +70,15 @@ def slice_devices(topology: str) -> int:
 
     A device is a chip, but on v3 one of its two cores. Raises `UsageError` for another form.
     """
-    found = re.fullmatch(r"(?:(\d+)\*)?(v\w+):(\d+(?:x\d+){1,2})", topology)
-    if found is None:
+    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+){1,2})", topology)
+    if found is None or found[2] not in chips.CHIPS:
         raise validation.UsageError(
             f"topology = {topology!r}: expected generation:chips, e.g. 'v5p:4x8x8', or "
-            "'2*v5e:16x16' for two slices"
+            f"'2*v5e:16x16' for two slices; generations are {sorted(chips.CHIPS)}"
         )
-    slices, generation, chips = found.groups()
-    cores = 2 if generation == "v3" else 1
-    return int(slices or 1) * cores * math.prod(map(int, chips.split("x")))
+    slices, generation, shape = found.groups()
+    devices = chips.CHIPS[generation].devices
+    return int(slices or 1) * devices * math.prod(map(int, shape.split("x")))
 
 
 def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:

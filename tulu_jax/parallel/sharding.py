@@ -7,10 +7,9 @@ it, for optimizer, decoding and metrics, XLA places what the tables say.
 """
 
 import functools
-import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -216,24 +215,18 @@ def param_shardings(mesh: Mesh, params, more: Table = ()):
     return jax.tree.map_with_path(leaf, params)
 
 
+def shards(logical_axis: str, mesh_sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that divide `logical_axis`, and into how many shards."""
+    rule = AXIS_RULES[logical_axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return names, math.prod(mesh_sizes[name] for name in names)
+
+
 def what_divides(size: int, mesh_sizes: dict[str, int]) -> str:
     """'1, 2 or 4 would': the divisors of `size` that a mesh of as many devices can have."""
     devices = math.prod(mesh_sizes.values())
     *most, last = (str(d) for d in range(1, devices + 1) if devices % d == 0 and size % d == 0)
     return f"{', '.join(most)} or {last} would" if most else f"only {last} would"
-
-
-def fitting(num_devices: int, abstract_params: dict) -> dict[str, int]:
-    """Sizes of the mesh axes that put parameters on any number of devices: `fsdp` as large as
-    divides them, then `tensor`; `data`, which repeats them, takes the rest."""
-    divisors = [n for n in range(num_devices, 0, -1) if num_devices % n == 0]
-    for fsdp, tensor in itertools.product(divisors, divisors):
-        if num_devices % (fsdp * tensor) == 0:
-            data = num_devices // (fsdp * tensor)
-            sizes = {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
-            if not divisibility_problems(sizes, abstract_params):
-                break
-    return sizes
 
 
 def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> list[str]:
@@ -244,9 +237,7 @@ def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> 
     def check(path, leaf):
         name = path_name(path)
         for size, axis in zip(leaf.shape, param_axes(name), strict=True):
-            rule = AXIS_RULES[axis]
-            names = (rule,) if isinstance(rule, str) else rule or ()
-            divisor = math.prod(mesh_sizes[name] for name in names)
+            names, divisor = shards(axis, mesh_sizes)
             if size % divisor:
                 problems.setdefault(
                     (axis, size),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tulu_jax import step as step_lib
-from tulu_jax.kernels import flash_attention_tuning
+from tulu_jax.models.config import KEEP_NOTHING
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import compiled, cost, hlo, rows
@@ -20,15 +20,6 @@ from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the time does not
-# Cycles of a whole 512 x 512 pair of blocks for one head on one core, forward and backward, as
-# `benchmarks/attention.py` counts them for the tuned tiles (docs/attention.md).
-ATTENTION_CYCLES = {
-    "v3": (8422 / 4, 5360),
-    "v4": (4279 / 4, 5602 / 2),
-    "v5e": (8389 / 8, 20687 / 8),
-    "v5p": (8395 / 8, 10443 / 4),
-    "v6e": (6621 / 16, 8640 / 8),
-}
 ATTENTION_BLOCK = 512
 LARGEST_SUM = 8e6  # bytes that a step may all-reduce at once: norms' gradients and scalars
 
@@ -131,7 +122,7 @@ def compile_step(
     row_count = math.prod(batch["tokens"].shape[:-1])
     attention = _attention_flops(config, row_count, held)
     # Products of a pair of blocks: 2 forward and 5 backward where 6 are the model's.
-    again = 2 if config.execution.remat_policy == "nothing_saveable" else 0
+    again = 2 if config.execution.remat_policy == KEEP_NOTHING else 0
     examples = config.batch_size * held.examples(config.data.max_length)
     estimator = cost.Estimator(
         module,
@@ -251,15 +242,14 @@ def attention_seconds(
     `shape` is the rows and heads of a device and `queries` its part of a row; None where the kernel
     was not counted for the chip.
     """
-    if topology.chip not in ATTENTION_CYCLES:
+    chip = topology.hardware
+    if chip.attention is None:
         return None
     length = config.data.max_length
     block = min(ATTENTION_BLOCK, queries)
     pairs = held.pairs(length, block=block, shards=max(1, length // queries))
-    cycles = ATTENTION_CYCLES[topology.chip][backward]
-    cores = flash_attention_tuning.CORES[topology.chip]
     scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, config.model.head_dim / 128)
-    return math.prod(shape) * pairs * cycles * scale / cores / topology.hardware.clock
+    return math.prod(shape) * pairs * chip.attention[backward] * scale / chip.cores / chip.clock
 
 
 def flops(jaxpr) -> float:

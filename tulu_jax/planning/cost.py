@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tulu_jax.planning import hlo
-from tulu_jax.planning.topology import Hardware, Topology
+from tulu_jax.planning.topology import Topology
 
 LATENCY = 1e-6  # seconds of a hop
 
@@ -222,7 +222,7 @@ class Estimator:
         return seconds, taken + [f"core {n}" for n in outer.cores]
 
     def _compute(self, i: hlo.Instruction, times: float) -> float:
-        hardware: Hardware = self.topology.hardware
+        hardware = self.topology.hardware
         if i.operation == "custom-call":
             target = i.attribute(r'custom_call_target="([^"]*)"')
             if target != "tpu_custom_call":

@@ -12,13 +12,15 @@ from etils import epath
 
 from tulu_jax import preflight, validation
 from tulu_jax.data import registry
+from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, attention, cost, rows
+from tulu_jax.planning import aot, cost, rows
+from tulu_jax.planning.cycles import attention_cycles
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.05  # of HBM that a plan leaves
-POLICIES = ("save_projections", "save_gate", "save_attention", "nothing_saveable")
+POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,14 +124,13 @@ def suited(config: TrainConfig, topology: Topology) -> TrainConfig:
     if config.mesh.topology == topology.name:
         return config
     try:
-        data = config.mesh.sizes(topology.num_devices)["data"]
+        mesh = config.mesh_on(topology.num_devices)
+        data = mesh.sizes(topology.num_devices)["data"]
     except ValueError:
         return ranked(config, topology)[0]
     if data % topology.slices or list(problems(config, topology)):
         return ranked(config, topology)[0]
-    return dataclasses.replace(
-        config, mesh=dataclasses.replace(config.mesh, topology=topology.name)
-    )
+    return dataclasses.replace(config, mesh=dataclasses.replace(mesh, topology=topology.name))
 
 
 def price(config: TrainConfig, topology: Topology, *, held: rows.Documents | None = None) -> Result:
@@ -157,8 +158,8 @@ def advice(result: Result) -> str:
     """What to change in a run that does not fit."""
     execution, config = result.config.execution, result.config
     found = []
-    if not execution.remat or execution.remat_policy != "nothing_saveable":
-        found.append("remat_policy = 'nothing_saveable' keeps only the input of each layer")
+    if not execution.remat or execution.remat_policy != KEEP_NOTHING:
+        found.append(f"remat_policy = {KEEP_NOTHING!r} keeps only the input of each layer")
     if (config.micro_batch_size or config.batch_size) > 1:
         found.append("a smaller micro_batch_size, or larger context and tensor")
     if config.optimizer.mu_dtype == "float32":
@@ -213,11 +214,11 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     sizes = config.mesh.sizes(topology.num_devices)
     micro = config.micro_batch_size or config.batch_size
     pieces = config.batch_size // micro
-    policy = config.execution.remat_policy
-    full = policy == "nothing_saveable"
+    kept_names = REMAT_POLICIES[config.execution.remat_policy]
+    full = not kept_names
     flops = model.flops_per_token(1024) * config.batch_size * config.data.max_length
     mlp = model.num_layers * model.embed_dim * model.mlp_dim / model.num_params  # of one product
-    again = {"nothing_saveable": 1.0, "save_attention": 2 * mlp, "save_gate": mlp}.get(policy, 0.0)
+    again = 1.0 if full else mlp * sum(name not in kept_names for name in ("gate", "up"))
     compute = cost.ideal_seconds(flops * (1 + again / 3), topology) / 0.85
     shards = sizes["fsdp"] * sizes["context"]
     seconds = _link_seconds(topology, tuple(sizes.items()))
@@ -274,9 +275,8 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
     model = config.model
     tokens = micro * config.data.max_length / (sizes["data"] * sizes["fsdp"] * sizes["context"])
     layer = 2 * tokens * model.embed_dim / sizes["tensor"]
-    policy = config.execution.remat_policy
-    if policy != "nothing_saveable":
-        products = {"save_projections": 2, "save_gate": 1, "save_attention": 0}[policy]
+    if kept := REMAT_POLICIES[config.execution.remat_policy]:
+        products = sum(name in kept for name in ("gate", "up"))
         width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
         layer += 4 * tokens * model.num_kv_heads * model.head_dim / sizes["tensor"]
@@ -319,7 +319,7 @@ def search(
     results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
     if results[0].fits:
         results[0] = with_best_blocks(results[0])
-        (out / "pod.gin").write_text(fragment(results[0]))
+        (out / "slice.gin").write_text(fragment(results[0]))
     return results
 
 
@@ -330,7 +330,7 @@ def with_best_blocks(result: Result) -> Result:
     model, execution = config.model, config.execution
     if execution.attention not in ("auto", "pallas"):
         return result
-    shape = attention.Shape(
+    shape = attention_cycles.Shape(
         heads=model.num_heads // sizes["tensor"],
         kv_heads=model.num_kv_heads // sizes["tensor"],
         head_dim=model.head_dim,
@@ -339,7 +339,9 @@ def with_best_blocks(result: Result) -> Result:
         dtype=execution.compute_dtype,
     )
     try:
-        counted = attention.block_milliseconds(result.topology.chip, shape, aot.documents(config))
+        counted = attention_cycles.block_milliseconds(
+            result.topology.chip, shape, aot.documents(config)
+        )
     except ValueError:  # no tiles for this dtype: the kernel is not chosen
         return result
     best = min(counted, key=counted.get, default=None)
@@ -351,7 +353,7 @@ def with_best_blocks(result: Result) -> Result:
 
 
 def fragment(result: Result) -> str:
-    """The pods/ fragment of a result's config."""
+    """The gin text that sets what the search chose, to be included after the complete file."""
     config, step = result.config, result.step
     millions = config.model.num_params / 1e6
     size = f"{millions / 1e3:.0f}B" if millions >= 1e3 else f"{millions:.0f}M"
@@ -360,13 +362,15 @@ def fragment(result: Result) -> str:
         f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
         f"an update, MFU {step.mfu:.0%} (visible attention counted), "
         f"{step.memory.spare:.0%} of HBM to spare.",
-        "# Written by python -m tulu_jax.dryrun --plan.",
+        "# Written by python -m tulu_jax.dryrun --plan: include it after the complete file, in one",
+        "# of your own. To give the slice a name, add the mesh to tulu_jax/parallel/slices.py.",
         "from __gin__ import dynamic_registration",
         "from tulu_jax import recipe",
         "from tulu_jax.models import config",
         "from tulu_jax.parallel import mesh",
         "from tulu_jax.training import optim",
         "",
+        "SLICE = 'any'  # the mesh is this one",
         f"mesh.MeshConfig.topology = {result.topology.name!r}",
         *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
         "recipe.TrainConfig.micro_batch_size = "

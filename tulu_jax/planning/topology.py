@@ -13,52 +13,12 @@ import re
 import jax
 from jax.experimental import topologies
 
-from tulu_jax import validation
+from tulu_jax import chips, validation
 from tulu_jax.parallel import mesh
-from tulu_jax.planning import schedule
+from tulu_jax.planning.cycles import schedule
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """One device of a generation.
-
-    `clock` Hz, `peak` bfloat16 FLOP/s, `bandwidth` bytes/s of HBM, `hbm` bytes of it, `link`
-    bytes/s of one interconnect link in one direction as a device sees it. Peak, memory and
-    bandwidth are the published ones; links are those of "How to Scale Your Model" (Austin et al.
-    2025, part 2), which a v3 chip's two cores share. `wraps`: the torus axes close into rings where
-    their length is a multiple of this. `dcn`: bytes/s between slices.
-    """
-
-    dimensions: int
-    clock: float
-    peak: float
-    bandwidth: float
-    hbm: int
-    link: float
-    wraps: int
-    dcn: float = 6.25e9
-    options: dict = dataclasses.field(default_factory=dict)
-
-
-def _measured(chip: str, **rest) -> Hardware:
-    known = schedule.CHIPS[chip]
-    return Hardware(clock=known.clock, peak=known.peak, bandwidth=known.bandwidth, **rest)
-
-
-GIB = 2**30
-HARDWARE = {
-    "v3": _measured(
-        "v3", dimensions=2, hbm=16 * GIB, link=50e9, wraps=32, dcn=3e9
-    ),
-    "v4": _measured(
-        "v4", dimensions=3, hbm=32 * GIB, link=45e9, wraps=4,
-        options=dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)),
-    ),
-    "v5e": _measured("v5e", dimensions=2, hbm=16 * GIB, link=45e9, wraps=16),
-    "v5p": _measured("v5p", dimensions=3, hbm=95 * GIB, link=90e9, wraps=4),
-    "v6e": _measured("v6e", dimensions=2, hbm=32 * GIB, link=90e9, wraps=16),
-}  # fmt: skip
-
+# Those that a run can be priced on.
+CHIPS = {name: chip for name, chip in chips.CHIPS.items() if chip.hbm is not None}
 INSTALL = 'pip install "jax[tpu]"'
 
 
@@ -71,8 +31,8 @@ class Topology:
     slices: int = 1
 
     @property
-    def hardware(self) -> Hardware:
-        return HARDWARE[self.chip]
+    def hardware(self) -> chips.Chip:
+        return CHIPS[self.chip]
 
     @property
     def num_chips(self) -> int:
@@ -90,8 +50,7 @@ class Topology:
     @property
     def accelerator_type(self) -> str:
         """The cloud's name of one slice: cores for v3, v4 and v5p, chips for v5e and v6e."""
-        cores = 1 if self.chip in ("v5e", "v6e") else 2
-        return f"{self.chip}-{math.prod(self.shape) * cores}"
+        return f"{self.chip}-{math.prod(self.shape) * self.hardware.counted}"
 
     def devices(self) -> list:
         """jax devices that can be compiled for. Raises `UsageError` if libtpu is not installed or
@@ -122,12 +81,12 @@ def parse(name: str) -> Topology:
     if not found:
         raise validation.UsageError(f"topology {name!r}: {example}")
     slices, chip, shape = int(found[1] or 1), found[2], tuple(map(int, found[3].split("x")))
-    if chip not in HARDWARE:
+    if chip not in CHIPS:
         raise validation.UsageError(
             f"topology {name!r}: generation {chip!r} is unknown"
-            f"{validation.nearest(chip, HARDWARE)}; known are {sorted(HARDWARE)}; {example}"
+            f"{validation.nearest(chip, CHIPS)}; known are {sorted(CHIPS)}; {example}"
         )
-    dimensions = HARDWARE[chip].dimensions
+    dimensions = CHIPS[chip].dimensions
     if len(shape) != dimensions:
         raise validation.UsageError(
             f"topology {name!r}: a {chip} slice has {dimensions} axes, found {len(shape)}; "

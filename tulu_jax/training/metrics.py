@@ -12,24 +12,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from tulu_jax import strict_json, validation
+from tulu_jax import chips, strict_json, validation
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # a file of the workdir
 BUCKET_SECONDS = 30.0  # between two writes of the metrics of a run in a bucket
-
-# Peak dense bfloat16 FLOP/s of one jax device (a v3 device is one core; others are chips).
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,8 +175,8 @@ def peak_flops(devices: list[jax.Device]) -> float:
     multiplication reaches here (all devices share the cores)."""
     kind = devices[0].device_kind
     counted = "perf/mfu counts causal attention over whole rows and padding"
-    if kind in PEAK_FLOPS:
-        peak = PEAK_FLOPS[kind] * len(devices)
+    if published := chips.peak(kind):
+        peak = published * len(devices)
         logging.info("%s, against a published %.3g FLOP/s bfloat16", counted, peak)
         return peak
     x = jax.device_put(np.ones((1024, 1024), np.float32), jax.local_devices()[0])

@@ -1,0 +1,136 @@
+"""TPU slices by name: their chips, and the mesh that a run of a stage and size takes on them.
+
+A run names its slice in one line, `SLICE = 'v5p_512'`, or `--pod=v5p_512`; 'any' is whatever
+devices there are (`anywhere`). Slices are called as Google calls them, by cores on v3, v4 and v5p,
+by chips on v5e and v6e. One more slice, or one more size or stage on it, is a line here; a run may
+also set a mesh itself, as `python -m tulu_jax.dryrun --plan` writes it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from tulu_jax import validation
+from tulu_jax.parallel import sharding
+from tulu_jax.parallel.mesh import AXES, MeshConfig
+
+ANY = "any"
+SIZES = {"7b": 6.74e9, "13b": 13.0e9, "34b": 33.7e9, "70b": 69.0e9}  # parameters
+NEAR = 1.5  # times the parameters of a size, or a part of them, are laid out as it is
+ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps."""
+
+    fsdp: int
+    context: int
+    tensor: int
+    micro_batch_size: int | None = None
+    remat_policy: str = "save_projections"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A topology, the sizes that fit on it, and layouts by stage; one for a stage and size, such as
+    'dpo_7b', stands before that of the stage."""
+
+    topology: str
+    sizes: tuple[str, ...]
+    layouts: Mapping[str, Layout]
+
+    def layout(self, stage: str, size: str | None) -> Layout | None:
+        """The layout of a run of `stage`, 'sft' or 'dpo', and `size`; None where there is none."""
+        if size not in self.sizes:
+            return None
+        return self.layouts.get(f"{stage}_{size}", self.layouts.get(stage))
+
+
+# 16 rows of SFT divide over fsdp; 3 of DPO over nothing, so that each device has a piece of every
+# row. Heads bound tensor: 32 at 7B, 40 at 13B, 8 key/value heads at 34B and 70B.
+_256 = {"sft": Layout(16, 2, 8), "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
+_WIDER = {"sft_7b": Layout(16, 1, 16)}
+
+SLICES = {
+    "v3_256": Slice(
+        "v3:8x16", ALL, _256 | {"sft_70b": Layout(16, 2, 8, remat_policy="save_gate")}
+    ),
+    "v3_512": Slice("v3:16x16", LARGEST, {"sft": Layout(16, 4, 8), "dpo": Layout(1, 64, 8)}),
+    "v4_512": Slice("v4:4x8x8", ALL, _256),
+    "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER),
+    "v5p_64": Slice("v5p:2x4x4", SMALL, {"sft": Layout(16, 1, 2), "dpo": Layout(1, 4, 8)}),
+    "v5p_128": Slice("v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4)}),
+    "v5p_512": Slice("v5p:4x8x8", ALL, _256),
+    "v6e_64": Slice(
+        "v6e:8x8", SMALL,
+        {"sft": Layout(16, 1, 4), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
+    ),
+    "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
+    # For many rows an update, as the benchmarks have: weights are gathered ring by ring.
+    "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128)}),
+    "v6e_256_wide": Slice(
+        "v6e:16x16", LARGEST, {"sft": Layout(16, 8, 2, remat_policy="nothing_saveable")}
+    ),
+}  # fmt: skip
+
+
+def size_of(num_params: int) -> str | None:
+    """The size in SIZES that a model is laid out as; None where it is near none."""
+    apart = {size: abs(math.log(max(num_params, 1) / known)) for size, known in SIZES.items()}
+    nearest = min(apart, key=apart.get)
+    return nearest if apart[nearest] <= math.log(NEAR) else None
+
+
+def known(*, stage: str, size: str | None) -> list[str]:
+    """The names of the slices that have a layout for `stage` and `size`."""
+    return [name for name, slice_ in SLICES.items() if slice_.layout(stage, size)]
+
+
+def find(name: str, *, num_params: int, stage: str) -> tuple[MeshConfig, Layout]:
+    """The mesh and the layout of a run of `stage`, 'sft' or 'dpo', on the slice `name`.
+
+    Raises `UsageError` with the nearest name, and the slices of such a run.
+    """
+    size, slice_ = size_of(num_params), SLICES.get(str(name))
+    layout = slice_.layout(stage, size) if slice_ else None
+    if layout is not None:
+        axes = dict(fsdp=layout.fsdp, context=layout.context, tensor=layout.tensor)
+        return MeshConfig(**axes, topology=slice_.topology), layout
+    what = f"{size} {stage}" if size else f"a model of {num_params:,} parameters"
+    found = f"has no layout for {what}" if slice_ else "is not known"
+    near = "" if slice_ else validation.nearest(str(name), [ANY, *SLICES])
+    raise validation.UsageError(
+        f"slice = {name!r} {found}{near}; slices for {what} are "
+        f"{[ANY, *known(stage=stage, size=size)]}, and `dryrun --plan` finds a mesh for another"
+    )
+
+
+def anywhere(num_devices: int, sizes: Mapping[str, int]) -> MeshConfig:
+    """The mesh of `num_devices` that divides `sizes`, by logical axis as in `sharding.AXIS_RULES`.
+
+    Of all that do it has most `fsdp`, of these most `tensor`, then most `context`; `data` takes
+    what is left. Raises `UsageError` with the sizes, and numbers of devices that divide them.
+    """
+    found = _divided(num_devices, sizes)
+    if found is None:
+        fewer = [n for n in range(1, num_devices) if _divided(n, sizes)]
+        raise validation.UsageError(
+            f"{num_devices} devices divide no mesh over {dict(sizes)}; expected one of {fewer} "
+            "devices, or other sizes"
+        )
+    return MeshConfig(**found)
+
+
+def _divided(num_devices: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """The axes of `anywhere`, or None."""
+    divisors = [n for n in range(num_devices, 0, -1) if num_devices % n == 0]
+    for fsdp in divisors:
+        for tensor in divisors:
+            for context in divisors:
+                data, rest = divmod(num_devices, fsdp * tensor * context)
+                axes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
+                parts = {axis: sharding.shards(axis, axes)[1] for axis in sizes}
+                if rest == 0 and all(size % parts[axis] == 0 for axis, size in sizes.items()):
+                    return axes
+    return None
