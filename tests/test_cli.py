@@ -9,7 +9,7 @@ import gin
 import pytest
 
 from tulu_jax import cli, preflight
-from tulu_jax.data import examples, registry
+from tulu_jax.data import data_checks, examples, registry
 from tulu_jax.recipe import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -135,7 +135,8 @@ def test_files_of_own_rows_by_macros(my_rows):
     ]
     data = cli.load("tulu_tiny_sft.gin", overrides, workdir=None).data
     assert (data.train, data.validation, data.holdout_every) == ("my.jsonl", str(my_rows), 3)
-    said = refusal("tulu_tiny_sft.gin", '--gin.MIXTURE="mine.jsonl"')
+    absent = cli.load("tulu_tiny_sft.gin", ['--gin.MIXTURE="mine.jsonl"'], workdir=None).data
+    (said,) = data_checks.problems(absent, kind="sft")  # whoever needs the rows says it
     assert "train: no mixture or task is named 'mine.jsonl'" in said
     assert "there is no such file: looked for " in said and "did you mean 'my.jsonl'?" in said
 

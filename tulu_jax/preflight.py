@@ -50,7 +50,7 @@ def to_read(config: TrainConfig, num_devices: int) -> list[str]:
     """What keeps the checkpoints of `config` from being read; neither its rows, nor its base, nor
     its mesh is asked for."""
     del num_devices
-    return _away(config, "workdir")
+    return _away(config, "workdir") or [*_no_folder(config)]
 
 
 def _all(config: TrainConfig, *parts) -> list[str]:
@@ -77,13 +77,25 @@ def not_writable(config: TrainConfig) -> Iterator[str]:
     for name, path in written.items():
         if "://" in path:
             continue
-        there = pathlib.Path(path).absolute()
-        while not there.exists() and there != there.parent:
-            there = there.parent
+        there = _existing(path)
         if not there.is_dir():
             yield f"{name} = {path!r}: {there} is a file; expected a folder, or a path to make one"
         elif not os.access(there, os.W_OK | os.X_OK):
             yield f"{name} = {path!r}: {there} cannot be written to; choose another folder"
+
+
+def _no_folder(config: TrainConfig) -> Iterator[str]:
+    there = _existing(config.workdir)
+    if "://" not in config.workdir and not there.is_dir():
+        yield f"workdir = {config.workdir!r}: {there} is a file; expected a folder"
+
+
+def _existing(path: str) -> pathlib.Path:
+    """The part of a local path that exists."""
+    there = pathlib.Path(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return there
 
 
 def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:

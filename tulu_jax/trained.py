@@ -39,7 +39,7 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
             base = base_lib.initial_params(config, mesh)
             frozen = config.objective.split(base, jax.random.key(config.seed))[1]
             params = frozen.whole(params)
-        return mesh, {name: params[name] for name in llama.abstract_params(config.model, "float32")}
+        return mesh, llama.own(params)
 
 
 def tokenizer_path(config: TrainConfig) -> str:

@@ -11,10 +11,10 @@ as well (`own_rows`).
 import dataclasses
 import functools
 import importlib
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 from tulu_jax import validation
+from tulu_jax.data.sources import file_sets
 
 BUILT_IN = (  # they register this project's tasks
     "tulu_jax.data.tulu",
@@ -291,7 +291,7 @@ def _found(
 
     found = _named(wanted) if isinstance(wanted, str) else wanted
     if not read:
-        if found is None and ("/" in wanted or pathlib.PurePath(wanted).suffix):
+        if found is None and ("/" in wanted or file_sets.suffix(wanted)):
             return Task(name=wanted, sources={"train": wanted})
         if found is not None:
             return found

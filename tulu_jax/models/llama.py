@@ -28,6 +28,7 @@ from tulu_jax.parallel import sharding
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
+PARTS = ("model", "lm_head")  # of the parameters, at the top
 PART = 256  # positions of a row on a device that are worth a part
 
 
@@ -185,13 +186,14 @@ def hidden_states(
 
 
 def forward(config: LlamaConfig, execution: ExecutionConfig) -> Callable[[Params, dict], jax.Array]:
-    """(params, batch) -> `hidden_states` of the rows of a batch, by the names of its fields."""
+    """(params, batch) -> `hidden_states` of the rows of a batch, by the names of its fields; of
+    `params`, what is `own`."""
 
     def run(params, batch):
         return hidden_states(
             config,
             execution,
-            params,
+            own(params),
             tokens=batch["tokens"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
@@ -199,6 +201,11 @@ def forward(config: LlamaConfig, execution: ExecutionConfig) -> Callable[[Params
         )
 
     return run
+
+
+def own(params: Params) -> Params:
+    """The parameters of the model, without what an objective has beside them."""
+    return {name: params[name] for name in PARTS if name in params}
 
 
 def unembedding(params: Params) -> Float[Array, "V D"]:
