@@ -199,10 +199,11 @@ def test_eight_devices_give_the_losses_of_one(tmp_path, stage, mesh, attention):
 
 def test_long_rows_go_through_a_layer_in_two_parts(tmp_path):
     config, _ = make(tmp_path, "sft", batch_size=2)
-    length = 4 * llama.PART  # two parts on each of tensor 2
+    length = 256
     config = builders.replace(
         config, data__max_length=length, execution__remat=True, execution__remat_policy="save_gate"
     )
+    config = builders.replace(config, execution__row_parts=2)
     batch = builders.sft_batch(2, length)
     one, one_state = losses_and_state(config, batch)
     mesh = mesh_lib.make(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

@@ -27,7 +27,8 @@ class TrainConfig:
 
     `bucket` and `slice` are consumed here. Relative paths lie below `bucket`, a folder or a `gs://`
     prefix; one of the working directory begins with `./`. `slice`, a name in `parallel/slices.py`,
-    gives the mesh, and where they are None the micro-batch and `execution.remat_policy`; 'any'
+    gives the mesh, and where they are None the micro-batch and `execution.remat_policy` and
+    `row_parts`; 'any'
     leaves a mesh that is set as it is, and one that is not to the devices there are (`mesh_on`).
     """
 
@@ -58,7 +59,7 @@ class TrainConfig:
 
     def _put_on(self, slice):
         """Sets what `slice` decides; the rule that this breaks, if it does."""
-        policy = KEEP_NOTHING
+        policy, parts = KEEP_NOTHING, 1
         if slice != slices.ANY:
             try:
                 mesh, layout = slices.find(
@@ -75,13 +76,16 @@ class TrainConfig:
                         f"two: remove the mesh, or set SLICE = {slices.ANY!r} to keep it",
                     )
                 ]
-            policy = layout.remat_policy
+            policy, parts = layout.remat_policy, layout.row_parts
             micro = self.micro_batch_size or layout.micro_batch_size or self.batch_size
             object.__setattr__(self, "mesh", mesh)
             object.__setattr__(self, "micro_batch_size", micro)
-        if self.execution.remat_policy is None:
-            execution = dataclasses.replace(self.execution, remat_policy=policy)
-            object.__setattr__(self, "execution", execution)
+        execution = dataclasses.replace(
+            self.execution,
+            remat_policy=self.execution.remat_policy or policy,
+            row_parts=self.execution.row_parts or parts,
+        )
+        object.__setattr__(self, "execution", execution)
         return []
 
     def _rules(self):

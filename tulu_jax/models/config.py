@@ -117,7 +117,9 @@ class ExecutionConfig:
     `attention.choose` explains. `attention_block` is the queries and keys of a block of the TPU
     kernel: None takes what was tuned for the chip. `remat` recomputes each layer in the backward
     pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes what the slice of the
-    run says (`parallel/slices.py`), and without one keeps nothing.
+    run says (`parallel/slices.py`), and without one keeps nothing. `row_parts` is in how many parts
+    a layer takes its rows where `tensor` divides them (`layers.Block`): None takes what the slice
+    says, and without one 1.
     """
 
     compute_dtype: str = "bfloat16"
@@ -125,6 +127,7 @@ class ExecutionConfig:
     attention_block: int | None = None
     remat: bool = True
     remat_policy: str | None = None
+    row_parts: int | None = None
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -136,6 +139,8 @@ class ExecutionConfig:
             self.attention_block in (None, *ATTENTION_BLOCKS),
             f"attention_block = {self.attention_block}: expected None or one of {ATTENTION_BLOCKS}",
         )
+        parts = self.row_parts
+        yield parts is None or parts > 0, f"row_parts = {parts}: expected None or a positive number"
         if self.remat_policy is not None:
             yield validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
 

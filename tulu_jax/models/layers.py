@@ -1,7 +1,8 @@
-"""A transformer layer of Llama as one device runs it, on a list of parts of its rows.
+"""A transformer layer of Llama as one device runs it.
 
 Positions are divided over `tensor` between the attention and the MLP and gathered inside them;
-weights are gathered over `embed` where they are used (`parallel/sharding.py`).
+weights are gathered over `embed` where they are used (`parallel/sharding.py`). `Block` may cut its
+rows in parts; what lies below takes and gives a list of them.
 """
 
 import jax
@@ -63,6 +64,13 @@ def rotate(x, cos, sin):
 
 
 class SelfAttention(nnx.Module):
+    """Causal grouped-query attention with rotary positions, on a list of parts of rows.
+
+    Parts are projected one by one, so that each can be gathered before and scattered after while
+    another is multiplied (`Block`); queries see the keys of all, so attention itself takes them
+    joined.
+    """
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), rngs=rngs)
@@ -101,13 +109,26 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+    """x + attention(norm(x)), then the same with the MLP, for rows whose positions are divided over
+    `tensor`: [B, S, D].
+
+    With `row_parts` n > 1 the S positions go through in n parts. Over `tensor` each part is
+    gathered before a product and its sum scattered after; in one piece that moves while nothing is
+    multiplied, because all that follows waits for it. Of two parts one moves while the other is
+    multiplied. Weights are gathered once for all parts and their gradients scattered once. Where
+    the matrix units bind anyway, halves of products are a little slower, so the table of slices
+    says where it pays (`parallel/slices.py`).
+    """
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.self_attn = SelfAttention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, parts, **attention_inputs):
+    def __call__(self, x, *, row_parts: int, **attention_inputs):
+        divides = sharding.axis_size("tensor") > 1 and x.shape[1] % row_parts == 0
+        parts = jnp.split(x, row_parts, axis=1) if divides else [x]
         with jax.named_scope("attention"):
             normed = _gathered(self.input_layernorm, parts)
             outs, cache = self.self_attn(normed, **attention_inputs)
@@ -115,7 +136,7 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             normed = _gathered(self.post_attention_layernorm, parts)
             parts = _added(parts, self.mlp(normed))
-        return parts, cache
+        return jnp.concatenate(parts, axis=1), cache
 
 
 def _gathered(norm, parts):

@@ -7,10 +7,10 @@ Layers are stacked on axis 0 and run by `jax.lax.scan`.
 Training runs the layers as each device sees them (`sharding.per_device`): B rows of its own, T / C
 positions of a row over `context`, N / M heads and F / M of the MLP over `tensor`. Between blocks
 the positions are divided over `tensor` as well, so norms and residuals exist once (sequence
-parallelism, Korthikanti et al. 2022). Where a device has many positions they go through a layer in
-two parts, so that one part is computed while the other is moved over `tensor`.
+parallelism, Korthikanti et al. 2022).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,6 @@ Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
 PARTS = ("model", "lm_head")  # of the parameters, at the top
-PART = 256  # positions of a row on a device that are worth a part
 
 
 class Embedding(nnx.Module):
@@ -40,6 +39,22 @@ class Embedding(nnx.Module):
     def __call__(self, tokens, dtype):
         table = sharding.whole(self.embedding[...].astype(dtype), "model/embed_tokens/embedding")
         return table[tokens]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a device's trunk runs on: rows of queries, [B, T] each, and of the keys they may see,
+    [B, S]; `query_offset` is the place of the first query among the keys. `cache` are the keys and
+    values of a decoder, [L, B, S, K, H] each, or None; branches None: no segment branches."""
+
+    tokens: Any
+    segment_ids: Any
+    positions: Any
+    branches: Any = None
+    kv_segment_ids: Any
+    kv_branches: Any = None
+    cache: Cache | None = None
+    query_offset: Any
 
 
 class Trunk(nnx.Module):
@@ -57,33 +72,23 @@ class Trunk(nnx.Module):
         self.layers = stacked(rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
 
-    def __call__(
-        self,
-        tokens,
-        segment_ids,
-        positions,
-        branches,
-        kv_segment_ids,
-        kv_branches,
-        cache,
-        query_offset,
-    ):
-        own = sharding.own(tokens, 1, "tensor")
+    def __call__(self, inputs: Inputs):
+        own = sharding.own(inputs.tokens, 1, "tensor")
         x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
-        inputs = dict(
+        seen = dict(
             angles=layers.rotary_angles(
-                positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+                inputs.positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
             ),
             visibility=attention_lib.prepare(
-                segment_ids=segment_ids,
-                kv_segment_ids=kv_segment_ids,
-                branches=branches,
-                kv_branches=kv_branches,
-                query_offset=query_offset,
+                segment_ids=inputs.segment_ids,
+                kv_segment_ids=inputs.kv_segment_ids,
+                branches=inputs.branches,
+                kv_branches=inputs.kv_branches,
+                query_offset=inputs.query_offset,
                 implementation=attention_lib.choose(
                     self.execution.attention,
-                    queries=tokens.shape[1],
-                    keys=kv_segment_ids.shape[1],
+                    queries=inputs.tokens.shape[1],
+                    keys=inputs.kv_segment_ids.shape[1],
                     platform=attention_lib.platform(),
                     dtype=x.dtype,
                 ),
@@ -95,20 +100,19 @@ class Trunk(nnx.Module):
                 dtype=x.dtype,
                 block=self.execution.attention_block,
             ),
-            query_offset=query_offset,
+            query_offset=inputs.query_offset,
+            row_parts=self.execution.row_parts or 1,
         )
 
-        def body(parts, layer):
-            block, layer_cache = layer
-            return block(parts, cache=layer_cache, **inputs)
+        def body(x, layer):
+            block, cache = layer
+            return block(x, cache=cache, **seen)
 
-        if self.execution.remat and cache is None:
+        if self.execution.remat and inputs.cache is None:
             policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        halves = sharding.axis_size("tensor") > 1 and x.shape[1] >= 2 * PART and x.shape[1] % 2 == 0
-        parts = jnp.split(x, 2, axis=1) if halves else [x]
-        parts, cache = jax.lax.scan(body, parts, (self.layers, cache))
-        return self.norm(jnp.concatenate(parts, axis=1)), cache
+        x, cache = jax.lax.scan(body, x, (self.layers, inputs.cache))
+        return self.norm(x), cache
 
 
 class Head(nnx.Module):
@@ -144,11 +148,11 @@ def abstract_params(config: LlamaConfig, dtype: str) -> Params:
     )
 
 
-def _trunk(config, execution, params, *inputs):
+def _trunk(config, execution, params, inputs: Inputs):
     graphdef, state = _abstract(config, execution)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one must hold no tracer
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state).model(*inputs)
+    return nnx.merge(graphdef, state).model(inputs)
 
 
 def hidden_states(
@@ -168,13 +172,16 @@ def hidden_states(
     """
 
     def local(params, tokens, segment_ids, positions, branches):
-        offset = sharding.axis_index("length") * tokens.shape[1]
-        keys = [
-            None if x is None else sharding.gather(x, 1, "length") for x in (segment_ids, branches)
-        ]
-        return _trunk(
-            config, execution, params, tokens, segment_ids, positions, branches, *keys, None, offset
-        )[0]
+        inputs = Inputs(
+            tokens=tokens,
+            segment_ids=segment_ids,
+            positions=positions,
+            branches=branches,
+            kv_segment_ids=sharding.gather(segment_ids, 1, "length"),
+            kv_branches=None if branches is None else sharding.gather(branches, 1, "length"),
+            query_offset=sharding.axis_index("length") * tokens.shape[1],
+        )
+        return _trunk(config, execution, params, inputs)[0]
 
     rows = sharding.spec("batch", "length")
     run = sharding.per_device(
@@ -289,16 +296,12 @@ def decode(
     `kv_segment_ids` marks the cache slots each row may read (0: never), the new ones included.
     Prefill is the call with T = prompt length at slot 0; a step is the call with T = 1.
     """
-    return _trunk(
-        config,
-        execution,
-        params,
-        tokens,
-        segment_ids,
-        positions,
-        None,
-        kv_segment_ids,
-        None,
-        cache,
-        slot,
+    inputs = Inputs(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        kv_segment_ids=kv_segment_ids,
+        cache=cache,
+        query_offset=slot,
     )
+    return _trunk(config, execution, params, inputs)

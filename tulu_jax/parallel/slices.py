@@ -22,13 +22,15 @@ ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps."""
+    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, and
+    in how many parts it takes its rows (`layers.Block`)."""
 
     fsdp: int
     context: int
     tensor: int
     micro_batch_size: int | None = None
     remat_policy: str = "save_projections"
+    row_parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +51,34 @@ class Slice:
 
 # 16 rows of SFT divide over fsdp; 3 of DPO over nothing, so that each device has a piece of every
 # row. Heads bound tensor: 32 at 7B, 40 at 13B, 8 key/value heads at 34B and 70B.
-_256 = {"sft": Layout(16, 2, 8), "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
-_WIDER = {"sft_7b": Layout(16, 1, 16)}
+_PARTED = Layout(16, 2, 8, row_parts=2)
+_256 = {"sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
+_WIDER = {"sft_7b": Layout(16, 1, 16, row_parts=2)}
 
 SLICES = {
     "v3_256": Slice(
-        "v3:8x16", ALL, _256 | {"sft_70b": Layout(16, 2, 8, remat_policy="save_gate")}
+        "v3:8x16", ALL, _256 | {"sft_70b": dataclasses.replace(_PARTED, remat_policy="save_gate")}
     ),
     "v3_512": Slice("v3:16x16", LARGEST, {"sft": Layout(16, 4, 8), "dpo": Layout(1, 64, 8)}),
     "v4_512": Slice("v4:4x8x8", ALL, _256),
     "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER),
-    "v5p_64": Slice("v5p:2x4x4", SMALL, {"sft": Layout(16, 1, 2), "dpo": Layout(1, 4, 8)}),
-    "v5p_128": Slice("v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4)}),
+    "v5p_64": Slice(
+        "v5p:2x4x4", SMALL, {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+    ),
+    "v5p_128": Slice("v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2)}),
     "v5p_512": Slice("v5p:4x8x8", ALL, _256),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
-        {"sft": Layout(16, 1, 4), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
+        {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
     ),
     "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
     # For many rows an update, as the benchmarks have: weights are gathered ring by ring.
-    "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128)}),
+    "v5p_512_wide": Slice(
+        "v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128, row_parts=2)}
+    ),
     "v6e_256_wide": Slice(
-        "v6e:16x16", LARGEST, {"sft": Layout(16, 8, 2, remat_policy="nothing_saveable")}
+        "v6e:16x16", LARGEST,
+        {"sft": Layout(16, 8, 2, remat_policy="nothing_saveable", row_parts=2)},
     ),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.05  # of HBM that a plan leaves
+LONG = 512  # positions of a device between blocks that are worth two parts
 POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
@@ -67,6 +68,7 @@ class Result:
             "mesh": step.mesh,
             "micro_batch_size": self.config.micro_batch_size or self.config.batch_size,
             "remat_policy": self.config.execution.remat_policy,
+            "row_parts": self.config.execution.row_parts,
             "bytes": dataclasses.asdict(step.memory),
             "spare": step.memory.spare,
             "faults": step.faults,
@@ -188,13 +190,17 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
             tensor=tensor,
             topology=topology.name,
         )
+        # Where a device holds many positions between blocks, two parts hide what `tensor` moves.
+        parts = 2 if tensor > 1 and config.data.max_length >= LONG * context * tensor else 1
         for micro in micros:
             found = [
                 dataclasses.replace(
                     config,
                     mesh=mesh,
                     micro_batch_size=micro,
-                    execution=dataclasses.replace(config.execution, remat_policy=policy),
+                    execution=dataclasses.replace(
+                        config.execution, remat_policy=policy, row_parts=parts
+                    ),
                     optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
                 )
                 for dtype, policy in itertools.product(("float32", "bfloat16"), POLICIES)
@@ -376,6 +382,7 @@ def fragment(result: Result) -> str:
         "recipe.TrainConfig.micro_batch_size = "
         f"{'%BATCH_SIZE' if whole else config.micro_batch_size}",
         f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
+        f"config.ExecutionConfig.row_parts = {config.execution.row_parts}",
         f"config.ExecutionConfig.attention_block = {config.execution.attention_block}",
         f"optim.OptimizerConfig.mu_dtype = {config.optimizer.mu_dtype!r}",
         "",

@@ -51,6 +51,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "mesh": axes or "1 device",
         "micro-batch": f"{result.config.micro_batch_size or result.config.batch_size}",
         "remat": result.config.execution.remat_policy,
+        "parts of rows": f"{result.config.execution.row_parts}",
         "GiB a device: parameters": _gib(memory.params),
         **({"  frozen": _gib(memory.frozen)} if memory.frozen else {}),
         "  moments": _gib(memory.moments),
