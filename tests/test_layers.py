@@ -20,7 +20,7 @@ ALLOWED = {
     "training": {"models", "parallel"},
     "interop": {"models", "parallel"},
     "decode": {"models", "parallel"},
-    "audit": {"data"},
+    "audit": {"data", "interop"},
 }
 TOP = {"base", "recipe", "step", "pairs", "trainer", "trained", "preflight", "cli"}
 ENTRY_POINTS = {

@@ -15,7 +15,8 @@ from raw_rows import messages, write_jsonl
 from sentencepiece_models import trained
 
 from tulu_jax.audit import check, pieces, show, show_html, show_text
-from tulu_jax.data import chat, examples, loader, registry, tokenizer_training
+from tulu_jax.data import chat, examples, loader, registry
+from tulu_jax.interop import tokenizer_export
 
 ROWS = 12
 ODD = [
@@ -331,7 +332,7 @@ def test_a_template_that_drops_system_turns(tokenizer_dir, tokenizer, cache, tmp
     """As the released tokenizers' does."""
     pytest.importorskip("transformers")
     folder = str(tmp_path)
-    tokenizer_training.save_tokenizer(tokenizer.backend, folder, max_length=None, mode="spec")
+    tokenizer_export.save(tokenizer.backend, folder, max_length=None, mode="spec")
     file = tmp_path / "tokenizer_config.json"
     exported = json.loads(file.read_text())
     exported["chat_template"] = exported["chat_template"].replace(

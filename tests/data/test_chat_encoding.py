@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tulu_jax.data import chat, tokenizer_training
+from tulu_jax.data import chat
+from tulu_jax.interop import tokenizer_export
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -226,10 +227,11 @@ CHAT_CASES = [
 ]
 
 
-def test_transformers_chat_template_gives_our_ids(tokenizer_dir, tokenizer, llama2, tmp_path):
+def test_transformers_chat_template_gives_our_ids(tokenizer, llama2, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=4096, mode="spec")
-    for folder, ours in ((tokenizer_dir, tokenizer), (str(tmp_path), llama2)):
+    for name, ours in (("tulu_tiny", tokenizer), ("llama2", llama2)):
+        folder = str(tmp_path / name)
+        tokenizer_export.save(ours.backend, folder, max_length=4096, mode="spec")
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         for conversation in CHAT_CASES:
             text = theirs.apply_chat_template(conversation, tokenize=False)

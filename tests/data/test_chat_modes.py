@@ -22,7 +22,8 @@ import pytest
 import sentencepiece
 from hypothesis import strategies as st
 
-from tulu_jax.data import chat, tokenizer_training
+from tulu_jax.data import chat
+from tulu_jax.interop import tokenizer_export
 
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
@@ -262,7 +263,7 @@ def test_spec_differs_from_open_instruct_in_the_trained_newline_alone(real_chats
 def test_saved_template_of_each_mode(llama2, real_chats, tmp_path, mode):
     """`AutoTokenizer` opens what we export, and `apply_chat_template` gives our ids."""
     transformers = pytest.importorskip("transformers")
-    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=None, mode=mode)
+    tokenizer_export.save(llama2.backend, str(tmp_path), max_length=None, mode=mode)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs.is_fast
     rows = chat.tokenize(real_chats, tokenizer=llama2, chat=mode, names=["-"] * len(real_chats))
@@ -288,6 +289,6 @@ def exported(llama2, tmp_path_factory) -> dict:
     opened = {}
     for mode in chat.MODES:
         folder = str(tmp_path_factory.mktemp(mode))
-        tokenizer_training.save_tokenizer(llama2.backend, folder, max_length=None, mode=mode)
+        tokenizer_export.save(llama2.backend, folder, max_length=None, mode=mode)
         opened[mode] = transformers.AutoTokenizer.from_pretrained(folder)
     return opened
