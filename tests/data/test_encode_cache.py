@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from encoded_chats import encode_conversation
 from raw_rows import chats, identity, messages, pair, write_jsonl
 
 from tulu_jax.data import chat, encode, examples, loader, registry, tokenizer_training
@@ -326,7 +327,7 @@ def test_long_rows_are_cut_on_the_right_and_counted(config, tmp_path, tokenizer)
     rows = train_rows(config, packing="none")
     assert (rows.num_examples, rows.stats.cut) == (3, 1)
     assert rows.stats.dropped == {"prompt fills the row": 1}
-    whole = chat.encode_conversation(LONG["messages"], tokenizer, chat="spec")
+    whole = encode_conversation(LONG["messages"], tokenizer, chat="spec")
     cut = rows.in_order(2)
     assert (cut["tokens"] == whole.tokens[:64]).all()
     assert (cut["targets"] == whole.targets[:64]).all()

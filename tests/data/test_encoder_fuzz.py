@@ -105,7 +105,7 @@ FUZZ = hypothesis.settings(
 def test_any_unicode_is_encoded_with_the_answers_trained(either, mode, conversation):
     rendered = chat.render(conversation, chat=mode)
     (ids,) = chat.tokenize([conversation], tokenizer=either, chat=mode, names=["r"])
-    encoded = chat.shift(ids, max_length=None)
+    encoded = chat.shift(ids)
     assert encoded.tokens[0] == either.bos_id
     assert (encoded.tokens[1:] == encoded.targets[:-1]).all()
     assert either.encode(rendered.text) == encoded.targets.tolist()

@@ -210,47 +210,13 @@ def same_prompt(chosen: TokenIds, rejected: TokenIds) -> bool:
     return np.array_equal(*prompts)
 
 
-def shift(token_ids: TokenIds, *, max_length: int | None) -> Encoded:
-    """Shifts once: `tokens = ids[:-1]`, `targets = ids[1:]`, cut to `max_length` if given."""
-    ids = token_ids.ids if max_length is None else token_ids.ids[: max_length + 1]
+def shift(token_ids: TokenIds) -> Encoded:
+    """Shifts once: `tokens = ids[:-1]`, `targets = ids[1:]`."""
+    ids = token_ids.ids
     loss_mask = np.zeros(len(ids) - 1, bool)
     for start, stop in token_ids.spans:
         loss_mask[start:stop] = True
     return Encoded(tokens=ids[:-1], targets=ids[1:], loss_mask=loss_mask)
-
-
-def encode_conversation(
-    messages: list[dict],
-    tokenizer: ChatTokenizer,
-    *,
-    chat: str,
-    max_length: int | None = None,
-    name: str = "?",
-) -> Encoded:
-    """One conversation, shifted; trained on every assistant turn and the `</s>` that ends it."""
-    (ids,) = tokenize([messages], tokenizer=tokenizer, chat=chat, names=[name])
-    return shift(ids, max_length=max_length)
-
-
-def encode_pair(
-    pair: dict,
-    tokenizer: ChatTokenizer,
-    *,
-    chat: str,
-    max_length: int | None = None,
-    name: str = "?",
-) -> tuple[Encoded, Encoded]:
-    """Chosen and rejected, shifted; trained on the final assistant turn, prompts identical.
-
-    Raises `ValueError` naming the pair if the ids before the final turn differ.
-    """
-    ((chosen, rejected),) = tokenize_pairs([pair], tokenizer=tokenizer, chat=chat, names=[name])
-    if not same_prompt(chosen, rejected):
-        raise ValueError(
-            f"row {name}: the prompts of chosen and rejected differ ({chosen.spans[0, 0] + 1} and "
-            f"{rejected.spans[0, 0] + 1} ids before the final turn); expected the same ids"
-        )
-    return shift(chosen, max_length=max_length), shift(rejected, max_length=max_length)
 
 
 def generation_prompt(messages: list[dict], tokenizer: ChatTokenizer, *, chat: str) -> list[int]:
