@@ -12,7 +12,7 @@ BASE = [
     "tokenizers>=0.21",
     "transformers>=5.0",
     "safetensors>=0.6",
-    "jinja2>=3.1",
+    "jinja2>=3.1",  # pages that prepare and report write; chat templates, through transformers
     "numpy>=2.0",
     "absl-py>=2.1",
     "gin-config>=0.5",
@@ -41,6 +41,8 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["tulu_jax", "tulu_jax.*"]) + ["tulu_jax.configs"],
     package_dir={"tulu_jax.configs": "configs"},
     package_data={
+        "tulu_jax": ["report.html"],
+        "tulu_jax.audit": ["show.html"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },

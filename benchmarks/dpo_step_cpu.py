@@ -36,8 +36,8 @@ import trl
 from tulu_jax import pairs as pairs_lib
 from tulu_jax import step as step_lib
 from tulu_jax import trainer
-from tulu_jax.data import chat, loader, tokenizer_training
-from tulu_jax.interop import hf
+from tulu_jax.data import chat, loader
+from tulu_jax.interop import hf, tokenizer_export
 from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.objectives import dpo
@@ -208,7 +208,7 @@ def trl_trainer(
 
 def save_tokenizer(config: TrainConfig, folder: str) -> None:
     backend = chat.load_tokenizer(config.data.tokenizer).backend
-    tokenizer_training.save_tokenizer(backend, folder, max_length=None, mode="spec")
+    tokenizer_export.save(backend, folder, max_length=None, mode="spec")
 
 
 class Alternating(transformers.TrainerCallback):

@@ -22,7 +22,8 @@ import numpy as np
 import transformers
 import trl
 
-from tulu_jax.data import chat, encode, examples, registry, tokenizer_training
+from tulu_jax.data import chat, encode, examples, registry
+from tulu_jax.interop import tokenizer_export
 
 TARGET = 3.0
 PAPER_ROWS, PAPER_MEAN_LENGTH, PAPER_MINUTES = 326_154, 1_097, 10
@@ -144,7 +145,7 @@ def main() -> None:
     rows = real_rows(arguments.data_root)
     tokenizer = chat.load_tokenizer(f"{arguments.data_root}/tokenizer/llama2")
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_training.save_tokenizer(tokenizer.backend, folder, max_length=8192, mode="spec")
+        tokenizer_export.save(tokenizer.backend, folder, max_length=8192, mode="spec")
         trainer = trl_trainer(folder, f"{folder}/trl")
         sides = {
             "ours": lambda rows: ours(rows, tokenizer),

@@ -8,6 +8,13 @@ def identity(row: dict) -> dict:
     return row
 
 
+def read_rows(path, where=None) -> list[dict]:
+    """The rows of a file, without where they are in it."""
+    from tulu_jax.data.sources import readers
+
+    return [row for _, row in readers.read_placed(str(path), where)]
+
+
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -97,7 +97,7 @@ def _show(data) -> None:
     for lines in show_text.listing(facts, shown, colour=colour):
         print(lines)
     if _HTML.value:
-        page = "".join(show_html.page(facts, shown))
+        page = show_html.page(facts, shown)
         pathlib.Path(validation.expanded(_HTML.value)).write_text(page, encoding="utf-8")
 
 

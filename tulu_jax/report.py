@@ -7,10 +7,10 @@ Examples:
 
 import base64
 import fnmatch
-import html
 import io
 from collections.abc import Iterable, Iterator
 
+import jinja2
 from absl import app, flags
 from etils import epath
 
@@ -97,36 +97,32 @@ def scores(workdir: str) -> list[tuple[str, dict]]:
     ]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
 def page(workdirs: list[str]) -> str:
-    """The HTML of all runs, pictures inside."""
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>tulu_jax runs</title><style>"
-        "body{font:14px sans-serif;margin:2em;max-width:1400px}table{border-collapse:collapse;"
-        "margin:1em 0}td,th{border:1px solid #ccc;padding:3px 9px;text-align:left}"
-        "img{max-width:100%}</style>"
-    ]
-    for workdir in workdirs:
-        lines, name = metrics.read(workdir), epath.Path(workdir).name
-        picture = base64.b64encode(draw(lines, name)).decode()
-        parts.append(f"<h2>{html.escape(name)}</h2><img src='data:image/png;base64,{picture}'>")
-        rows = [[n, f"{first:.4f}", f"{last:.4f}"] for n, first, last in summary(lines)]
-        parts.append(_table(["metric", "first", "last"], rows))
-        scored = scores(workdir)
-        for label, found in scored:
-            cells = [[n, f"{value:.3f}"] for n, value in found["scores"].items()]
-            parts.append(_table([f"held-out prompts of tulu_tiny, {label}", "share"], cells))
-        if scored and scored[-1][1]["step"] is not None:
-            last = scored[-1][1]["replies"][:PROMPTS_SHOWN]
-            said = [[r["prompt"], r["answer"], r["reply"]] for r in last]
-            parts.append(_table(["prompt", "right answer", "reply"], said))
-    return "\n".join(parts)
+    """The HTML of all runs, pictures inside; every text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tulu_jax", ""),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html").render(runs=map(_shown, workdirs))
+
+
+def _shown(workdir: str) -> dict:
+    """What the page has of one run: its name, picture, and tables of a header and rows."""
+    lines, name = metrics.read(workdir), epath.Path(workdir).name
+    rows = [[n, f"{first:.4f}", f"{last:.4f}"] for n, first, last in summary(lines)]
+    tables = [(["metric", "first", "last"], rows)]
+    scored = scores(workdir)
+    for label, found in scored:
+        cells = [[n, f"{value:.3f}"] for n, value in found["scores"].items()]
+        tables.append(([f"held-out prompts of tulu_tiny, {label}", "share"], cells))
+    if scored and scored[-1][1]["step"] is not None:
+        last = scored[-1][1]["replies"][:PROMPTS_SHOWN]
+        said = [[r["prompt"], r["answer"], r["reply"]] for r in last]
+        tables.append((["prompt", "right answer", "reply"], said))
+    picture = base64.b64encode(draw(lines, name)).decode()
+    return {"name": name, "picture": picture, "tables": tables}
 
 
 def problems(workdirs: list[str]) -> Iterator[str]:

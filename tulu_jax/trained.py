@@ -8,9 +8,9 @@ from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import tokenizer_files, tokenizer_training
+from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import sampler
-from tulu_jax.interop import hf
+from tulu_jax.interop import hf, tokenizer_export
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
@@ -136,7 +136,7 @@ def export(
             generation_config=generation
             | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
             overwrite=overwrite,
-            write_tokenizer=lambda folder: tokenizer_training.save_tokenizer(
+            write_tokenizer=lambda folder: tokenizer_export.save(
                 backend,
                 str(folder),
                 max_length=config.data.max_length,

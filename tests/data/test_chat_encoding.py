@@ -5,9 +5,11 @@ import json
 import hypothesis
 import numpy as np
 import pytest
+from encoded_chats import encode_conversation
 from hypothesis import strategies as st
 
-from tulu_jax.data import chat, tokenizer_training
+from tulu_jax.data import chat
+from tulu_jax.interop import tokenizer_export
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -100,7 +102,7 @@ def test_text_and_turns():
 
 
 def test_llama2_ids_and_mask_side_by_side(llama2):
-    encoded = chat.encode_conversation(CONVERSATION, llama2, chat="spec")
+    encoded = encode_conversation(CONVERSATION, llama2, chat="spec")
     pieces = [llama2.backend.id_to_token(int(i)) for i in encoded.targets]
     columns = (encoded.tokens.tolist(), encoded.targets.tolist(), pieces, encoded.loss_mask)
     assert [(*row[:3], int(row[3])) for row in zip(*columns, strict=True)] == LLAMA2_TABLE
@@ -111,7 +113,7 @@ def test_trained_tokenizer_mask_side_by_side(tokenizer):
     conversation = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
     ]
-    encoded = chat.encode_conversation(conversation, tokenizer, chat="spec")
+    encoded = encode_conversation(conversation, tokenizer, chat="spec")
     pieces = [tokenizer.backend.id_to_token(int(i)) for i in encoded.targets]
     assert list(zip(pieces, encoded.loss_mask.astype(int).tolist(), strict=True)) == TINY_TABLE
     assert encoded.tokens[0] == tokenizer.bos_id == 1
@@ -131,7 +133,7 @@ def test_equals_the_original_encoder(llama2, shared_data):
     """Ids of open-instruct of November 2023; its labels also train 29871 13 after `</s>`."""
     lines = (shared_data / "reference_vectors" / "sft_encoding.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
-        encoded = chat.encode_conversation(row["messages"], llama2, chat="spec")
+        encoded = encode_conversation(row["messages"], llama2, chat="spec")
         assert [1, *encoded.targets.tolist()] == row["input_ids"]
         theirs = np.array(row["labels"][1:]) != -100
         differ = encoded.targets[theirs != encoded.loss_mask]
@@ -141,7 +143,7 @@ def test_equals_the_original_encoder(llama2, shared_data):
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer):
     """Not the first only (EasyDeL#255), and not the generation prompt (maxtext#3284)."""
-    encoded = chat.encode_conversation(CONVERSATION, tokenizer, chat="spec")
+    encoded = encode_conversation(CONVERSATION, tokenizer, chat="spec")
     trained = tokenizer.decode(encoded.targets[encoded.loss_mask], skip_special=False)
     assert trained == "Hello!</s>Goodbye.</s>"
 
@@ -161,7 +163,7 @@ CHATS = st.lists(
 def test_trained_ids_are_contents_and_eos(tokenizer, conversation):
     contents = [m["content"].strip() for m in conversation if m["role"] == "assistant"]
     hypothesis.assume(not any("<s>" in text or "<unk>" in text for text in contents))
-    encoded = chat.encode_conversation(conversation, tokenizer, chat="spec")
+    encoded = encode_conversation(conversation, tokenizer, chat="spec")
     trained = encoded.targets[encoded.loss_mask]
     text = tokenizer.decode(trained, skip_special=False)
     assert text == "".join(content + "</s>" for content in contents)
@@ -174,7 +176,7 @@ def test_trained_ids_are_contents_and_eos(tokenizer, conversation):
 def test_adversarial_contents_are_masked_exactly(tokenizer, llama2, content):
     conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     for tok in (tokenizer, llama2):
-        encoded = chat.encode_conversation(conversation, tok, chat="spec")
+        encoded = encode_conversation(conversation, tok, chat="spec")
         trained = encoded.targets[encoded.loss_mask]
         assert trained[-1] == tok.eos_id
         assert len(trained) == 1 + len(tok.encode("\n" + content)) - len(tok.encode("\n"))
@@ -183,7 +185,7 @@ def test_adversarial_contents_are_masked_exactly(tokenizer, llama2, content):
 def test_generation_prompt_is_the_start_of_the_training_ids(tokenizer, llama2):
     for tok in (tokenizer, llama2):
         prompt = chat.generation_prompt(CONVERSATION[:-1], tok, chat="spec")
-        encoded = chat.encode_conversation(CONVERSATION, tok, chat="spec")
+        encoded = encode_conversation(CONVERSATION, tok, chat="spec")
         assert prompt == encoded.tokens[: len(prompt)].tolist()
         assert encoded.loss_mask[len(prompt) - 1] and not encoded.loss_mask[len(prompt) - 2]
 
@@ -194,7 +196,9 @@ def test_pair_trains_the_final_turn_after_identical_prompts(tokenizer):
         "chosen": [{"role": "assistant", "content": "Sure: Goodbye."}],
         "rejected": [{"role": "assistant", "content": "Goodbye."}],
     }
-    chosen, rejected = chat.encode_pair(pair, tokenizer, chat="spec")
+    (both,) = chat.tokenize_pairs([pair], tokenizer=tokenizer, chat="spec", names=["t/0"])
+    assert chat.same_prompt(*both)
+    chosen, rejected = map(chat.shift, both)
     sides = [
         tokenizer.decode(s.targets[s.loss_mask], skip_special=False) for s in (chosen, rejected)
     ]
@@ -204,14 +208,14 @@ def test_pair_trains_the_final_turn_after_identical_prompts(tokenizer):
     np.testing.assert_array_equal(chosen.tokens[: starts[0] + 1], rejected.tokens[: starts[0] + 1])
 
 
-def test_pair_with_different_prompts_is_refused(tokenizer):
+def test_pair_with_different_prompts_is_found(tokenizer):
     pair = {
         "prompt": CONVERSATION[:2],
         "chosen": CONVERSATION[2:],
         "rejected": [CONVERSATION[2], {"role": "user", "content": "Go"}, CONVERSATION[4]],
     }
-    with pytest.raises(ValueError, match=r"row t/7: the prompts of chosen and rejected differ"):
-        chat.encode_pair(pair, tokenizer, chat="spec", name="t/7")
+    (both,) = chat.tokenize_pairs([pair], tokenizer=tokenizer, chat="spec", names=["t/7"])
+    assert not chat.same_prompt(*both)
 
 
 CHAT_CASES = [
@@ -226,10 +230,11 @@ CHAT_CASES = [
 ]
 
 
-def test_transformers_chat_template_gives_our_ids(tokenizer_dir, tokenizer, llama2, tmp_path):
+def test_transformers_chat_template_gives_our_ids(tokenizer, llama2, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=4096, mode="spec")
-    for folder, ours in ((tokenizer_dir, tokenizer), (str(tmp_path), llama2)):
+    for name, ours in (("tulu_tiny", tokenizer), ("llama2", llama2)):
+        folder = str(tmp_path / name)
+        tokenizer_export.save(ours.backend, folder, max_length=4096, mode="spec")
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         for conversation in CHAT_CASES:
             text = theirs.apply_chat_template(conversation, tokenize=False)
@@ -257,11 +262,11 @@ def test_transformers_chat_template_gives_our_ids(tokenizer_dir, tokenizer, llam
 )
 def test_malformed_messages_name_the_row(tokenizer, conversation, message):
     with pytest.raises(ValueError, match=message):
-        chat.encode_conversation(conversation, tokenizer, chat="spec", name="t/3")
+        encode_conversation(conversation, tokenizer, chat="spec", name="t/3")
 
 
 def test_a_mode_that_does_not_exist(tokenizer):
     with pytest.raises(
         ValueError, match=r"chat = 'papers': expected one of .*did you mean 'paper'"
     ):
-        chat.encode_conversation(CONVERSATION, tokenizer, chat="papers")
+        encode_conversation(CONVERSATION, tokenizer, chat="papers")

@@ -20,9 +20,11 @@ import hypothesis
 import numpy as np
 import pytest
 import sentencepiece
+from encoded_chats import encode_conversation
 from hypothesis import strategies as st
 
-from tulu_jax.data import chat, tokenizer_training
+from tulu_jax.data import chat
+from tulu_jax.interop import tokenizer_export
 
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
@@ -129,9 +131,7 @@ def assert_trained_as_the_originals(conversation, llama2, pieces, max_seq_length
             lambda text, strip=mode == "paper": slow_ids(text, pieces, strip=strip),
             max_seq_length=max_seq_length,
         )
-        ours = chat.encode_conversation(
-            conversation, llama2, chat=mode, max_length=max_seq_length - 1
-        )
+        ours = encode_conversation(conversation, llama2, chat=mode, max_length=max_seq_length - 1)
         assert ours.loss_mask.tolist() == theirs[1:], mode
 
 
@@ -201,7 +201,7 @@ def test_the_header_of_a_first_assistant_turn(llama2):
     ]
     header = llama2.encode("<|assistant|>\n")
     for mode, trained in (("spec", 0), ("paper", len(header)), ("open_instruct", len(header))):
-        encoded = chat.encode_conversation(conversation, llama2, chat=mode)
+        encoded = encode_conversation(conversation, llama2, chat=mode)
         assert encoded.targets[: len(header)].tolist() == header
         assert encoded.loss_mask[: len(header)].sum() == trained
 
@@ -235,7 +235,7 @@ def test_reference_vectors_are_open_instruct(llama2, shared_data):
     lines = (shared_data / "reference_vectors" / "sft_encoding.jsonl").read_text().splitlines()
     assert lines
     for row in map(json.loads, lines):
-        ours = chat.encode_conversation(row["messages"], llama2, chat="open_instruct")
+        ours = encode_conversation(row["messages"], llama2, chat="open_instruct")
         assert [1, *ours.targets.tolist()] == row["input_ids"]
         labels = np.where(ours.loss_mask, ours.targets, -100).tolist()
         assert labels == row["labels"][1:] == row["easylm_labels"][1:]
@@ -246,7 +246,7 @@ def test_spec_differs_from_open_instruct_in_the_trained_newline_alone(real_chats
     inner = 0
     for conversation in real_chats:
         spec, original = (
-            chat.encode_conversation(conversation, llama2, chat=mode)
+            encode_conversation(conversation, llama2, chat=mode)
             for mode in ("spec", "open_instruct")
         )
         assert np.array_equal(spec.targets, original.targets)
@@ -262,7 +262,7 @@ def test_spec_differs_from_open_instruct_in_the_trained_newline_alone(real_chats
 def test_saved_template_of_each_mode(llama2, real_chats, tmp_path, mode):
     """`AutoTokenizer` opens what we export, and `apply_chat_template` gives our ids."""
     transformers = pytest.importorskip("transformers")
-    tokenizer_training.save_tokenizer(llama2.backend, str(tmp_path), max_length=None, mode=mode)
+    tokenizer_export.save(llama2.backend, str(tmp_path), max_length=None, mode=mode)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs.is_fast
     rows = chat.tokenize(real_chats, tokenizer=llama2, chat=mode, names=["-"] * len(real_chats))
@@ -288,6 +288,6 @@ def exported(llama2, tmp_path_factory) -> dict:
     opened = {}
     for mode in chat.MODES:
         folder = str(tmp_path_factory.mktemp(mode))
-        tokenizer_training.save_tokenizer(llama2.backend, folder, max_length=None, mode=mode)
+        tokenizer_export.save(llama2.backend, folder, max_length=None, mode=mode)
         opened[mode] = transformers.AutoTokenizer.from_pretrained(folder)
     return opened

@@ -15,7 +15,7 @@ FIRST, SECOND = (lambda row: row), (lambda row: dict(row))
 
 
 def identity(function):
-    return code_identity.identity(function, with_source=True)
+    return code_identity.identity(function, with_code=True)
 
 
 @pytest.fixture
@@ -65,8 +65,13 @@ def test_a_module_that_a_converter_imports_changes_it(user, use):
     files = {"tasks": USES[use], "between": between, "words": WORDS}
     first = identity(user(**files).convert)
     assert identity(user(**files).convert) == first
-    changed = user(**{**files, "words": WORDS + "# changed\n"})
+    changed = user(**{**files, "words": WORDS.replace("LIMIT = 1", "LIMIT = 2")})
     assert identity(changed.convert) != first
+    said = WORDS.replace("def clean", "# Of a row.\n\n\ndef clean").replace(
+        "return row", "return  row"
+    )
+    said = '"""Words."""\n' + said.replace("self.n = n", '"""n"""; self.n = n')
+    assert identity(user(**{**files, "words": said}).convert) == first
     unread = user(**{**files, "unread": "LIMIT = 2\n"})
     assert identity(unread.convert) == first
 
@@ -161,9 +166,20 @@ def test_functions_of_a_prompt():
     assert typed(limit.format(1)) != typed(limit.format(2))
 
 
-def test_a_version_stands_for_the_source_and_not_for_what_is_bound():
+def test_comments_and_docstrings_do_not_change_a_converter(user):
+    text = "def convert(row):\n    return row\nfirst, second = (lambda r: r), (lambda r: [r])\n"
+    before = user(tasks=text)
+    found = [identity(f) for f in (before.convert, before.first, before.second)]
+    comment = text.replace("    return", '    """As it is."""\n    # Nothing to do.\n    return')
+    after = user(tasks=f'"""My tasks."""\n\n{comment}')
+    assert [identity(f) for f in (after.convert, after.first, after.second)] == found
+    assert len(set(map(str, found))) == 3
+    assert identity(user(tasks=text.replace("return row", "return [row]")).convert) != found[0]
+
+
+def test_a_version_stands_for_the_code_and_not_for_what_is_bound():
     def declared(function):
-        return code_identity.identity(function, with_source=False)
+        return code_identity.identity(function, with_code=False)
 
     assert declared(FIRST) == declared(SECOND)
     assert declared(made(1)) != declared(made(2))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from encoded_chats import encode_conversation
 from raw_rows import chats, identity, messages, pair, write_jsonl
 
 from tulu_jax.data import chat, data_checks, encode, examples, loader, registry, tokenizer_training
@@ -89,6 +91,25 @@ def test_another_rule_of_the_task_encodes_again(config, encoded):
     registry.TaskRegistry.remove("a")
     registry.TaskRegistry.add(dataclasses.replace(task, sample=8))
     assert train_rows(config).num_examples == 8 and encoded == [10, 8]
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_a_converter_s_code_encodes_again_where_no_version_is_declared(
+    config, encoded, tmp_path, monkeypatch, version
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    counts = []
+    for line in ("return row", "return row  # as it is", "return dict(row)"):
+        (tmp_path / "my_converter.py").write_text(f"def convert(row):\n    {line}\n")
+        sys.modules.pop("my_converter", None)
+        importlib.invalidate_caches()
+        convert = importlib.import_module("my_converter").convert
+        task = dataclasses.replace(registry.TaskRegistry.get("a"), convert=convert, version=version)
+        registry.TaskRegistry.remove("a")
+        registry.TaskRegistry.add(task)
+        train_rows(config)
+        counts.append(len(encoded))
+    assert counts == ([1, 1, 1] if version else [1, 1, 2])
 
 
 def test_a_validation_file_taken_away_encodes_again(config, tmp_path):
@@ -306,7 +327,7 @@ def test_long_rows_are_cut_on_the_right_and_counted(config, tmp_path, tokenizer)
     rows = train_rows(config, packing="none")
     assert (rows.num_examples, rows.stats.cut) == (3, 1)
     assert rows.stats.dropped == {"prompt fills the row": 1}
-    whole = chat.encode_conversation(LONG["messages"], tokenizer, chat="spec")
+    whole = encode_conversation(LONG["messages"], tokenizer, chat="spec")
     cut = rows.in_order(2)
     assert (cut["tokens"] == whole.tokens[:64]).all()
     assert (cut["targets"] == whole.targets[:64]).all()

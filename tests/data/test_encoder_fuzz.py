@@ -8,6 +8,7 @@ import time
 
 import hypothesis
 import pytest
+import tokenizers
 from hypothesis import strategies as st
 from raw_rows import identity, messages, pair
 
@@ -15,7 +16,19 @@ from tulu_jax.data import chat, encode, examples, packing, registry, store, trun
 
 PIECES = st.sampled_from(
     ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>\n", "\n", " ", "\t", "\r\n", "▁", "\x00"]
-    + ["\x85", "\u2028", "\ufeff", "\u200b", "\u0301", "é", "東京", "💡", "word", " two words"]
+    + [
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "\u200b",
+        "\u0301",
+        "é",
+        "東京",
+        "💡",
+        "word",
+        " two words",
+        "b ",
+    ]
 )
 UNICODE = st.characters(exclude_categories=["Cs"])
 GOOD = st.lists(PIECES | st.text(UNICODE, max_size=6), max_size=6).map("".join)
@@ -50,12 +63,22 @@ def llama2(folder: str) -> chat.ChatTokenizer:
     return chat.load_tokenizer(folder)
 
 
+@functools.cache
+def with_added_tokens(folder: str) -> chat.ChatTokenizer:
+    """Llama-2's, with tokens that stand in the contents, in the tags and at their borders."""
+    backend = tokenizers.Tokenizer.from_str(llama2(folder).backend.to_str())
+    texts = ("word", "b ", "<|assistant|>", "|>")
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
+    return dataclasses.replace(llama2(folder), backend=backend)
+
+
 @pytest.fixture(params=["tulu_tiny", "llama2"])
 def either(request, tokenizer) -> chat.ChatTokenizer:
     """The byte-level BPE of tulu_tiny, then Llama-2's where it is present."""
     if request.param == "tulu_tiny":
         return tokenizer
-    return llama2(str(request.getfixturevalue("shared_data") / "tokenizer" / "llama2"))
+    folder = str(request.getfixturevalue("shared_data") / "tokenizer" / "llama2")
+    return llama2(folder) if request.param == "llama2" else with_added_tokens(folder)
 
 
 def task_of(kind: str, rows: list) -> registry.Task:
@@ -75,13 +98,14 @@ FUZZ = hypothesis.settings(
 )
 
 
+@pytest.mark.parametrize("either", ["tulu_tiny", "llama2", "added tokens"], indirect=True)
 @pytest.mark.parametrize("mode", chat.MODES)
 @hypothesis.settings(FUZZ, max_examples=150)
 @hypothesis.given(conversation=GOOD_CHAT)
 def test_any_unicode_is_encoded_with_the_answers_trained(either, mode, conversation):
     rendered = chat.render(conversation, chat=mode)
     (ids,) = chat.tokenize([conversation], tokenizer=either, chat=mode, names=["r"])
-    encoded = chat.shift(ids, max_length=None)
+    encoded = chat.shift(ids)
     assert encoded.tokens[0] == either.bos_id
     assert (encoded.tokens[1:] == encoded.targets[:-1]).all()
     assert either.encode(rendered.text) == encoded.targets.tolist()

@@ -8,7 +8,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_rows import chats, messages
+from raw_rows import chats, messages, read_rows
 
 from tulu_jax.data import examples, registry
 from tulu_jax.data.sources import readers
@@ -132,7 +132,7 @@ def test_parquet_columns_of_view_types(tmp_path):
             content = base64.b64encode(schema.serialize().to_pybytes())
             writer.add_key_value_metadata({b"ARROW:schema": content})
         assert str(pq.ParquetFile(path).schema_arrow).count("string_view") > 2
-        assert list(readers.read_rows(str(path))) == rows
-        assert list(readers.read_rows(str(path), {"dataset": "x"})) == [rows[0], rows[2]]
+        assert read_rows(path) == rows
+        assert read_rows(path, {"dataset": "x"}) == [rows[0], rows[2]]
         placed = [place for place, _ in readers.read_placed(str(path), {"dataset": "x"})]
         assert placed == ["row 0", "row 2"]

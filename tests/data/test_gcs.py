@@ -18,7 +18,7 @@ import builders
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_rows import chats, write_jsonl
+from raw_rows import chats, read_rows, write_jsonl
 
 from tulu_jax import preflight
 from tulu_jax.data import data_checks, encode, loader
@@ -145,12 +145,12 @@ def test_every_kind_of_file_and_globs_in_a_bucket(config, bucket, tmp_path, add_
     for file in tmp_path.iterdir():
         if file.is_file():
             upload(file, f"{bucket}/kinds/{file.name}")
-    assert list(readers.read_rows(f"{bucket}/kinds/list.json")) == rows
-    assert list(readers.read_rows(f"{bucket}/kinds/lines.jsonl.gz")) == rows
-    assert list(readers.read_rows(f"{bucket}/kinds/fields.tsv")) == [{"fields": ["a", "b"]}]
+    assert read_rows(f"{bucket}/kinds/list.json") == rows
+    assert read_rows(f"{bucket}/kinds/lines.jsonl.gz") == rows
+    assert read_rows(f"{bucket}/kinds/fields.tsv") == [{"fields": ["a", "b"]}]
     found = readers.find(f"{bucket}/kinds/part-*.parquet")
     assert found == [f"{bucket}/kinds/part-{i}.parquet" for i in range(2)]
-    assert [row for path in found for row in readers.read_rows(path)] == rows + rows
+    assert [row for path in found for row in read_rows(path)] == rows + rows
 
 
 ENCODE = """
@@ -221,12 +221,12 @@ def test_a_truncated_gzip_in_a_bucket(config, bucket):
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in chats(500)).encode())
     readers.as_path(f"{bucket}/cut.jsonl.gz").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz, after line \d+: unreadable"):
-        list(readers.read_rows(f"{bucket}/cut.jsonl.gz"))
+        read_rows(f"{bucket}/cut.jsonl.gz")
 
 
 def test_missing_objects_and_buckets(config, bucket):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file; place it there"):
-        list(readers.read_rows(f"{bucket}/none.jsonl"))
+        read_rows(f"{bucket}/none.jsonl")
     elsewhere = dataclasses.replace(config, data_root=f"{bucket}/elsewhere")
     with pytest.raises(FileNotFoundError, match=rf"found no {bucket}/elsewhere/rows\.jsonl"):
         local(elsewhere)

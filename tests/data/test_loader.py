@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from encoded_chats import encode_conversation
 
 from tulu_jax.data import chat, data_checks, loader, store
 from tulu_jax.data.sources import tiny_instructions
@@ -201,9 +202,7 @@ def test_each_segment_is_its_conversation_encoded_alone(sft_rows):
         row = sft_rows.row(index)
         for segment, example_id in enumerate(sft_rows.example_ids(index), 1):
             number = int(example_id.removeprefix("tulu_tiny/"))
-            alone = chat.encode_conversation(
-                conversations[number]["messages"], tokenizer, chat="spec"
-            )
+            alone = encode_conversation(conversations[number]["messages"], tokenizer, chat="spec")
             here = row["segment_ids"] == segment
             for key in ("tokens", "targets", "loss_mask"):
                 np.testing.assert_array_equal(row[key][here], getattr(alone, key))

@@ -211,7 +211,7 @@ def test_system_turns_are_kept_where_they_say_something():
         ("h4", {"score_chosen": True}, r"'score_chosen' is a bool; expected a finite number"),
         ("h4", {"score_chosen": float("nan")}, r"'score_chosen' is a float; expected a finite"),
         ("h4", {"score_chosen": 10**400}, r"'score_chosen' is a float; expected a finite"),
-        ("trl", {"metadata": [1]}, r"'metadata' is a list of other things; expected an object"),
+        ("trl", {"metadata": [1]}, r"'metadata' is a list of int; expected an object"),
         ("trl", {"metadata": {}}, r"missing column 'score_chosen'; found \[\]"),
         ("trl", {"chosen": 3}, r"column 'chosen' is a int; expected a string"),
         ("sharegpt", {"chosen": sharegpt_turn("bot", "x")}, r"unknown role 'bot'; expected one of"),
@@ -252,8 +252,8 @@ def test_a_missing_column_is_named(name):
             {"preferred_output": messages("a", "b"), "non_preferred_output": messages("c", "d")},
             r"row t/0.*the sides differ before their last message",
         ),
-        ("alpaca", {"chosen": "\ud800"}, r"row t/0.*content is not valid Unicode"),
-        ("trl", {"prompt": "\udfff"}, r"row t/0.*content is not valid Unicode"),
+        ("alpaca", {"chosen": "\ud800"}, r"row t/0.*'chosen' is not valid Unicode"),
+        ("trl", {"prompt": "\udfff"}, r"row t/0.*'prompt' is not valid Unicode"),
     ],
 )
 def test_what_only_the_checks_after_conversion_see_names_the_row(name, changes, message):

@@ -6,9 +6,7 @@ import json
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from raw_rows import chats
-
-from tulu_jax.data.sources import readers
+from raw_rows import chats, read_rows
 
 LINES = "".join(json.dumps(row) + "\n" for row in chats(20))
 FUZZ = hypothesis.settings(
@@ -16,10 +14,6 @@ FUZZ = hypothesis.settings(
     max_examples=200,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-
-
-def read(path) -> list[dict]:
-    return list(readers.read_rows(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +41,7 @@ def read(path) -> list[dict]:
 def test_damage_is_named(tmp_path, name, content, error):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=error):
-        read(tmp_path / name)
+        read_rows(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.tsv"])
@@ -55,19 +49,19 @@ def test_a_byte_order_mark_is_passed_over(tmp_path, name):
     content = {"a.json": b'[{"a": 1}]', "a.tsv": b"x\ty\n"}.get(name, b'{"a": 1}\n')
     content = b"\xef\xbb\xbf" + content
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert read(tmp_path / name) == [{"fields": ["x", "y"]} if name == "a.tsv" else {"a": 1}]
+    assert read_rows(tmp_path / name) == [{"fields": ["x", "y"]} if name == "a.tsv" else {"a": 1}]
 
 
 def test_of_a_key_given_twice_the_last_counts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1, "a": 2}\n')
-    assert read(tmp_path / "a.jsonl") == [{"a": 2}]
+    assert read_rows(tmp_path / "a.jsonl") == [{"a": 2}]
 
 
 def test_line_separators_inside_strings_split_no_line(tmp_path):
     rows = [{"a": "x\u2028y\x85z\x0b"}, {"a": "b"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "a.jsonl").write_text("\r\n".join(lines).replace("\x0b", "\\u000b"), newline="")
-    assert read(tmp_path / "a.jsonl") == rows
+    assert read_rows(tmp_path / "a.jsonl") == rows
 
 
 @FUZZ
@@ -77,7 +71,7 @@ def test_lines_cut_anywhere(tmp_path, length):
     (tmp_path / "cut.jsonl").write_text(LINES[:length])
     whole = LINES[:length].count("}]}")
     try:
-        assert len(read(tmp_path / "cut.jsonl")) == whole > 0
+        assert len(read_rows(tmp_path / "cut.jsonl")) == whole > 0
     except ValueError as error:
         text = str(error)
         assert f"line {whole + 1}: malformed JSON" in text or "has no rows" in text
@@ -88,7 +82,7 @@ def test_lines_cut_anywhere(tmp_path, length):
 def test_gzip_cut_anywhere_is_seen(tmp_path, length):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINES.encode(), mtime=0)[:length])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz(: has no rows|, after line)"):
-        read(tmp_path / "cut.jsonl.gz")
+        read_rows(tmp_path / "cut.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.tsv", "a.parquet"])
@@ -98,6 +92,6 @@ def test_garbage_gives_rows_or_a_named_error(tmp_path, name, content, start):
     content = LINES.encode()[:start] + content
     (tmp_path / name).write_bytes(gzip.compress(content) if start and name[-1] == "z" else content)
     try:
-        assert all(isinstance(row, dict) for row in read(tmp_path / name))
+        assert all(isinstance(row, dict) for row in read_rows(tmp_path / name))
     except ValueError as error:
         assert name in str(error)

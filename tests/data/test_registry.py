@@ -35,6 +35,11 @@ def test_unknown_name_suggests_the_nearest():
         registry.get_mixture_or_task("real_smal_sft")
 
 
+def test_every_task_of_this_project_declares_a_version():
+    tasks = map(registry.TaskRegistry.get, registry.TaskRegistry.names())
+    assert [task.name for task in tasks if not task.version] == []
+
+
 def test_a_name_is_taken_once(add_task):
     add_task("t", {"train": chats})
     with pytest.raises(ValueError, match=r"a task named 't' is already registered"):

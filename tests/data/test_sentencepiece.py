@@ -9,7 +9,8 @@ import tokenizers
 from hypothesis import strategies as st
 from sentencepiece_models import trained
 
-from tulu_jax.data import chat, tokenizer_files, tokenizer_training
+from tulu_jax.data import chat, tokenizer_files
+from tulu_jax.interop import tokenizer_export
 
 SPECIAL = ("<s>", "</s>", "<unk>")
 PARTS = [*"abcx> \n\t.é▁東💡", "  ", "<sep>", "<PRE>", " <PRE>", "<pad>", "[x]", "x.*"]
@@ -122,9 +123,7 @@ def test_the_export_of_user_defined_pieces_opens_with_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "tokenizer.model").write_bytes(trained(**MODELS["user-defined pieces"]))
     ours = chat.load_tokenizer(str(tmp_path / "tokenizer.model"))
-    tokenizer_training.save_tokenizer(
-        ours.backend, str(tmp_path / "out"), max_length=None, mode="spec"
-    )
+    tokenizer_export.save(ours.backend, str(tmp_path / "out"), max_length=None, mode="spec")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     for text in tokenizer_files.probes(["<sep>", "\n", "▁<PRE>", " <PRE>", "</s>"]):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from encoded_chats import encode_conversation
 from raw_rows import chats, messages, write_jsonl
 
 from tulu_jax.data import chat, examples, loader, registry
@@ -162,7 +163,7 @@ def test_rows_are_the_encoded_conversations_themselves(options, tmp_path, add_ta
     for found, example in zip(
         rows_of(theirs("encoded", "train", options)), loaded.examples, strict=True
     ):
-        encoded = chat.encode_conversation(
+        encoded = encode_conversation(
             example["messages"], tokenizer, chat="spec", max_length=options["max_length"]
         )
         for field in FIELDS:

@@ -4,16 +4,11 @@ import gzip
 import json
 
 import pytest
-
-from tulu_jax.data.sources import readers
+from raw_rows import read_rows
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 80123\n"
 KINDS = ("json", "jsonl", "jsonl.gz", "tsv", "parquet")
 GOOD = '{"a": 1}\n'
-
-
-def read(path) -> list[dict]:
-    return list(readers.read_rows(str(path)))
 
 
 def test_every_kind_of_file(tmp_path):
@@ -23,9 +18,9 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(rows))
     (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "r.tsv").write_text("q\ta\\nb\tr\nq2\ta2\tr2\n")
-    assert read(tmp_path / "r.jsonl") == read(tmp_path / "r.json") == rows
-    assert read(tmp_path / "r.jsonl.gz") == rows
-    assert read(tmp_path / "r.tsv") == [
+    assert read_rows(tmp_path / "r.jsonl") == read_rows(tmp_path / "r.json") == rows
+    assert read_rows(tmp_path / "r.jsonl.gz") == rows
+    assert read_rows(tmp_path / "r.tsv") == [
         {"fields": ["q", "a\\nb", "r"]},
         {"fields": ["q2", "a2", "r2"]},
     ]
@@ -56,9 +51,9 @@ def test_bad_file_is_named_with_its_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        read(path)
+        read_rows(path)
 
 
 def test_missing_file_says_where_it_belongs(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"r.jsonl: no such file; place it there"):
-        read(tmp_path / "r.jsonl")
+        read_rows(tmp_path / "r.jsonl")

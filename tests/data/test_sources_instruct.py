@@ -192,10 +192,15 @@ def test_text_columns_that_are_missing_or_no_text_are_named(name):
         rest = {key: value for key, value in row.items() if key != column}
         with pytest.raises(ValueError, match=rf"missing column '{column}'; found \["):
             convert(rest)
-        for wrong, kind in ((None, "NoneType"), (3, "int"), (["x"], "list"), ({}, "dict")):
-            with pytest.raises(ValueError, match=rf"column '{column}' is a {kind}; expected a str"):
+        for wrong, kind in (
+            (None, "absent or null"),
+            (3, "a int"),
+            (["x"], "a list of str"),
+            ({}, "a dict"),
+        ):
+            with pytest.raises(ValueError, match=rf"column '{column}' is {kind}; expected a str"):
                 convert(row | {column: wrong})
-        with pytest.raises(ValueError, match=rf"{column} is not valid Unicode \(.*surrogates"):
+        with pytest.raises(ValueError, match=rf"'{column}' is not valid Unicode \(.*surrogates"):
             convert(row | {column: "x\ud800"})
 
 
@@ -214,18 +219,18 @@ def test_control_characters_and_ten_megabytes_are_kept(name):
     [
         (conversations.lima, {}, r"found columns \[\]; expected 'conversations', a list of texts"),
         (conversations.lima, {"conversations": ["a", 1]}, r"'conversations', a list of texts"),
-        (conversations.wizardlm, {}, r"'conversations' of kind NoneType; expected a list of obj"),
-        (conversations.wizardlm, {"conversations": ["a"]}, r"of \['str'\] items; expected a list"),
+        (conversations.wizardlm, {}, r"missing column 'conversations'"),
+        (conversations.wizardlm, {"conversations": ["a"]}, r"is a list of str; expected a list"),
         (flan.cot_fields, {"fields": ["a", "b"]}, r"expected 'fields', three texts"),
-        (flan.cot_fields, {"fields": ["a", "b", None]}, r"a field is a NoneType; expected a str"),
-        (orca.preferred, {}, r"found columns \[\]; expected 'input', an object"),
+        (flan.cot_fields, {"fields": ["a", "b", None]}, r"a field is absent or null; expected a"),
+        (orca.preferred, {}, r"missing column 'input'; found \[\]"),
         (
             orca.preferred,
             {"input": {"messages": []}, "preferred_output": []},
             r"found roles \[\]; expected system, user and assistant",
         ),
         (published.published, {"dataset": "d", "id": 3, "messages": []}, r"column 'id' is a int"),
-        (published.published, {"dataset": "d", "id": "3"}, r"'messages' of kind NoneType"),
+        (published.published, {"dataset": "d", "id": "3"}, r"missing column 'messages'"),
     ],
 )
 def test_rows_of_another_shape_are_refused(convert, row, message):

@@ -91,10 +91,10 @@ def test_a_tree_as_deep_as_can_be():
         ({"prompt": "q"}, r"found columns \['prompt'\]; expected 'prompt', the root message"),
         ({"prompt": {"text": "q"}}, r"missing column 'role'"),
         ({"prompt": asks("q", node("a", role="robot"))}, r"unknown role 'robot'; expected one of"),
-        ({"prompt": asks("q", node(None))}, r"column 'text' is a NoneType; expected a string"),
-        ({"prompt": asks("q\udc00")}, r"text is not valid Unicode"),
-        ({"prompt": asks("q") | {"replies": {}}}, r"'replies' of kind dict; expected a list"),
-        ({"prompt": asks("q") | {"replies": [1]}}, r"'replies' of \['int'\] items; expected a"),
+        ({"prompt": asks("q", node(None))}, r"column 'text' is absent or null; expected a string"),
+        ({"prompt": asks("q\udc00")}, r"column 'text' is not valid Unicode"),
+        ({"prompt": asks("q") | {"replies": {}}}, r"'replies' is a dict; expected a list"),
+        ({"prompt": asks("q") | {"replies": [1]}}, r"'replies' is a list of int; expected a"),
     ],
 )
 def test_what_is_no_tree_is_refused(convert, row, message):

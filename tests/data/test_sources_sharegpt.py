@@ -117,12 +117,12 @@ def test_every_pair_is_in_one_range(costs, limit, faithful):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, r"'conversations' of kind NoneType; expected a list of objects"),
-        ({"conversations": {"from": "human"}}, r"'conversations' of kind dict; expected a list"),
-        ({"conversations": ["a", "b"]}, r"'conversations' of \['str'\] items; expected a list"),
+        ({}, r"missing column 'conversations'; found \[\]"),
+        ({"conversations": {"from": "human"}}, r"'conversations' is a dict; expected a list"),
+        ({"conversations": ["a", "b"]}, r"'conversations' is a list of str; expected a list"),
         ({"conversations": [{"from": "human"}]}, r"missing column 'value'; found \['from'\]"),
-        ({"conversations": [{"from": None, "value": "a"}]}, r"column 'from' is a NoneType"),
-        (row("a", "b\ud800"), r"value is not valid Unicode"),
+        ({"conversations": [{"from": None, "value": "a"}]}, r"column 'from' is absent or null"),
+        (row("a", "b\ud800"), r"column 'value' is not valid Unicode"),
         (row("a", "b", id="\ud800"), r"column 'id' is not valid Unicode"),
     ],
 )

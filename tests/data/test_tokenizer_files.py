@@ -7,7 +7,8 @@ import shutil
 import pytest
 from sentencepiece_models import trained
 
-from tulu_jax.data import chat, data_checks, loader, tokenizer_files, tokenizer_training
+from tulu_jax.data import chat, data_checks, loader, tokenizer_files
+from tulu_jax.interop import tokenizer_export
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 499723\n"
@@ -88,7 +89,7 @@ def test_added_tokens_have_their_ids_here_and_in_the_export(model, tmp_path, nam
     library = tokenizer_files.Library(tmp_path / "tokenizer.model", ours.backend)
     assert set(library.added) >= set(ids)
     out = str(tmp_path / "out")
-    tokenizer_training.save_tokenizer(ours.backend, out, max_length=None, mode="spec")
+    tokenizer_export.save(ours.backend, out, max_length=None, mode="spec")
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for text in tokenizer_files.probes(["<pad>", "<b>", "<c>", "\u2581the", " the", "</s>"]):
         assert ours.encode(text) == library.encode(text), text

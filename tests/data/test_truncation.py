@@ -4,11 +4,18 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from encoded_chats import encode_conversation
 from raw_rows import messages, pair
 
 from tulu_jax.data import chat, loader, truncation
 
 LONG_CHAT = {"messages": messages(*(f"Say: hen {'fox ' * n}" for n in (2, 3, 4, 5, 6, 7)))}
+
+
+def pair_length(chosen: chat.TokenIds, rejected: chat.TokenIds) -> int:
+    """Positions of a pair in one row: its prompt but for the last token, once, then each answer
+    behind that last token, which has a target in both."""
+    return len(chosen.ids) - 1 + len(rejected.ids) - 1 - int(chosen.spans[0, 0])
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def texts(rows, tokenizer) -> list[str]:
 
 
 def test_whole_turns_end_with_the_last_assistant_turn_that_fits(rows_under, tokenizer):
-    whole = chat.encode_conversation(LONG_CHAT["messages"], tokenizer, chat="spec")
+    whole = encode_conversation(LONG_CHAT["messages"], tokenizer, chat="spec")
     ends = np.flatnonzero(whole.targets == tokenizer.eos_id) + 1
     rows = rows_under([LONG_CHAT], "whole_turns", int(ends[1]) + 5)
     assert rows.stats.cut == 1 and rows.store.lengths.tolist() == [ends[1]]
@@ -145,18 +152,18 @@ def pairs_of_ids(draw):
 )
 def test_a_pair_that_is_kept_fits_and_is_a_prefix(sides, max_length, rule):
     outcome, kept = truncation.fit(sides, max_length=max_length, rule=rule, one_row=True)
-    fits = truncation.pair_length(*sides) <= max_length
+    fits = pair_length(*sides) <= max_length
     assert (outcome == truncation.WHOLE) == fits
     if outcome > truncation.CUT:
         assert kept == [] and outcome in truncation.REASONS
         return
-    assert truncation.pair_length(*kept) <= max_length
+    assert pair_length(*kept) <= max_length
     for before, after in zip(sides, kept, strict=True):
         assert after.ids.tolist() == before.ids[: len(after.ids)].tolist()
         assert after.spans[0, 0] == before.spans[0, 0] and truncation.trained(after) > 0
         assert after.spans[0, 1] == len(after.ids) - 1
     if not fits:  # the room is used: one more token of both limits would not fit
-        spare = max_length - truncation.pair_length(*kept)
+        spare = max_length - pair_length(*kept)
         assert spare <= 1
 
 

@@ -68,8 +68,15 @@ CHECKPOINT_EVERY = 3
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
+def home(tmp_path_factory):
+    """A folder with a tokenizer, and encoded rows that the tests of this file share."""
+    return tmp_path_factory.mktemp("home")
+
+
+def run_config(home, tmp_path, **changes):
+    tokenizer = tulu_tiny.tokenizer(str(home / "tokenizer"))
+    config = builders.train_config(home, tokenizer=tokenizer, **changes)
+    return builders.replace(config, workdir=str(tmp_path / "run"))
 
 
 def test_a_new_objective_is_one_file_and_one_gin_line(tmp_path, monkeypatch):
@@ -116,8 +123,8 @@ class Shifted(sft.SFTConfig):
         return objective.Loss(value=value, metrics={"loss": value}, examples={})
 
 
-def shifted(tmp_path, tokenizer, **changes):
-    config = builders.train_config(tmp_path, tokenizer=tokenizer, **changes)
+def shifted(home, tmp_path, **changes):
+    config = run_config(home, tmp_path, **changes)
     return builders.replace(config, objective=Shifted(vocab_chunk=32), optimizer__learning_rate=1.0)
 
 
@@ -125,10 +132,10 @@ def curve(workdir):
     return [line["train/loss"] for line in metrics_lib.read(workdir) if "train/loss" in line]
 
 
-def test_a_frozen_base_with_a_few_leaves_that_train(tmp_path, tokenizer):
+def test_a_frozen_base_with_a_few_leaves_that_train(home, tmp_path):
     """Its state has those leaves alone; killed and resumed, it goes on bit for bit, on the same
     base; `generate` and `convert` see the whole model; it is no base for another run by itself."""
-    config = shifted(tmp_path, tokenizer, mesh=mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2))
+    config = shifted(home, tmp_path, mesh=mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2))
     run = trainer.Run(config)
     run.train()
     whole = curve(config.workdir)
@@ -152,13 +159,13 @@ def test_a_frozen_base_with_a_few_leaves_that_train(tmp_path, tokenizer):
 
     _, params = trained.load(config, step=8)
     assert checkpoint_lib.param_shapes(params) == base_shapes
-    onto = builders.train_config(tmp_path, tokenizer=tokenizer, base=config.workdir)
+    onto = run_config(home, tmp_path, base=config.workdir)
     (problem,) = base.problems(onto)
     assert f"holds what trained beside {len(base_shapes)} frozen parameters" in problem
 
 
-def test_training_changes_nothing_that_is_frozen(tmp_path, tokenizer):
-    config = shifted(tmp_path, tokenizer)
+def test_training_changes_nothing_that_is_frozen(home, tmp_path):
+    config = shifted(home, tmp_path)
     run = trainer.Run(config)
     run.open()
     with jax.set_mesh(run.mesh):
@@ -172,9 +179,9 @@ def test_training_changes_nothing_that_is_frozen(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 @pytest.mark.parametrize("made", [sft.SFTConfig(), dpo.DPOConfig()], ids=["sft", "dpo"])
-def test_batches_have_the_fields_that_the_objective_says(tmp_path, tokenizer, packing, made):
+def test_batches_have_the_fields_that_the_objective_says(home, tmp_path, packing, made):
     """By name, shape and dtype, as the dry run compiles them; another dtype is refused by name."""
-    config = builders.train_config(tmp_path, tokenizer=tokenizer, dpo_stage=made.kind != "sft")
+    config = run_config(home, tmp_path, dpo_stage=made.kind != "sft")
     config = builders.replace(config, objective=made, data__packing=packing, data__max_length=96)
     run = trainer.Run(config)
     run.open()

@@ -1,12 +1,14 @@
 """What a run writes of its metrics: JSON that every reader takes, and one run at W&B."""
 
 import json
+import re
 import sys
 import types
 
 import pytest
 
 from tulu_jax import report, strict_json, validation
+from tulu_jax.evals import held_out_prompts
 from tulu_jax.training import metrics
 
 
@@ -31,6 +33,25 @@ def test_what_is_not_finite_is_null_and_no_point_of_a_curve(tmp_path):
     assert lines[0] == {"step": 0, "eval/loss": None, "eval/kl": None}
     assert report.series(lines, "eval/loss") == ([1], [2.5])
     assert report.matching(lines, ("eval/*",)) == ["eval/loss"]
+
+
+def test_the_page_of_a_run_escapes_what_it_shows(tmp_path):
+    recorder = record(workdir := tmp_path / "run & <1>")
+    recorder.write(1, {"train/loss": 2.5})
+    recorder.close()
+    reply = [{"prompt": "a<b", "answer": "red", "reply": "<script>"}]
+    held_out_prompts.save(str(workdir), 1, {"exact_match": 0.5}, reply)
+    page = report.page([str(workdir)])
+    assert "<h2>run &amp; &lt;1&gt;</h2>" in page and page.count("data:image/png;base64,iVBOR") == 1
+    rows = re.findall(r"<tr>(.*)</tr>", page)
+    assert rows == [
+        "<th>metric</th><th>first</th><th>last</th>",
+        "<td>train/loss</td><td>2.5000</td><td>2.5000</td>",
+        "<th>held-out prompts of tulu_tiny, at update 1</th><th>share</th>",
+        "<td>exact_match</td><td>0.500</td>",
+        "<th>prompt</th><th>right answer</th><th>reply</th>",
+        "<td>a&lt;b</td><td>red</td><td>&lt;script&gt;</td>",
+    ]
 
 
 def test_nested_numbers_that_are_not_finite():

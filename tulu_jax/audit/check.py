@@ -14,7 +14,8 @@ import numpy as np
 from tulu_jax.audit import difficult_chats
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
-from tulu_jax.data import loader, tokenizer_files, tokenizer_training
+from tulu_jax.data import loader, tokenizer_files
+from tulu_jax.interop import tokenizer_export
 
 ROWS_PER_TASK = 64
 SHOWN_BEFORE, SHOWN_BEHIND = 4, 8
@@ -56,9 +57,7 @@ def check(config: loader.DataConfig) -> list[Outcome]:
     """Exports the tokenizer of a run, with the template that its checkpoints get, and compares."""
     tokenizer = chat_lib.load_tokenizer(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_training.save_tokenizer(
-            tokenizer.backend, folder, max_length=None, mode=config.chat
-        )
+        tokenizer_export.save(tokenizer.backend, folder, max_length=None, mode=config.chat)
         return compare(config, exported=folder)
 
 

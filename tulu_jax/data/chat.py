@@ -32,7 +32,6 @@ import numpy as np
 
 from tulu_jax import validation
 from tulu_jax.data import tokenizer_files
-from tulu_jax.data import words as words_lib
 from tulu_jax.data.examples import check_messages
 
 MODES = ("spec", "paper", "open_instruct")
@@ -43,10 +42,9 @@ _AROUND_SPECIAL = re.compile(rf"\s*({'|'.join(SPECIAL)})\s*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTokenizer:
     """A tokenizer with single-id BOS and `</s>`. `fingerprint` is a hash of its content; `source`
-    is the path it was loaded from. `words` is the quick way to its ids, where there is one."""
+    is the path it was loaded from."""
 
     backend: Any  # tokenizers.Tokenizer
-    words: words_lib.Words | None
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -108,7 +106,6 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     backend = tokenizer_files.load(path)
     return ChatTokenizer(
         backend=backend,
-        words=words_lib.Words(backend) if words_lib.allows(backend) else None,
         vocab_size=backend.get_vocab_size(),
         bos_id=_single_id(backend, BOS, path),
         eos_id=_single_id(backend, EOS, path),
@@ -178,8 +175,6 @@ def _borders(
     for messages, name in zip(conversations, names, strict=True):
         check_messages(messages, name)
     rendered = [render(messages, chat=chat) for messages in conversations]
-    if tokenizer.words is not None:
-        return rendered, _borders_by_words(rendered, tokenizer, names)
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     results = []
     for text, encoding, name in zip(rendered, encodings, names, strict=True):
@@ -187,22 +182,6 @@ def _borders(
         at = [_turn_borders(turn, encoding, ids, tokenizer.eos_id, name) for turn in text.turns]
         results.append((ids, np.array(at, np.int32).reshape(-1, 3)))
     return rendered, results
-
-
-def _borders_by_words(
-    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, names: Sequence[str]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`_borders` where no token crosses the border of a word: a turn begins behind a newline or a
-    special token, and its `</s>` is one, so its borders are borders of tokens."""
-    wanted = [[at for t in row.turns for at in (t.start, t.end, t.behind)] for row in rendered]
-    encoded = tokenizer.words.encode([row.text for row in rendered], wanted)
-    results = []
-    for (ids, at), name in zip(encoded, names, strict=True):
-        borders = np.array(at, np.int32).reshape(-1, 3)  # in ids before BOS, thus in targets
-        if (ids[borders[:, 1] - 1] != tokenizer.eos_id).any():
-            raise ValueError(f"row {name}: an assistant turn does not end with the id of {EOS}")
-        results.append((np.concatenate([np.array([tokenizer.bos_id], np.int32), ids]), borders))
-    return results
 
 
 def _trained(
@@ -231,47 +210,13 @@ def same_prompt(chosen: TokenIds, rejected: TokenIds) -> bool:
     return np.array_equal(*prompts)
 
 
-def shift(token_ids: TokenIds, *, max_length: int | None) -> Encoded:
-    """Shifts once: `tokens = ids[:-1]`, `targets = ids[1:]`, cut to `max_length` if given."""
-    ids = token_ids.ids if max_length is None else token_ids.ids[: max_length + 1]
+def shift(token_ids: TokenIds) -> Encoded:
+    """Shifts once: `tokens = ids[:-1]`, `targets = ids[1:]`."""
+    ids = token_ids.ids
     loss_mask = np.zeros(len(ids) - 1, bool)
     for start, stop in token_ids.spans:
         loss_mask[start:stop] = True
     return Encoded(tokens=ids[:-1], targets=ids[1:], loss_mask=loss_mask)
-
-
-def encode_conversation(
-    messages: list[dict],
-    tokenizer: ChatTokenizer,
-    *,
-    chat: str,
-    max_length: int | None = None,
-    name: str = "?",
-) -> Encoded:
-    """One conversation, shifted; trained on every assistant turn and the `</s>` that ends it."""
-    (ids,) = tokenize([messages], tokenizer=tokenizer, chat=chat, names=[name])
-    return shift(ids, max_length=max_length)
-
-
-def encode_pair(
-    pair: dict,
-    tokenizer: ChatTokenizer,
-    *,
-    chat: str,
-    max_length: int | None = None,
-    name: str = "?",
-) -> tuple[Encoded, Encoded]:
-    """Chosen and rejected, shifted; trained on the final assistant turn, prompts identical.
-
-    Raises `ValueError` naming the pair if the ids before the final turn differ.
-    """
-    ((chosen, rejected),) = tokenize_pairs([pair], tokenizer=tokenizer, chat=chat, names=[name])
-    if not same_prompt(chosen, rejected):
-        raise ValueError(
-            f"row {name}: the prompts of chosen and rejected differ ({chosen.spans[0, 0] + 1} and "
-            f"{rejected.spans[0, 0] + 1} ids before the final turn); expected the same ids"
-        )
-    return shift(chosen, max_length=max_length), shift(rejected, max_length=max_length)
 
 
 def generation_prompt(messages: list[dict], tokenizer: ChatTokenizer, *, chat: str) -> list[int]:

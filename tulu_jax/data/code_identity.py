@@ -1,8 +1,9 @@
-"""What identifies the behaviour of a function: the source that it runs, and what it is bound to.
+"""What identifies the behaviour of a function: the code that it runs, and what it is bound to.
 
-Source is that of its module and of every module of its user that this one imports, at the top or
-inside a function, however deep. Other installed packages and the standard library are taken as they
-are, and so is this project outside its converters.
+Code is that of its module and of every module of its user that this one imports, at the top or
+inside a function, however deep, as parsed: comments, docstrings and layout are not in it. Other
+installed packages and the standard library are taken as they are, and so is this project outside
+`data/sources`.
 """
 
 import ast
@@ -16,27 +17,25 @@ import sys
 import types
 from collections.abc import Iterator
 
-from tulu_jax.data import registry
-
 PROJECT = "tulu_jax"
-CONVERTERS = ("tulu_jax.data.sources.", *registry.BUILT_IN)
+CONVERTERS = "tulu_jax.data.sources."
 INSTALLED = {"site-packages", "dist-packages"}
 PLAIN = (str, bytes, int, float, complex, bool, type(None))
 
 
-def identity(function, *, with_source: bool) -> list | str:
+def identity(function, *, with_code: bool) -> list | str:
     """Texts in lists that differ where the behaviour of `function` may differ.
 
-    They are the same in every process. Without source, only its name and what it is bound to.
+    They are the same in every process. Without code, only its name and what it is bound to.
     """
-    return _Walk(with_source).value(function)
+    return _Walk(with_code).value(function)
 
 
 class _Walk:
     """Over functions and what they are bound to, which may lead back to them."""
 
-    def __init__(self, with_source: bool):
-        self._with_source, self._above = with_source, set()
+    def __init__(self, with_code: bool):
+        self._with_code, self._above = with_code, set()
 
     def value(self, value) -> list | str:
         if isinstance(value, PLAIN):
@@ -73,14 +72,14 @@ class _Walk:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         bound = [function.__defaults__, function.__kwdefaults__, cells]
         found = [function.__qualname__, self.value(bound)]
-        if self._with_source:
-            found += [_place(function.__code__), _digest(function)]
+        if self._with_code:
+            found += [_number(function), _digest(function)]
         return found
 
     def _object(self, value) -> list:
         kind = value if isinstance(value, type) else type(value)
         found = [f"{kind.__module__}.{kind.__qualname__}"]
-        if self._with_source and not _is_known(kind.__module__):
+        if self._with_code and not _is_known(kind.__module__):
             found.append(_digest(kind))
         if isinstance(value, type):
             return found
@@ -99,17 +98,24 @@ def _is_of_a_library(wrapper) -> bool:
     )
 
 
-def _place(code: types.CodeType) -> list[str]:
-    """Where a function ends in its module's source: two on a line differ in it."""
+def _number(function: types.FunctionType) -> str:
+    """Which function of its module this is, in order: two on a line differ in it."""
+    code, module = function.__code__, sys.modules.get(function.__module__)
     ends = [(line, column) for _, line, _, column in code.co_positions() if line and column]
-    return list(map(str, max(ends, default=(code.co_firstlineno, 0))))
+    place = max(ends, default=(code.co_firstlineno, 0))
+    functions = [
+        node
+        for node in ast.walk(_parsed(_text(getattr(module, "__file__", None))))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    ]
+    return str(sum((node.lineno, node.col_offset) <= place for node in functions))
 
 
 def _digest(defined) -> str:
-    """Hash of the sources that a function or class runs, and of its module's constants."""
+    """Hash of the modules that a function or class runs, and of the constants of its own."""
     module, sources, constants = sys.modules.get(defined.__module__), {}, []
     if module is not None:
-        _add_sources(module.__name__, _text(getattr(module, "__file__", None)), sources)
+        _add_modules(module.__name__, _text(getattr(module, "__file__", None)), sources)
         constants = [
             [name, repr(value)]
             for name, value in sorted(vars(module).items())
@@ -137,16 +143,27 @@ def _instructions(code: types.CodeType, known: dict, above: tuple[str, ...] = ()
     return [code.co_code.hex(), code.co_names, code.co_varnames, inner, taken]
 
 
-def _add_sources(name: str, text: str, found: dict[str, str]) -> None:
-    """`found` with the source of a module and, deeper and deeper, of those that it imports."""
-    found[name] = text
+def _add_modules(name: str, text: str, found: dict[str, str]) -> None:
+    """`found` with the code of a module and, deeper and deeper, of those that it imports."""
+    found[name] = ast.dump(_parsed(text)) if text else ""
     for imported in _imports(name, text):
         if imported in found or _is_known(imported):
             continue
         file = _file_of(imported)
         its_own = imported.startswith(CONVERTERS) or _root(imported) == _root(name)
         if file and (its_own or not _is_installed(file)):
-            _add_sources(imported, _text(file), found)
+            _add_modules(imported, _text(file), found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> ast.Module:
+    """The syntax tree of a module without docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,7 +171,7 @@ def _imports(name: str, text: str) -> tuple[str, ...]:
     """Names of what may be modules in the import statements of a module."""
     package = getattr(sys.modules.get(name), "__package__", None) or name.rpartition(".")[0]
     found = {}
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(_parsed(text)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

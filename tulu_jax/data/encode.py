@@ -215,6 +215,9 @@ def split(rows, names, whole, max_length: int, options: dict):
             result.append((row, name, (ids,)))
             continue
         exchanges = truncation.exchanges(row["messages"])
+        if len(exchanges) == 1:
+            result.append((row, f"{name}.0", (ids,)))
+            continue
         alone = chat_lib.tokenize(exchanges, names=[name] * len(exchanges), **options)
         chunks, room = [], -1
         for exchange, encoded in zip(exchanges, alone, strict=True):

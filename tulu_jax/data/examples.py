@@ -143,7 +143,7 @@ def source_digest(task: registry.Task, drawing: Drawing) -> str:
     amount = drawing.amount if split == "train" else None
     drawn = None if amount is None else [repr(amount), drawing.seed]
     rules = [task.name, task.kind, split, own, _holdout(task, drawing), sampled, drawn]
-    identity = functools.partial(code_identity.identity, with_source=task.version is None)
+    identity = functools.partial(code_identity.identity, with_code=task.version is None)
     code = [task.version, identity(task.convert)]
     code += [[f.name, identity(f.keep)] for f in task.filters]
     digest = hashlib.sha256(json.dumps([rules, code]).encode())

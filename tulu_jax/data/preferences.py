@@ -13,10 +13,11 @@ from tulu_jax.data.sources import hh, rankings, ready_pairs, ultrafeedback
 H4_FIRST = "292c16329d921287c4166934cac1a6ad1e13a6c5"
 HH_PARTS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 MIT = "MIT"
+VERSION = "1"  # raised when what a converter or filter gives changes
 
 
 def _add(name: str, **fields) -> None:
-    TaskRegistry.add(Task(name=name, kind="preference", **fields))
+    TaskRegistry.add(Task(name=name, kind="preference", version=VERSION, **fields))
 
 
 def _prefs(task: str, *, hub: str, revision: str | None = None) -> dict[str, Files]:

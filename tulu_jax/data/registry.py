@@ -74,9 +74,11 @@ class Task:
     `seed`, in their order. `expected` is the number of train examples after that that the converter
     gives, before filters; of pairs, before any is dropped. None if unknown.
 
-    Encoded rows are kept under a key that holds the source of `convert`, of the filters and of what
-    they import. A `version` stands for that source: raise it when what they do changes, for what
-    the source does not show, such as a file that a converter reads.
+    Encoded rows are kept under a key. `version` stands in it for what `convert` and the filters do:
+    raise it when that changes, in their code or in a file that they read. Beside it the key has
+    what they are bound to (arguments of a partial, a closure). With no `version` the key has their
+    code, and that of the modules of yours that theirs import, without comments and docstrings
+    (`code_identity`), so that an edit encodes the rows again.
     """
 
     name: str

@@ -256,7 +256,7 @@ def _blocks(rows: loader.Rows) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _shifted(ids: np.ndarray, spans: np.ndarray) -> chat_lib.Encoded:
-    return chat_lib.shift(chat_lib.TokenIds(ids=ids.astype(np.int32), spans=spans), max_length=None)
+    return chat_lib.shift(chat_lib.TokenIds(ids=ids.astype(np.int32), spans=spans))
 
 
 def _rows_of(block, *, prefixes: tuple[str, ...]):

@@ -41,10 +41,6 @@ class Stats:
         return {reason: sum(t.dropped.get(reason, 0) for t in self.tasks) for reason in reasons}
 
     @property
-    def mean_length(self) -> float:
-        return self.tokens / self.examples
-
-    @property
     def examples_per_row(self) -> float:
         """Conversations (or pairs) in a row of T, on average."""
         return self.examples / self.rows_per_epoch

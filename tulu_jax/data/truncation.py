@@ -62,12 +62,6 @@ def fit(
     return CUT, cut
 
 
-def pair_length(chosen: TokenIds, rejected: TokenIds) -> int:
-    """Positions of a pair in one row: its prompt but for the last token, once, then each answer
-    behind that last token, which has a target in both."""
-    return len(chosen.ids) - 1 + len(rejected.ids) - 1 - int(chosen.spans[0, 0])
-
-
 def trained(part: TokenIds) -> int:
     """The number of trained targets."""
     return int((part.spans[:, 1] - part.spans[:, 0]).sum())

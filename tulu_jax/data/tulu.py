@@ -32,6 +32,7 @@ from tulu_jax.data.sources import (
 )
 
 SEED = 42
+VERSION = "1"  # raised when what a converter or filter gives changes
 V2_COMPONENTS = (
     "flan_v2",
     "cot",
@@ -145,6 +146,7 @@ def _add(name: str, component: str, source: Files | str, convert: Callable, **ru
             sources={"train": source},
             convert=convert,
             seed=SEED,
+            version=VERSION,
             licence=LICENCES[component],
             origin=rules.pop("origin", ORIGINS[component]),
             **rules,

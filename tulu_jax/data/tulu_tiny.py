@@ -29,6 +29,7 @@ for _name, _kind, _rows in (
             kind=_kind,
             sources={split: functools.partial(_rows, split) for split in registry.SPLITS},
             convert=_as_is,
+            version="1",
             licence="as this project",
             origin="written by this project",
         )

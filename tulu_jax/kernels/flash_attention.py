@@ -90,7 +90,7 @@ class Tiling:
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
+class BlockPairs:
     """Listed pairs, int32 [M + 1] each, of which `count` [1] are real.
 
     Row of the batch, query block, key block; `flag` as above; `shift` is the position of the first
@@ -124,8 +124,8 @@ class Plan:
     own: Any
     prompt: Any
     key: Any
-    forward: Pairs
-    backward: Pairs
+    forward: BlockPairs
+    backward: BlockPairs
     tiling: Tiling
     queries: int
     keys: int
@@ -208,7 +208,7 @@ def _head_dim(H: int) -> int:
     return _up(H, 64)
 
 
-def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
+def _list(visited, kind, shift, *, by_key: bool, bound: int) -> BlockPairs:
     """The pairs of `visited` [B, i, j] in order, the block of axis 1 staying while axis 2 moves."""
     _, outer, inner = visited.shape
     index = jnp.nonzero(visited.reshape(-1), size=bound + 1, fill_value=visited.size - 1)[0]
@@ -234,7 +234,7 @@ def _list(visited, kind, shift, *, by_key: bool, bound: int) -> Pairs:
     done = lax.cummin(done, reverse=True)
     # After the last of them nothing is written: the block stays.
     done = jnp.where(done > bound, jnp.max(jnp.where(done > bound, 0, done)), done)
-    return Pairs(
+    return BlockPairs(
         row=row,
         query=query,
         key=key,
@@ -275,7 +275,7 @@ def count_visible(
     return lax.map(of_block, rows).swapaxes(0, 1)
 
 
-def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> Pairs:
+def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> BlockPairs:
     """Every pair of `block` queries and keys in which anything is visible, and one for each block
     that would otherwise not be met, so that its results are written."""
     (B, T), S = own.shape, key.shape[1]

@@ -4,7 +4,7 @@ Source: open-instruct `reformat_datasets.py` of November 2023.
 """
 
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 
 def lima(row: dict) -> dict | Dropped:
@@ -12,18 +12,18 @@ def lima(row: dict) -> dict | Dropped:
     found = row.get("conversations")
     if not isinstance(found, list) or not all(isinstance(turn, str) for turn in found):
         raise ValueError(f"found columns {sorted(row)}; expected 'conversations', a list of texts")
-    contents = [turns.text(turn, "a turn") for turn in found[: len(found) // 2 * 2]]
+    contents = [messages.text(turn, "a turn") for turn in found[: len(found) // 2 * 2]]
     if not contents:
         return Dropped("fewer than two turns")
-    return turns.example(turns.dialogue(contents), row, "source")
+    return messages.conversation(messages.dialogue(contents), messages.noted(row, "source"))
 
 
 def wizardlm(row: dict) -> dict | Dropped:
     """`conversations`: `from` human and gpt in turn, an even number of them, with `value`."""
-    found = turns.objects(row.get("conversations"), "'conversations'")
+    found = messages.mappings(row, "conversations")
     senders, contents = [], []
     for turn in found:
-        sender, content = turns.texts(turn, "from", "value")
+        sender, content = messages.texts(turn, "from", "value")
         senders.append(sender)
         contents.append(content)
     if senders != ["human", "gpt"] * (len(found) // 2):
@@ -33,4 +33,4 @@ def wizardlm(row: dict) -> dict | Dropped:
         )
     if not contents:
         return Dropped("fewer than two turns")
-    return turns.example(turns.dialogue(contents), row, "idx")
+    return messages.conversation(messages.dialogue(contents), messages.noted(row, "idx"))

@@ -5,22 +5,22 @@ stripped when a chat is encoded, so the rule shows only in the rows themselves.)
 Source: open-instruct `reformat_datasets.py` of November 2023.
 """
 
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 P3_END = "<|endoftext|>"
 
 
 def flan(row: dict) -> dict:
     """`inputs`, `targets`: the sampled FLAN v2 files and the submixtures they are drawn from."""
-    prompt, target = turns.texts(row, "inputs", "targets")
-    return turns.example(turns.dialogue([_ended(prompt), target]), row, "task")
+    prompt, target = messages.texts(row, "inputs", "targets")
+    return _example(prompt, target, messages.noted(row, "task"))
 
 
 def p3(row: dict) -> dict:
     """`prompt`, `completion`: T0's prompts; the end-of-text mark of the completion is taken off."""
-    prompt, completion = turns.texts(row, "prompt", "completion")
+    prompt, completion = messages.texts(row, "prompt", "completion")
     completion = completion.removesuffix(P3_END)
-    return turns.example(turns.dialogue([_ended(prompt), completion]), row, "template")
+    return _example(prompt, completion, messages.noted(row, "template"))
 
 
 def cot_fields(row: dict) -> dict:
@@ -30,10 +30,13 @@ def cot_fields(row: dict) -> dict:
     if not isinstance(fields, list) or len(fields) != 3:
         raise ValueError(f"found columns {sorted(row)}; expected 'fields', three texts")
     question, answer, rationale = (
-        turns.text(field, "a field").replace("\\n", "\n") for field in fields
+        messages.text(field, "a field").replace("\\n", "\n") for field in fields
     )
-    return {"messages": turns.dialogue([_ended(question), f"{rationale}\nThe answer is {answer}."])}
+    return _example(question, f"{rationale}\nThe answer is {answer}.", {})
 
 
-def _ended(prompt: str) -> str:
-    return prompt if prompt.endswith("\n") or prompt.rstrip().endswith(":") else prompt + "\n"
+def _example(prompt: str, target: str, about: dict) -> dict:
+    ended = prompt.endswith("\n") or prompt.rstrip().endswith(":")
+    return messages.conversation(
+        messages.dialogue([prompt if ended else prompt + "\n", target]), about
+    )

@@ -4,10 +4,10 @@ The fourteen rows AI2 used are a spreadsheet, `hard_coded_examples.xlsx`; whoeve
 other prompts, saves them as JSON lines with that sheet's columns.
 """
 
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 
 def hard_coded(row: dict, *, repeat: int) -> list[dict]:
     """`Prompt`, `Output`."""
-    prompt, output = turns.texts(row, "Prompt", "Output")
-    return [{"messages": turns.dialogue([prompt, output])} for _ in range(repeat)]
+    prompt, output = messages.texts(row, "Prompt", "Output")
+    return [{"messages": messages.dialogue([prompt, output])} for _ in range(repeat)]

@@ -3,7 +3,7 @@
 import re
 
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import columns, pairs
+from tulu_jax.data.sources import messages
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -15,7 +15,7 @@ def hh_rlhf(row: dict) -> dict | Dropped:
     Two answers that begin alike keep their beginnings. Pairs that part before their last turn, or
     whose last turn is the human's, are dropped: they compare no two answers to one prompt.
     """
-    chosen, rejected = (turns(text) for text in columns.text(row, "chosen", "rejected"))
+    chosen, rejected = (turns(text) for text in messages.texts(row, "chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         return Dropped("sides part before their last turn")
     if "user" in (chosen[-1]["role"], rejected[-1]["role"]):
@@ -36,6 +36,6 @@ def turns(text: str) -> list[dict]:
             f"a dialogue begins with {text[:40]!r}; expected '\\n\\nHuman:' or '\\n\\nAssistant:'"
         )
     return [
-        pairs.message(ROLES[speaker], content.strip())
+        messages.message(ROLES[speaker], content.strip())
         for speaker, content in zip(rest[::2], rest[1::2], strict=True)
     ]

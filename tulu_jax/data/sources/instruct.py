@@ -8,7 +8,7 @@ Source: open-instruct `instruction_encode_templates.py` of November 2023, layout
 
 import random
 
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 WITH_INPUT = (  # user turn, assistant turn, weight
     ("{instruction}\n\n{input}\n\n", "{output}", 0.2),
@@ -69,14 +69,16 @@ WITHOUT_INPUT = (  # user turn, assistant turn, weight
 
 def alpaca(row: dict, *, seed: int) -> dict:
     """`instruction`, `input` (possibly blank), `output`."""
-    instruction, context, output = turns.texts(row, "instruction", "input", "output")
-    return turns.example(encode(instruction, context, output, seed=seed), row, "category")
+    instruction, context, output = messages.texts(row, "instruction", "input", "output")
+    said = encode(instruction, context, output, seed=seed)
+    return messages.conversation(said, messages.noted(row, "category"))
 
 
 def dolly(row: dict, *, seed: int) -> dict:
     """`instruction`, `context` (possibly blank), `response`: Dolly's own columns."""
-    instruction, context, output = turns.texts(row, "instruction", "context", "response")
-    return turns.example(encode(instruction, context, output, seed=seed), row, "category")
+    instruction, context, output = messages.texts(row, "instruction", "context", "response")
+    said = encode(instruction, context, output, seed=seed)
+    return messages.conversation(said, messages.noted(row, "category"))
 
 
 def encode(instruction: str, context: str, output: str, *, seed: int) -> list[dict]:
@@ -85,7 +87,7 @@ def encode(instruction: str, context: str, output: str, *, seed: int) -> list[di
     rng = random.Random(f"{seed}/{instruction}/{context}")
     layouts = WITH_INPUT if context else WITHOUT_INPUT
     ((user, assistant, _),) = rng.choices(layouts, [weight for _, _, weight in layouts])
-    return turns.dialogue(
+    return messages.dialogue(
         [
             user.format(instruction=instruction, input=context),
             assistant.format(output=output),

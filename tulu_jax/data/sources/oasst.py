@@ -8,7 +8,7 @@ Source: open-instruct `reformat_datasets.py` of November 2023.
 """
 
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -22,15 +22,15 @@ def best_path(row: dict) -> dict | Dropped:
     node = _root(row)
     if node.get("deleted"):
         return Dropped("deleted prompt")
-    messages = [_message(node)]
+    path = [_message(node)]
     while replies := _replies(node):
         node = max((r for r in replies if not r.get("deleted")), key=_quality, default=None)
         if node is None:
             return Dropped("best replies end with deleted messages")
-        messages.append(_message(node))
-    if messages[-1]["role"] != "assistant":
+        path.append(_message(node))
+    if path[-1]["role"] != "assistant":
         return Dropped("best replies end with the prompter")
-    return turns.example(messages, row, "message_tree_id")
+    return _example(path, row)
 
 
 def leaf_paths(row: dict) -> list[dict | Dropped]:
@@ -47,11 +47,13 @@ def leaf_paths(row: dict) -> list[dict | Dropped]:
         if not replies:
             ended = path[-1]["role"] == "assistant"
             parts.append(
-                turns.example(list(path), row, "message_tree_id")
-                if ended
-                else Dropped("path ends with the prompter")
+                _example(list(path), row) if ended else Dropped("path ends with the prompter")
             )
     return parts
+
+
+def _example(path: list[dict], row: dict) -> dict:
+    return messages.conversation(path, messages.noted(row, "message_tree_id"))
 
 
 def _root(row: dict) -> dict:
@@ -61,14 +63,14 @@ def _root(row: dict) -> dict:
 
 
 def _replies(node: dict) -> list[dict]:
-    return turns.objects(node.get("replies", []), "'replies'")
+    return messages.mappings(node, "replies") if "replies" in node else []
 
 
 def _message(node: dict) -> dict:
-    content, role = turns.texts(node, "text", "role")
+    content, role = messages.texts(node, "text", "role")
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}; expected one of {tuple(ROLES)}")
-    return turns.message(ROLES[role], content)
+    return messages.message(ROLES[role], content)
 
 
 def _quality(reply: dict) -> float:

@@ -9,7 +9,7 @@ names and scores that audits show.
 
 from collections.abc import Callable, Iterable
 
-from tulu_jax.data.sources import pairs, turns
+from tulu_jax.data.sources import messages
 
 ROLES = ("system", "user", "assistant")
 SENDERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT; others are roles already
@@ -35,13 +35,13 @@ def kind_of(row: dict) -> str:
 
 def conversation(row: dict) -> dict:
     """The example of `messages` or `conversations`."""
-    return turns.example(_conversation(row), row, *NOTED)
+    return messages.conversation(_conversation(row), messages.noted(row, *NOTED))
 
 
 def pair(row: dict) -> dict:
     """The example of `chosen` and `rejected`, behind the prompt where it is not in both."""
     prompt = _prompt(row)
-    sides = [_messages(pairs.present(row, side), side, "assistant") for side in SIDES]
+    sides = [_messages(messages.present(row, side), side, "assistant") for side in SIDES]
     whole = [side[0]["role"] != "assistant" for side in sides]
     if whole[0] != whole[1]:
         raise ValueError(
@@ -55,10 +55,10 @@ def pair(row: dict) -> dict:
                 "expected 'prompt', or whole conversations on both sides"
             )
         sides = [prompt + side for side in sides]
-    example = pairs.shared_prompt(*sides)
+    example = messages.shared_prompt(*sides)
     if whole[0] and not _is_in(prompt, example["prompt"]):
         raise ValueError("the prompt is not part of the conversations of chosen and rejected")
-    about = turns.example([], row, *NOTED).get("about")
+    about = messages.noted(row, *NOTED)
     return example | ({"about": about} if about else {})
 
 
@@ -88,7 +88,7 @@ def _prompt(row: dict) -> list[dict]:
 def _messages(value, name: str, role: str | None) -> list[dict]:
     """One or more messages; a text is that of `role`, where there is one."""
     if isinstance(value, str) and role:
-        return [turns.message(role, turns.text(value, name))]
+        return [messages.message(role, messages.text(value, name))]
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list) or not items:
         kinds = "a text, a message or messages" if role else "a list of messages"
@@ -108,13 +108,13 @@ def _message(item, name: str) -> dict:
     for key in keys:
         if not isinstance(item.get(key), str):
             raise ValueError(f"{name}: {key} is {item.get(key)!r:.60}; expected a string")
-    role, content = (turns.text(item[key], f"{name}: {key}") for key in keys)
+    role, content = (messages.text(item[key], f"{name}: {key}") for key in keys)
     role = SENDERS.get(role, role) if keys[0] == "from" else role
     if role not in ROLES:
         raise ValueError(f"{name}: unknown role {role!r:.60}; expected one of {ROLES}")
-    return turns.message(role, content)
+    return messages.message(role, content)
 
 
-def _is_in(prompt: Iterable[dict], messages: list[dict]) -> bool:
-    contents = [message["content"] for message in messages]
+def _is_in(prompt: Iterable[dict], said: list[dict]) -> bool:
+    contents = [message["content"] for message in said]
     return all(message["content"] in contents for message in prompt)

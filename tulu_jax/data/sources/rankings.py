@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import columns, hh, pairs
+from tulu_jax.data.sources import hh, messages
 
 SEED = 42
 
@@ -25,7 +25,7 @@ def _best_vs_worst(ranked: Ranked, prompt: str):
 
 
 def _best_vs_random(ranked: Ranked, prompt: str):
-    generator = random.Random(f"{SEED}/{prompt}".encode("utf-8", "surrogatepass"))
+    generator = random.Random(f"{SEED}/{prompt}".encode())
     return [(ranked[0], generator.choice(ranked[1:]))]
 
 
@@ -48,35 +48,35 @@ def nectar(row: dict, *, rule: str) -> Dropped | list[dict | Dropped]:
     """
     if rule not in RULES:
         raise ValueError(f"rule = {rule!r}; expected one of {tuple(RULES)}")
-    (prompt,) = columns.text(row, "prompt")
-    messages = _prompt(prompt)
-    if not messages:
+    (prompt,) = messages.texts(row, "prompt")
+    said = _prompt(prompt)
+    if not said:
         return Dropped("no prompt")
-    if messages[-1]["role"] != "user":
+    if said[-1]["role"] != "user":
         return Dropped("the prompt ends with an answer")
-    answers = pairs.mappings(row, "answers")
+    answers = messages.mappings(row, "answers")
     if len(answers) < 2:
         return Dropped("fewer than two answers")
     ranked = [
-        (pairs.number(answer, "rank"), *columns.text(answer, "answer", "model"), slot)
+        (messages.number(answer, "rank"), *messages.texts(answer, "answer", "model"), slot)
         for slot, answer in enumerate(answers)
     ]
     ranked.sort(key=lambda answer: answer[0])
-    return [_pair(messages, *two) for two in RULES[rule](ranked, prompt)]
+    return [_pair(said, *two) for two in RULES[rule](ranked, prompt)]
 
 
 def _prompt(text: str) -> list[dict]:
     """Nectar's prompts end where the answer begins, at an empty turn of the assistant."""
     if not hh.TURN.match(text):
-        return [pairs.message("user", text)]
+        return [messages.message("user", text)]
     turns = hh.turns(text)
-    return turns[:-1] if turns[-1] == pairs.message("assistant", "") else turns
+    return turns[:-1] if turns[-1] == messages.message("assistant", "") else turns
 
 
 def _pair(prompt: list[dict], better, worse) -> dict | Dropped:
     if better[0] == worse[0]:
         return Dropped("equal ranks")
-    return pairs.text_pair(
+    return messages.pair(
         prompt,
         better[1],
         worse[1],

@@ -68,14 +68,6 @@ def find(pattern: str) -> list[str]:
     return file_sets.matched(pattern, names)
 
 
-def read_rows(path: str, where: Mapping[str, str] | None = None) -> Iterator[dict]:
-    """Yields the rows of one file in order, each a dict; a `.tsv` row is `{"fields": [...]}`.
-
-    Raises as `read_placed`.
-    """
-    return (row for _, row in read_placed(path, where))
-
-
 def read_placed(path: str, where: Mapping[str, str] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields (where it is in the file, as "line 3", row) of each row of one file.
 

@@ -1,6 +1,6 @@
 """Converter of AI2's science instructions: six tasks in one file, told apart by `dataset`."""
 
-from tulu_jax.data.sources import turns
+from tulu_jax.data.sources import messages
 
 TASKS = (
     "evidence_inference",
@@ -14,7 +14,9 @@ TASKS = (
 
 def science(row: dict) -> dict:
     """`dataset`, one of `TASKS`, with `input` and `output`."""
-    task, question, answer = turns.texts(row, "dataset", "input", "output")
+    task, question, answer = messages.texts(row, "dataset", "input", "output")
     if task not in TASKS:
         raise ValueError(f"unknown science task {task!r}; expected one of {TASKS}")
-    return turns.example(turns.dialogue([question, answer]), row, "dataset")
+    return messages.conversation(
+        messages.dialogue([question, answer]), messages.noted(row, "dataset")
+    )

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from tulu_jax.data import chat
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import readers, turns
+from tulu_jax.data.sources import messages, readers
 
 TURN_COST = 6
 SENDERS = ("human", "gpt")
@@ -56,8 +56,8 @@ def split(
 
     A chunk's id is that of the conversation, an underscore, and the number of its first turn.
     """
-    found = turns.objects(row.get("conversations"), "'conversations'")
-    read = [turns.texts(turn, "from", "value") for turn in found]
+    found = messages.mappings(row, "conversations")
+    read = [messages.texts(turn, "from", "value") for turn in found]
     if any(value.lstrip().startswith(PAGE_MARKUP) for _, value in read):
         return [Dropped("markup of the shared page")]
     if len(read) < 2:
@@ -135,7 +135,5 @@ def _wrong_senders(senders: list[str]) -> str | None:
 
 
 def _example(row: dict, start: int, chunk: list[list[str]]) -> dict:
-    example = turns.example(turns.dialogue([value for _, value in chunk]), row, "id")
-    if "about" in example:
-        example["about"]["id"] = f"{example['about']['id']}_{start}"
-    return example
+    about = {name: f"{value}_{start}" for name, value in messages.noted(row, "id").items()}
+    return messages.conversation(messages.dialogue([value for _, value in chunk]), about)

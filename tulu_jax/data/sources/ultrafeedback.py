@@ -10,7 +10,7 @@ import re
 import statistics
 
 from tulu_jax.data.registry import Dropped
-from tulu_jax.data.sources import columns, pairs
+from tulu_jax.data.sources import messages
 
 SEED = 42
 BEST_OVERALL = 10
@@ -53,25 +53,25 @@ def binarize(row: dict, *, rejected: str, score: str, tens: str) -> dict | Dropp
     _one_of("rejected", rejected, REJECTED)
     _one_of("score", score, SCORES)
     _one_of("tens", tens, TENS)
-    (prompt,) = columns.text(row, "instruction")
-    completions = _scored(pairs.mappings(row, "completions"), score=score, tens=tens)
+    (prompt,) = messages.texts(row, "instruction")
+    completions = _scored(messages.mappings(row, "completions"), score=score, tens=tens)
     if len(completions) < 2:
         return Dropped("fewer than two scored completions")
     best = max(completions, key=lambda completion: completion.score)
     if all(completion == best for completion in completions):
         return Dropped("completions all the same")
     other = REJECTED[rejected](completions, best, prompt)
-    example = pairs.text_pair(
-        [pairs.message("user", prompt)],
+    example = messages.pair(
+        [messages.message("user", prompt)],
         best.response,
         other.response,
-        **pairs.labels(row, "source"),
+        **messages.noted(row, "source"),
         model_chosen=best.model,
         model_rejected=other.model,
         slot_chosen=best.slot,
         slot_rejected=other.slot,
     )
-    return pairs.scored(example, chosen=best.score, rejected=other.score, ties="drop")
+    return messages.scored(example, chosen=best.score, rejected=other.score, ties="drop")
 
 
 def not_truthfulqa(example: dict) -> bool:
@@ -88,7 +88,7 @@ def _first(completions: list[Completion], best: Completion, prompt: str) -> Comp
 
 
 def _random(completions: list[Completion], best: Completion, prompt: str) -> Completion:
-    generator = random.Random(f"{SEED}/{prompt}".encode("utf-8", "surrogatepass"))
+    generator = random.Random(f"{SEED}/{prompt}".encode())
     return generator.choice([completion for completion in completions if completion != best])
 
 
@@ -104,7 +104,7 @@ def _scored(raw: list[dict], *, score: str, tens: str) -> list[Completion]:
     """The completions that have a score; `slot` is their place among all."""
     completions = []
     for slot, completion in enumerate(raw):
-        response, model = columns.text(completion, "response", "model")
+        response, model = messages.texts(completion, "response", "model")
         aspects = score == "aspects"
         value = _mean_rating(completion) if aspects else _overall_score(completion, tens)
         if value is not None:
@@ -113,7 +113,7 @@ def _scored(raw: list[dict], *, score: str, tens: str) -> list[Completion]:
 
 
 def _overall_score(raw: dict, tens: str) -> float | None:
-    value = pairs.number(raw, "overall_score")
+    value = messages.number(raw, "overall_score")
     # The repaired records carry the mean of their aspects under this name.
     if tens == "keep" or value != BEST_OVERALL or "fine-grained_score" in raw:
         return value
@@ -125,9 +125,9 @@ def _overall_score(raw: dict, tens: str) -> float | None:
 
 def _mean_rating(raw: dict) -> float | None:
     """The mean over the aspects that have a rating; None if none has."""
-    aspects = pairs.mapping(raw, "annotations")
-    rated = [pairs.mapping(aspects, name) for name, given in aspects.items() if given is not None]
-    given = [aspect.get("Rating") for aspect in rated]
+    aspects = messages.mapping(raw, "annotations")
+    rated = [name for name, given in aspects.items() if given is not None]
+    given = [messages.mapping(aspects, name).get("Rating") for name in rated]
     ratings = [_rating(rating) for rating in given if rating not in (None, "N/A")]
     return statistics.fmean(ratings) if ratings else None
 

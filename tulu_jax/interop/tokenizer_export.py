@@ -1,4 +1,15 @@
-"""The TÜLU chat format as the Jinja templates that a tokenizer carries, one for each mode."""
+"""A tokenizer as a Hugging Face folder, with the TÜLU chat format as its Jinja template.
+
+The templates and the special tokens are those of `data/chat.py`, one template for each mode.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 _RENDER = (
     "{%- set ns = namespace(text='', content='') -%}"
@@ -46,3 +57,30 @@ TEMPLATES = {
     "paper": _RENDER + _TIGHTEN + _EMIT,
     "open_instruct": _RENDER + _EMIT,
 }
+
+
+def save(backend, directory: str, *, max_length: int | None, mode: str) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, atomically.
+
+    `backend` is a `tokenizers.Tokenizer`. `transformers.AutoTokenizer` opens the folder; its chat
+    template gives the ids of `chat.py` in `mode`.
+    """
+    config = {
+        **SPECIAL,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATES[mode],
+    }
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    target = pathlib.Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=target))
+    try:
+        backend.save(str(staging / "tokenizer.json"))
+        (staging / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        (staging / "special_tokens_map.json").write_text(json.dumps(SPECIAL, indent=2))
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == "tokenizer.json"):
+            os.replace(file, target / file.name)  # tokenizer.json last: it marks the whole
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
