@@ -7,10 +7,7 @@ import numpy as np
 
 from tulu_jax import validation
 
-ATTENTION = (
-    *("auto", "xla", "triangular", "blockwise"),
-    *("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"),
-)
+ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpret")
 ATTENTION_BLOCKS = (128, 256, 512, 1024)
 REMAT_POLICIES = (
     "nothing_saveable",
@@ -97,12 +94,11 @@ class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
-    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
-    'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
-    `attention.choose` explains. `attention_block` is the queries and keys of a block of the TPU
-    kernel: None takes what was tuned for the chip. `remat` recomputes each layer in the backward
-    pass, keeping what `remat_policy` says: a name in `jax.checkpoint_policies`, or
-    'save_projections'.
+    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_interpret' (the same run slowly anywhere,
+    for tests), or 'auto', which `attention.choose` explains. `attention_block` is the queries and
+    keys of a block of the kernel: None takes what was tuned for the chip. `remat` recomputes each
+    layer in the backward pass, keeping what `remat_policy` says: a name in
+    `jax.checkpoint_policies`, or 'save_projections'.
     """
 
     compute_dtype: str = "bfloat16"
