@@ -4,6 +4,7 @@ import concurrent.futures
 import http.server
 import itertools
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -85,7 +86,11 @@ def without(environ, name):
     [
         ({}, {"process_id": 1}, "found --process_id=1 without --coordinator_address and --num_pro"),
         ({}, dict(coordinator_address="h", num_processes=2, process_id=0), "expected HOST:PORT"),
-        ({}, dict(coordinator_address="h:1", num_processes=2, process_id=2), "expected 0 to 1"),
+        (
+            {},
+            dict(coordinator_address="h:1", num_processes=2, process_id=2),
+            "found process id = 2 w",
+        ),
         (without(VARIABLES, "JAX_PROCESS_ID"), {}, "without JAX_PROCESS_ID; set all three"),
         (VARIABLES | {"JAX_NUM_PROCESSES": "two"}, {}, "JAX_NUM_PROCESSES = 'two'; expected a num"),
         (without(SLICE, "TPU_WORKER_ID"), {}, r"without TPU_WORKER_ID; the slice has 4 hosts"),
@@ -282,10 +287,14 @@ me, address = lifeline.Member(**json.loads(sys.argv[1])), sys.argv[2]
 _, line = lifeline.join(me, address, start_timeout=60.0, peer_timeout=5.0)
 line.watch()
 print("joined", flush=True)
-if sys.argv[3] == "raise":
+action = sys.argv[3] if me.process_id == 1 else None
+if action == "raise":
     time.sleep(1)
     line.fail(FloatingPointError("loss is not finite"))
-if sys.argv[3] == "refuse":
+if sys.argv[3] == "echo" and me.process_id != 1:
+    sys.stdin.readline()
+    line.fail(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"))
+if action == "refuse":
     distributed._lifeline = line
     with distributed.together(), validation.refusing():
         raise validation.UsageError("row 7 is malformed")
@@ -297,17 +306,23 @@ time.sleep(100)
     ("action", "code", "reason"),
     [
         ("stop", 75, "process 1 (host1) has been silent for"),
+        ("echo", 75, "process 1 (host1) died: its connection closed"),
+        ("abort", 75, "process 1 (host1) died: its connection closed"),
         ("raise", 1, "process 1 (host1) failed: FloatingPointError: loss is not finite"),
         ("refuse", 2, "process 1 (host1) failed: UsageError: row 7 is malformed. Correct that"),
     ],
 )
 def test_a_silent_or_failed_process_ends_the_others(action, code, reason):
-    """SIGSTOP is what a host looks like that went away without closing its connections."""
+    """SIGSTOP is what a host looks like that went away without closing its connections.
+
+    Where the others get a failed collective or an abort of jax's client first, as they may when a
+    process dies, that is not their last word.
+    """
     address = free_address()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PULSE, json.dumps(vars(member(i))), address]
-            + [action if i == 1 else ""],
+            [sys.executable, "-c", PULSE, json.dumps(vars(member(i))), address, action],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -317,7 +332,15 @@ def test_a_silent_or_failed_process_ends_the_others(action, code, reason):
     try:
         assert all(process.stdout.readline() == "joined\n" for process in processes)
         if action == "stop":
-            processes[1].send_signal(19)  # SIGSTOP
+            processes[1].send_signal(signal.SIGSTOP)
+        for i in (0, 2):
+            if action == "echo":
+                processes[i].stdin.write("\n")
+                processes[i].stdin.flush()
+            if action == "abort":
+                processes[i].send_signal(signal.SIGABRT)
+        if action in ("echo", "abort"):
+            processes[1].kill()
         for i in (0, 2):
             error = processes[i].communicate(timeout=60)[1]
             assert processes[i].returncode == code

@@ -7,7 +7,6 @@ branches, in its prompt (branch 0) or in the branch of the query. Queries may st
 into the keys (a decoding step, or a shard of the sequence). Rows that see nothing give zeros.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tulu_jax import chips, validation
-from tulu_jax.kernels import flash_attention, flash_attention_gpu, flash_attention_tuning
+from tulu_jax.kernels import flash_attention, flash_attention_tuning
 from tulu_jax.models import xla_attention
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.sharding import num_devices
@@ -26,15 +25,17 @@ LONGEST_TRIANGLE = 1024  # queries; beyond it the steps, unrolled, are too many 
 # Axes over which kernels list what they need: a list for each shard of rows and queries.
 LISTS = (*sharding.AXIS_RULES["batch"], sharding.AXIS_RULES["length"])
 
-KERNELS = ("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret")
-
 Visibility = dict[str, Any]
 
 
 def choose(implementation: str, *, queries: int, keys: int, platform: str, dtype: jnp.dtype) -> str:
     """What 'auto' means: 'xla' for a single query (decoding), 'pallas' on a TPU whose kernel takes
-    `dtype`, 'pallas_gpu' on a GPU, 'triangular' for short rows on a CPU, else 'blockwise'. Any
-    other name is kept, but 'triangular' takes no offset and yields to 'auto' over a longer cache.
+    `dtype`, 'triangular' for short rows on a CPU, else 'blockwise'. Any other name is kept, but
+    'triangular' takes no offset and yields to 'auto' over a longer cache.
+
+    A GPU gets 'blockwise' too. `jax.nn.dot_product_attention` with cuDNN knows causal rows and
+    their lengths; segments and branches it takes as a dense mask only, 128 MiB for a row of 8,192,
+    and skips nothing for them (docs/attention.md).
     """
     if implementation == "triangular" and queries != keys:
         implementation = "auto"
@@ -45,8 +46,6 @@ def choose(implementation: str, *, queries: int, keys: int, platform: str, dtype
     if platform == "tpu":
         taken = flash_attention_tuning.takes(_device_kind(), jnp.dtype(dtype).name)
         return "pallas" if taken else "blockwise"
-    if platform == "gpu":
-        return "pallas_gpu"
     short = platform == "cpu" and queries == keys and queries <= LONGEST_TRIANGLE
     return "triangular" if short else "blockwise"
 
@@ -66,17 +65,20 @@ def prepare(
     """What `attend` needs to know of a batch, made once and shared by all layers.
 
     `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks; `block`
-    is the TPU kernel's, None for the tuned one.
+    is the kernel's, None for the tuned one.
     `branches` None means that no segment branches. Raises `UsageError` for an implementation that
     does not exist or does not run here; nothing is substituted.
     """
-    if implementation in KERNELS:
-        interpret = implementation.endswith("_interpret")
-        if implementation.startswith("pallas_gpu"):
-            lists = _gpu(heads, jnp.dtype(dtype), interpret)
-        else:
-            lists = _tpu(heads, jnp.dtype(dtype), interpret, block)
-        plan = _plan((segment_ids, kv_segment_ids, branches, kv_branches), query_offset, lists)
+    if implementation in ("pallas", "pallas_interpret"):
+        interpret = implementation == "pallas_interpret"
+        dtype = jnp.dtype(dtype)
+        plan = _plan(
+            (segment_ids, kv_segment_ids, branches, kv_branches),
+            query_offset,
+            tiling=_tiling(dtype, interpret=interpret, block=block),
+            heads=heads,
+            itemsize=dtype.itemsize,
+        )
         return {"plan": plan, "interpret": interpret}
     offset = jnp.asarray(query_offset, jnp.int32)
     ids = {
@@ -97,7 +99,7 @@ def prepare(
         return {"bias": bias, "seeing": (segment_ids != 0)[:, :, None, None]}
     raise validation.UsageError(
         f"attention implementation {implementation!r} does not exist; expected 'auto', "
-        "'blockwise', 'pallas', 'pallas_gpu', 'triangular' or 'xla'"
+        "'blockwise', 'pallas', 'triangular' or 'xla'"
     )
 
 
@@ -158,8 +160,8 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def _tpu(heads, dtype, interpret, block):
-    """`flash_attention.prepare` for heads and dtype of one device."""
+def _tiling(dtype: jnp.dtype, *, interpret: bool, block: int | None) -> flash_attention.Tiling:
+    """The tuned tiling of the chip that the computation is for; raises `UsageError` if none is."""
     tiling = flash_attention_tuning.INTERPRETED
     if not interpret:
         kind = _device_kind()
@@ -170,43 +172,7 @@ def _tpu(heads, dtype, interpret, block):
                 "later. Use 'auto', 'blockwise' or 'xla'"
             )
         tiling = flash_attention_tuning.tiling(chip, dtype.name)
-    if block is not None:
-        tiling = flash_attention_tuning.with_block(tiling, block)
-    N, K, H = heads
-    tensor = _size(sharding.AXIS_RULES["heads"])
-
-    def prepare(**ids):
-        fitted = flash_attention.fit(
-            tiling,
-            queries=ids["segment_ids"].shape[1],
-            keys=ids["kv_segment_ids"].shape[1],
-            heads=N // tensor,
-            kv_heads=K // tensor,
-            head_dim=H,
-            itemsize=dtype.itemsize,
-        )
-        return flash_attention.prepare(**ids, tiling=fitted)
-
-    return prepare
-
-
-def _gpu(heads, dtype, interpret):
-    """`flash_attention_gpu.prepare` for heads and dtype."""
-    if not interpret and not _has_triton():
-        raise validation.UsageError(
-            f"attention implementation 'pallas_gpu' does not run on {_device_kind()!r}; expected "
-            "an NVIDIA GPU of compute capability 8.0 or later. Use 'blockwise' or 'xla'"
-        )
-    tile = flash_attention_gpu.tile_of(heads[2], dtype)
-    return functools.partial(flash_attention_gpu.prepare, tile=tile)
-
-
-def _has_triton() -> bool:
-    """Whether this process runs on NVIDIA GPUs with bfloat16 tensor cores."""
-    if jax.default_backend() != "gpu":
-        return False
-    major = jax.devices()[0].compute_capability.split(".")[0]  # 'gfx90a' on AMD
-    return major.isdigit() and int(major) >= 8
+    return tiling if block is None else flash_attention_tuning.with_block(tiling, block)
 
 
 def _size(axis: str) -> int:
@@ -214,19 +180,30 @@ def _size(axis: str) -> int:
     return 1 if num_devices() == 1 else jax.sharding.get_abstract_mesh().shape[axis]
 
 
-def _plan(ids, query_offset, prepare):
-    """The lists of each device, one behind the other on a leading axis over LISTS."""
+def _plan(ids, query_offset, *, tiling, heads, itemsize):
+    """The lists of each device, one after the other on a leading axis over LISTS."""
+    N, K, H = heads
+    tensor = _size(sharding.AXIS_RULES["heads"])
     divided = num_devices() > 1  # else this is one device's part, or there is one device
 
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
         if divided:
             query_offset = query_offset + sharding.axis_index("length") * segment_ids.shape[1]
-        plan = prepare(
+        plan = flash_attention.prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
             branches=branches,
             kv_branches=kv_branches,
             query_offset=query_offset,
+            tiling=flash_attention.fit(
+                tiling,
+                queries=segment_ids.shape[1],
+                keys=kv_segment_ids.shape[1],
+                heads=N // tensor,
+                kv_heads=K // tensor,
+                head_dim=H,
+                itemsize=itemsize,
+            ),
         )
         return jax.tree.map(lambda x: x[None], plan)
 
@@ -244,8 +221,6 @@ def _kernel(q, k, v, plan, interpret):
 
     def local(q, k, v, plan):
         plan = jax.tree.map(lambda x: x[0], plan)
-        if isinstance(plan, flash_attention_gpu.Plan):
-            return flash_attention_gpu.flash_attention(q, k, v, plan, interpret=interpret)[0]
         heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
         out, _ = flash_attention.flash_attention(*heads_first, plan, interpret=interpret)
         return out.swapaxes(1, 2)

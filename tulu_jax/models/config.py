@@ -7,10 +7,7 @@ import numpy as np
 
 from tulu_jax import validation
 
-ATTENTION = (
-    *("auto", "xla", "triangular", "blockwise"),
-    *("pallas", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"),
-)
+ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpret")
 ATTENTION_BLOCKS = (128, 256, 512, 1024)
 _OF_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
 # What each keeps of a layer for the backward pass, by the names that the layer gives (`Block` and
@@ -112,14 +109,13 @@ class ExecutionConfig:
     """How the model runs; none of it changes what is computed beyond rounding.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
-    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_gpu' (NVIDIA), 'pallas_interpret' and
-    'pallas_gpu_interpret' (the same run slowly anywhere, for tests), or 'auto', which
-    `attention.choose` explains. `attention_block` is the queries and keys of a block of the TPU
-    kernel: None takes what was tuned for the chip. `remat` recomputes each layer in the backward
-    pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes what the slice of the
-    run says (`parallel/slices.py`), and without one keeps nothing. `row_parts` is in how many parts
-    a layer takes its rows where `tensor` divides them (`layers.Block`): None takes what the slice
-    says, and without one 1.
+    (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_interpret' (the same run slowly anywhere,
+    for tests), or 'auto', which `attention.choose` explains. `attention_block` is the queries and
+    keys of a block of the kernel: None takes what was tuned for the chip. `remat` recomputes each
+    layer in the backward pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes
+    what the slice of the run says (`parallel/slices.py`), and without one keeps nothing.
+    `row_parts` is in how many parts a layer takes its rows where `tensor` divides them
+    (`layers.Block`): None takes what the slice says, and without one 1.
     """
 
     compute_dtype: str = "bfloat16"

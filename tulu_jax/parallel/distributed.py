@@ -4,7 +4,6 @@ Sources, the first that says anything: flags, `JAX_*` variables (a JobSet withou
 a TPU slice on GKE, a TPU VM, Slurm. Slices joined by Multislice are counted by `MEGASCALE_*`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import glob
@@ -14,9 +13,8 @@ import pathlib
 import platform
 import re
 import socket
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from absl import logging
@@ -28,6 +26,8 @@ GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 FLAGS = ("coordinator_address", "num_processes", "process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+SLURM = ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")
+TEXTS = ("--coordinator_address", VARIABLES[0], MEGASCALE[0], SLURM[0])  # the others are numbers
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{key}"
 
 _lifeline: lifeline.Lifeline | None = None
@@ -38,7 +38,8 @@ _members: list[lifeline.Member] = []
 class Processes:
     """Which process this one is. `source` says where that was found.
 
-    `gpu` is the only one of its host's GPUs that it takes; None: all of them.
+    `gpu` is the only one of its host's GPUs that it takes; None: all of them. Raises `ValueError`
+    for an address without a port and for a process that is none of them.
     """
 
     coordinator_address: str
@@ -46,6 +47,14 @@ class Processes:
     process_id: int
     source: str
     gpu: int | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r".+:\d+", self.coordinator_address):
+            raise ValueError(
+                f"found the coordinator address {self.coordinator_address!r} ({self.source}); "
+                f"expected HOST:PORT of process 0, with a free port such as {PORT}"
+            )
+        _below("process id", self.process_id, self.num_processes, f"processes ({self.source})")
 
 
 def find(
@@ -56,32 +65,34 @@ def find(
     `flags` has the names of FLAGS. A variable that is set but empty counts as absent. `on_tpu`:
     whether this host has TPU chips, so that the metadata server of a TPU VM is asked. Raises
     `ValueError` for what is incomplete or inconsistent.
+
+    jax finds processes too, but only while it connects, when none can be refused any more; it reads
+    no JAX_NUM_PROCESSES, and takes rack1 for the first host of rack[1-2]n[01-04].
     """
     environ = {name: value.strip() for name, value in environ.items() if value.strip()}
-    gpus = environ.get("JAX_LOCAL_DEVICE_IDS", "0")  # jax reads it
+    given = {f"--{name}": str(flags[name]) for name in FLAGS if flags.get(name) is not None}
+    gpus, found = environ.get("JAX_LOCAL_DEVICE_IDS", "0"), None  # jax reads it
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", gpus):
         raise ValueError(
             f"found JAX_LOCAL_DEVICE_IDS = {gpus!r}; expected numbers with commas between them"
         )
-    if any(flags.get(name) is not None for name in FLAGS):
-        return _from_flags(flags)
-    if any(name in environ for name in VARIABLES):
-        return _from_variables(environ)
-    if "TPU_WORKER_HOSTNAMES" in environ or any(name in environ for name in MEGASCALE):
-        named = environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
-        hosts = [host.strip() for host in named if host.strip()]
-        if not hosts:
-            raise ValueError(
-                f"found TPU_WORKER_HOSTNAMES = {environ['TPU_WORKER_HOSTNAMES']!r}; expected the "
-                "names of all hosts of the slice, with commas between them"
-            )
-        return _from_slice(environ, hosts, environ.get("TPU_WORKER_ID"), source="GKE")
-    if on_tpu and "TPU_SKIP_MDS_QUERY" not in environ:
-        return _from_tpu_vm(environ)
-    (tasks,) = _integers({"SLURM_NTASKS": environ.get("SLURM_NTASKS", "1")}, ["SLURM_NTASKS"])
-    if tasks > 1:
-        return _from_slurm(environ)
-    return None
+    if given:
+        if given.get("--num_processes") == "1":
+            given = {"--coordinator_address": f"localhost:{PORT}", "--process_id": "0"} | given
+        fix = "give all three, or none where the environment tells (TPU VM, GKE, Slurm)"
+        found = _processes(*_values(given, [f"--{name}" for name in FLAGS], fix), "flags")
+    elif any(name in environ for name in VARIABLES):
+        if "JOB_COMPLETION_INDEX" in environ:  # an indexed Job of Kubernetes numbers its pods
+            environ = {"JAX_PROCESS_ID": environ["JOB_COMPLETION_INDEX"]} | environ
+        fix = "set all three (JOB_COMPLETION_INDEX serves as JAX_PROCESS_ID), or none"
+        found = _processes(*_values(environ, VARIABLES, fix), "JAX_* variables")
+    elif "TPU_WORKER_HOSTNAMES" in environ or any(name in environ for name in MEGASCALE):
+        found = _of_slice(environ, "GKE")
+    elif on_tpu and "TPU_SKIP_MDS_QUERY" not in environ:
+        found = _of_slice(_metadata(environ) | environ, "TPU VM")
+    elif environ.get("SLURM_NTASKS", "1") != "1":
+        found = _of_slurm(environ)
+    return found if found and found.num_processes > 1 else None
 
 
 def has_tpu_chips() -> bool:
@@ -91,101 +102,66 @@ def has_tpu_chips() -> bool:
     return bool(nodes) and any(pathlib.Path(v).read_text().strip() == GOOGLE for v in vendors)
 
 
-def _from_flags(flags: Mapping[str, str | int | None]) -> Processes | None:
-    if flags.get("num_processes") == 1 and flags.get("process_id") in (None, 0):
-        return None
-    missing = [f"--{name}" for name in FLAGS if flags.get(name) is None]
-    if missing:
-        given = [f"--{name}={flags[name]}" for name in FLAGS if flags.get(name) is not None]
-        raise ValueError(
-            f"found {' '.join(given)} without {' and '.join(missing)}; give all three, or none "
-            "where the environment tells (TPU VM, GKE, Slurm)"
-        )
-    return _checked(*(flags[name] for name in FLAGS), source="flags")
-
-
-def _from_variables(environ: Mapping[str, str]) -> Processes | None:
-    values = {name: environ.get(name) for name in VARIABLES}
-    if values["JAX_PROCESS_ID"] is None:  # an indexed Job of Kubernetes numbers its pods
-        values["JAX_PROCESS_ID"] = environ.get("JOB_COMPLETION_INDEX")
-    _require(values, "set all three (JOB_COMPLETION_INDEX serves as JAX_PROCESS_ID), or none")
-    return _checked(
-        values[VARIABLES[0]], *_integers(values, VARIABLES[1:]), source="JAX_* variables"
-    )
-
-
-def _from_slice(
-    environ: Mapping[str, str], hosts: list[str], worker: str | None, *, source: str
-) -> Processes | None:
+def _of_slice(environ: Mapping[str, str], source: str) -> Processes:
     """One process a host; with Multislice, slice after slice."""
-    slices, slice_id, first = 1, 0, hosts[0]
-    if any(name in environ for name in MEGASCALE):
-        values = {name: environ.get(name) for name in MEGASCALE}
-        _require(values, "Multislice sets all three on every host: create the slices together")
-        slices, slice_id = _integers(values, MEGASCALE[1:])
-        first = values[MEGASCALE[0]].split(":")[0]
-        if not 0 <= slice_id < slices:
-            raise ValueError(
-                f"found MEGASCALE_SLICE_ID = {slice_id} with MEGASCALE_NUM_SLICES = {slices}; "
-                f"expected an id from 0 to {slices - 1}: create the slices together"
-            )
-    if slices * len(hosts) == 1:
-        return None
-    _require(
-        {"TPU_WORKER_ID": worker},
-        f"the slice has {len(hosts)} hosts ({', '.join(hosts)}): give each its number",
-    )
-    (worker_id,) = _integers({"TPU_WORKER_ID": worker}, ["TPU_WORKER_ID"])
-    if not 0 <= worker_id < len(hosts):
+    named = environ.get("TPU_WORKER_HOSTNAMES", "localhost")
+    hosts = [host.strip() for host in named.split(",") if host.strip()]
+    if not hosts:
         raise ValueError(
-            f"found TPU_WORKER_ID = {worker_id} with {len(hosts)} hosts ({', '.join(hosts)}); "
-            f"expected 0 to {len(hosts) - 1}: TPU_WORKER_HOSTNAMES must list all hosts of the slice"
+            f"found TPU_WORKER_HOSTNAMES = {named!r}; expected all hosts of the slice, with commas "
+            "between their names"
         )
-    return _checked(
-        f"{first}:{_port(environ, PORT)}",
-        slices * len(hosts),
-        slice_id * len(hosts) + worker_id,
-        source=f"{source}{f', slice {slice_id} of {slices}' if slices > 1 else ''}",
-    )
+    first, slices, slice_id = hosts[0], 1, 0
+    if any(name in environ for name in MEGASCALE):
+        fix = "Multislice sets all three on every host: create the slices together"
+        first, slices, slice_id = _values(environ, MEGASCALE, fix)
+    if slices > 1:
+        source += f", slice {slice_id} of {slices}"
+    if len(hosts) == 1:
+        environ = {"TPU_WORKER_ID": "0"} | environ
+    said = f"hosts ({', '.join(hosts)})"
+    fix = f"the slice has {len(hosts)} {said}: give each its number"
+    (worker,) = _values(environ, ["TPU_WORKER_ID"], fix)
+    _below("TPU_WORKER_ID", worker, len(hosts), said)
+    _below("MEGASCALE_SLICE_ID", slice_id, slices, "slices")
+    address = _address(first.split(":")[0], environ, PORT)
+    return _processes(address, slices * len(hosts), slice_id * len(hosts) + worker, source)
 
 
-def _from_tpu_vm(environ: Mapping[str, str]) -> Processes | None:
-    """From the metadata server, which a TPU VM has: its peers, its number, its slice."""
+def _metadata(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a TPU VM's metadata server tells of its peers, its number and its slice, as GKE names
+    them."""
 
-    def metadata(key: str) -> str:
+    def ask(key: str) -> str:
         host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
-        request = urllib.request.Request(
-            METADATA.format(host=host, key=key), headers={"Metadata-Flavor": "Google"}
-        )
+        url = METADATA.format(host=host, key=key)
         try:
+            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(request, timeout=20) as answer:
-                return answer.read().decode()
-        except (OSError, urllib.error.URLError) as error:
+                return answer.read().decode().strip()
+        except OSError as error:
             raise ValueError(
                 f"this host has TPU chips, and its metadata server {host} does not tell {key!r} "
                 f"({error}); start again in a minute, or give --coordinator_address, "
                 "--num_processes and --process_id (--num_processes=1 for this host alone)"
             ) from error
 
-    endpoints = metadata("worker-network-endpoints").strip().split(",")
-    hosts = [endpoint.split(":")[-1] for endpoint in endpoints]  # name, or name:id:address
-    told = dict(re.findall(r"^(MEGASCALE_\w+): '([^']*)'$", metadata("tpu-env"), re.MULTILINE))
-    told = {name: told[name] for name in MEGASCALE if told.get(name)}
-    worker = metadata("agent-worker-number").strip()
-    return _from_slice({**told, **environ}, hosts, worker, source="TPU VM")
+    endpoints = ask("worker-network-endpoints").split(",")  # each a name, or name:id:address
+    told = dict(re.findall(r"^(MEGASCALE_\w+): '([^']+)'$", ask("tpu-env"), re.MULTILINE))
+    return {name: told[name] for name in MEGASCALE if name in told} | {
+        "TPU_WORKER_HOSTNAMES": ",".join(endpoint.split(":")[-1] for endpoint in endpoints),
+        "TPU_WORKER_ID": ask("agent-worker-number"),
+    }
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Processes | None:
-    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
-    values = {name: environ.get(name) for name in names}
-    _require(values, "start with srun, or give --num_processes=1 for this process alone")
-    job, count, process = _integers(values, (names[0], *names[2:]))
-    host = first_host(values["SLURM_STEP_NODELIST"])
-    port = _port(environ, 61440 + job % 4096)  # one for each job on a node
-    found = _checked(f"{host}:{port}", count, process, source="Slurm")
+def _of_slurm(environ: Mapping[str, str]) -> Processes:
+    fix = "start with srun, or give --num_processes=1 for this process alone"
+    nodes, job, count, process = _values(environ, SLURM, fix)
+    address = _address(first_host(nodes), environ, 61440 + job % 4096)  # one for each job on a node
+    found = _processes(address, count, process, "Slurm")
     if "SLURM_LOCALID" not in environ or "JAX_LOCAL_DEVICE_IDS" in environ:
         return found
-    return dataclasses.replace(found, gpu=_integers(environ, ["SLURM_LOCALID"])[0])
+    return dataclasses.replace(found, gpu=_values(environ, ["SLURM_LOCALID"], "")[0])
 
 
 def first_host(nodes: str) -> str:
@@ -201,44 +177,36 @@ def first_host(nodes: str) -> str:
             f"found SLURM_STEP_NODELIST = {nodes!r}; expected a host list of Slurm such as "
             "rack[1-2]n[01-04],login: start with srun, which sets it"
         )
-    first = re.match(name, nodes).group()
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.match(name, nodes).group())
 
 
-def _port(environ: Mapping[str, str], usual: int) -> int:
-    """Of process 0: `JAX_COORDINATOR_PORT`, else the usual one."""
+def _address(host: str, environ: Mapping[str, str], usual: int) -> str:
+    """Of process 0, at `JAX_COORDINATOR_PORT` or the usual port."""
     name = "JAX_COORDINATOR_PORT"
-    (port,) = _integers({name: environ.get(name, str(usual))}, [name])
-    return port
+    return f"{host}:{_values({name: str(usual)} | environ, [name], '')[0]}"
 
 
-def _require(values: Mapping[str, str | None], fix: str) -> None:
-    missing = [name for name, value in values.items() if not value]
+def _values(environ: Mapping[str, str], names: Sequence[str], fix: str) -> list:
+    """The values of `names`: str for TEXTS, else int. `fix` is what to do if one is missing."""
+    for name in set(names) - set(TEXTS):
+        if not re.fullmatch(r"[0-9]+", environ.get(name, "0")):
+            raise ValueError(f"found {name} = {environ[name]!r}; expected a number from 0 on")
+    missing = [name for name in names if name not in environ]
     if missing:
-        found = ", ".join(f"{n} = {v}" for n, v in values.items() if v) or "nothing"
+        found = " ".join(f"{n}={environ[n]}" for n in names if n in environ) or "nothing"
         raise ValueError(f"found {found} without {' and '.join(missing)}; {fix}")
+    return [environ[name] if name in TEXTS else int(environ[name]) for name in names]
 
 
-def _integers(values: Mapping[str, str | None], names) -> list[int]:
-    for name in names:
-        if not re.fullmatch(r"[0-9]+", str(values[name])):
-            raise ValueError(f"found {name} = {values[name]!r}; expected a number from 0 on")
-    return [int(values[name]) for name in names]
-
-
-def _checked(address: str, count: int, process: int, *, source: str) -> Processes | None:
-    if count == 1 and process == 0:
-        return None
-    if not re.fullmatch(r".+:\d+", address):
+def _below(name: str, found: int, count: int, what: str) -> None:
+    if found >= count:
         raise ValueError(
-            f"found the coordinator address {address!r} ({source}); expected HOST:PORT of process "
-            f"0, with a free port such as {PORT}"
+            f"found {name} = {found} with {count} {what}; expected an id from 0 to {count - 1}, "
+            "each once"
         )
-    if not 0 <= process < count:
-        raise ValueError(
-            f"found process id {process} of {count} processes ({source}); expected 0 to "
-            f"{count - 1}, each once"
-        )
+
+
+def _processes(address: str, count: int, process: int, source: str) -> Processes:
     return Processes(
         coordinator_address=address, num_processes=count, process_id=process, source=source
     )
@@ -313,20 +281,12 @@ def together() -> Iterator[None]:
 
 def device_problems(devices: list[jax.Device]) -> list[str]:
     """Hosts whose number or kind of devices is not that of most, one line for each."""
-    names = {member.process_id: str(member) for member in _members}
-    by_process = collections.defaultdict(list)
-    for device in devices:
-        by_process[device.process_index].append(device.device_kind)
-    for process in names:
-        by_process.setdefault(process, [])
-    found = {
-        process: f"{len(kinds)} {kinds[0] if kinds else ''} devices".replace("  ", " ")
-        for process, kinds in sorted(by_process.items())
-    }
-    usual = collections.Counter(found.values()).most_common(1)[0][0]
+    kinds = [
+        [device.device_kind for device in devices if device.process_index == member.process_id]
+        for member in _members
+    ]
+    found = [" ".join([str(len(of_one)), *of_one[:1], "devices"]) for of_one in kinds]
     return [
-        f"{names.get(process, f'process {process}')} has {said}; most have {usual}. Give every "
-        "process the same devices"
-        for process, said in found.items()
-        if said != usual
+        f"{_members[i]} has {said}; most have {usual}. Give every process the same devices"
+        for i, said, usual in lifeline.unusual(found)
     ]
