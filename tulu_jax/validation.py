@@ -138,7 +138,7 @@ def check(
     if collected is None:
         raise_if(problems)
     else:
-        collected.extend(problems)
+        collected.extend(p for p in problems if p not in collected)  # of a config and its copies
 
 
 def stand_in(head: bytes) -> str | None:
