@@ -9,9 +9,7 @@ from tulu_jax.data import chat, examples, registry
 SPECIAL = [chat.UNK, chat.BOS, chat.EOS]  # ids 0, 1, 2, as in Llama
 
 
-def train_tokenizer(
-    name: str, directory: str, *, vocab_size: int, data_root: str | None = None
-) -> chat.ChatTokenizer:
+def train_tokenizer(name: str, directory: str, *, vocab_size: int) -> chat.ChatTokenizer:
     """Trains on the train split of a mixture or task, writes `directory`/tokenizer.json, whole or
     not at all, and loads it from there.
 
@@ -19,13 +17,13 @@ def train_tokenizer(
     two tokens are left that occur together more than once.
     """
     texts = []
-    for component in registry.components(name, data_root=data_root):
+    for component in registry.components(name):
         drawing = examples.Drawing(
             split="train",
             amount=component.amount,
             seed=component.seed,
             holdout_every=None,
-            data_root=data_root,
+            data_root=None,
         )
         loaded = examples.load_examples(component.task, drawing)
         texts += [text for example in loaded.examples for text in _texts(example)]

@@ -47,10 +47,10 @@ def converse(
     return messages
 
 
-def terminal_lines(prompt: str = "> ") -> Iterable[str]:
+def terminal_lines() -> Iterable[str]:
     """Lines typed at the terminal, until end of file (Ctrl-D) or an interrupt (Ctrl-C)."""
     while True:
         try:
-            yield input(prompt)
+            yield input("> ")
         except (EOFError, KeyboardInterrupt):
             return

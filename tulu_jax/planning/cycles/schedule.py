@@ -138,7 +138,6 @@ class Program:
     request: Request
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
     glue_bytes: float = 0.0
-    temporary_bytes: int = 0
     seconds: float = 0.0
     error: str | None = None
 
@@ -203,7 +202,6 @@ def _read(request: Request, result: dict[str, Any]) -> Program:
         request=request,
         kernels={name: parse(name, **texts) for name, texts in sorted(result["kernels"].items())},
         glue_bytes=glue_bytes(result["hlo"]),
-        temporary_bytes=result["temporary_bytes"],
         seconds=result["seconds"],
     )
 
@@ -355,7 +353,6 @@ def _make(lowered, dumps: pathlib.Path) -> dict[str, Any]:
     return {
         "hlo": hlo,
         "kernels": kernels,
-        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
         "seconds": seconds,
     }
 
