@@ -53,7 +53,9 @@ def keep_tokenizer(config: TrainConfig) -> None:
     """Writes the tokenizer of a run into its workdir, so that the folder is whole by itself."""
     path = config.data.tokenizer
     backend = tokenizer_files.for_plain_text(chat_lib.load_tokenizer(path).backend, path)
-    (epath.Path(config.workdir) / KEPT_TOKENIZER).write_text(backend.to_str())
+    kept, text = epath.Path(config.workdir) / KEPT_TOKENIZER, backend.to_str()
+    if not kept.exists() or kept.read_text() != text:
+        kept.write_text(text)
 
 
 class Generator:

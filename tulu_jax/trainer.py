@@ -1,6 +1,7 @@
 """The one training loop, for every objective: a config in, checkpoints and curves out."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -42,11 +43,14 @@ class Run:
         self.config, self.config_text = config, config_text
         self.mesh = mesh_lib.make(config.mesh_on(jax.device_count()))
         self.row_share = mesh_lib.row_share(self.mesh)
-        self.checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
         self.abstract, self.abstract_frozen = step_lib.abstract_state(config, self.mesh)
         self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
         self.eval_step = jax.jit(step_lib.make_eval_step(config))
         self.feed: Feed | None = None
+
+    @functools.cached_property
+    def checkpoints(self) -> checkpoint_lib.Checkpoints:
+        return checkpoint_lib.Checkpoints(self.config.workdir, self.config.checkpoint)
 
     def open(self) -> None:
         """Opens the data, encoding what is not yet encoded, and counts the updates."""
