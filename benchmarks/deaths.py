@@ -6,8 +6,8 @@ Two real processes on the CPU come together, and one of them dies, hangs, fails,
 another configuration. What is measured is the other: the seconds until it ends (after the death;
 where somebody never comes or differs, after the start, imports included), its exit status, and how
 what it prints names the process. `alone` is `jax.distributed.initialize`, with --timeout as its
-heartbeat and initialization timeouts, and `multihost_utils.assert_equal` on the configuration;
-`ours` is `distributed.connect`, with --timeout as its own two. `ratio` is the share of cases that
+three timeouts, and `multihost_utils.assert_equal` on the configuration; `ours` is
+`distributed.connect`, with --timeout as its own two. `ratio` is the share of cases that
 ours ends with the status of docs/launch.md, naming the process.
 """
 
@@ -64,6 +64,7 @@ def joined(side: str, config: str, count: int, process_id: int, address: str, ti
             cluster_detection_method="deactivate",
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
         )
         multihost_utils.assert_equal(np.uint32(zlib.crc32(config.encode())), "configuration")
         yield

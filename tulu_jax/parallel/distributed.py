@@ -89,7 +89,7 @@ def find(
     elif "TPU_WORKER_HOSTNAMES" in environ or any(name in environ for name in MEGASCALE):
         found = _of_slice(environ, "GKE")
     elif on_tpu and "TPU_SKIP_MDS_QUERY" not in environ:
-        found = _of_slice(_metadata(environ) | environ, "TPU VM")
+        found = _of_slice(_with_metadata(environ), "TPU VM")
     elif environ.get("SLURM_NTASKS", "1") != "1":
         found = _of_slurm(environ)
     return found if found and found.num_processes > 1 else None
@@ -128,9 +128,9 @@ def _of_slice(environ: Mapping[str, str], source: str) -> Processes:
     return _processes(address, slices * len(hosts), slice_id * len(hosts) + worker, source)
 
 
-def _metadata(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a TPU VM's metadata server tells of its peers, its number and its slice, as GKE names
-    them."""
+def _with_metadata(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with what the metadata server of a TPU VM tells of its peers, its number and its
+    slice, under the names that GKE gives them."""
 
     def ask(key: str) -> str:
         host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -148,10 +148,9 @@ def _metadata(environ: Mapping[str, str]) -> dict[str, str]:
 
     endpoints = ask("worker-network-endpoints").split(",")  # each a name, or name:id:address
     told = dict(re.findall(r"^(MEGASCALE_\w+): '([^']+)'$", ask("tpu-env"), re.MULTILINE))
-    return {name: told[name] for name in MEGASCALE if name in told} | {
-        "TPU_WORKER_HOSTNAMES": ",".join(endpoint.split(":")[-1] for endpoint in endpoints),
-        "TPU_WORKER_ID": ask("agent-worker-number"),
-    }
+    hosts = ",".join(endpoint.split(":")[-1] for endpoint in endpoints)
+    own = {"TPU_WORKER_HOSTNAMES": hosts, "TPU_WORKER_ID": ask("agent-worker-number")}
+    return {name: told[name] for name in MEGASCALE if name in told} | environ | own
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Processes:
@@ -188,8 +187,8 @@ def _address(host: str, environ: Mapping[str, str], usual: int) -> str:
 
 def _values(environ: Mapping[str, str], names: Sequence[str], fix: str) -> list:
     """The values of `names`: str for TEXTS, else int. `fix` is what to do if one is missing."""
-    for name in set(names) - set(TEXTS):
-        if not re.fullmatch(r"[0-9]+", environ.get(name, "0")):
+    for name in names:
+        if name not in TEXTS and not re.fullmatch(r"[0-9]+", environ.get(name, "0")):
             raise ValueError(f"found {name} = {environ[name]!r}; expected a number from 0 on")
     missing = [name for name in names if name not in environ]
     if missing:
