@@ -262,11 +262,11 @@ def test_weights_tokenizer_rows_and_cache_need_not_lie_under_one_root():
 PLACE = """
 import json, sys
 from jax.experimental import topologies
-from tulu_jax.parallel import mesh, slices
+from tulu_jax import chips
+from tulu_jax.parallel import mesh
 
-megacore = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
 for name, configs in json.load(sys.stdin).items():
-    options = megacore if name.startswith("v4") else {}
+    options = chips.CHIPS[name.split(":")[0]].options
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     for config in configs:
         made = mesh.make(mesh.MeshConfig(**config), list(found.devices))
