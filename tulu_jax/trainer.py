@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -250,7 +249,9 @@ class Run:
             *(
                 f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
                 f"this run has {now}. Restore the setting or choose another --workdir"
-                for name, before, now in _different(about["must_match"], ours["must_match"])
+                for name, before, now in checkpoint_lib.differences(
+                    about["must_match"], ours["must_match"]
+                )
             ),
         ]
 
@@ -386,17 +387,6 @@ class Meter:
             f"good checkpoint: {run.checkpoints.describe_latest()}. Look at these rows, lower the "
             "learning rate, or start again to resume from that checkpoint."
         )
-
-
-def _different(before: dict, now: dict, inside: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, value before, value now) of what differs, nested ones as "outer.inner"; what a
-    checkpoint does not record at all is free."""
-    for name in (name for name in now if inside or name in before):
-        was, value = before.get(name), now[name]
-        if isinstance(was, dict) and isinstance(value, dict):
-            yield from _different(was, value, f"{inside}{name}.")
-        elif was != value:
-            yield f"{inside}{name}", was, value
 
 
 def _line(values: dict[str, float]) -> str:

@@ -329,3 +329,14 @@ def param_problems(
         if name not in expected
     ]
     return problems
+
+
+def differences(before: dict, now: dict, inside: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value before, value now) of what differs, nested ones as "outer.inner"; what a
+    checkpoint does not record at all is free."""
+    for name in (name for name in now if inside or name in before):
+        was, value = before.get(name), now[name]
+        if isinstance(was, dict) and isinstance(value, dict):
+            yield from differences(was, value, f"{inside}{name}.")
+        elif was != value:
+            yield f"{inside}{name}", was, value
