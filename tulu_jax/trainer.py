@@ -241,7 +241,7 @@ class Run:
         }
 
     def _resume_problems(self, about: dict) -> list[str]:
-        ours = self._about()
+        theirs, ours = about["must_match"], self._about()["must_match"]
         frozen = about.get("frozen", {})  # checkpoints of before froze nothing
         return [
             *checkpoint_lib.param_problems(about["params"], self.abstract.params),
@@ -249,9 +249,7 @@ class Run:
             *(
                 f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
                 f"this run has {now}. Restore the setting or choose another --workdir"
-                for name, before, now in checkpoint_lib.differences(
-                    about["must_match"], ours["must_match"]
-                )
+                for name, before, now in checkpoint_lib.differences(theirs, ours)
             ),
         ]
 

@@ -40,7 +40,7 @@ class Slice:
 
     topology: str
     sizes: tuple[str, ...]
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout | None]
 
     def layout(self, stage: str, size: str | None) -> Layout | None:
         """The layout of a run of `stage`, 'sft' or 'dpo', and `size`; None where there is none."""
@@ -52,7 +52,8 @@ class Slice:
 # 16 rows of SFT divide over fsdp; 3 of DPO over nothing, so that each device has a piece of every
 # row. Heads bound tensor: 32 at 7B, 40 at 13B, 8 key/value heads at 34B and 70B.
 _PARTED = Layout(16, 2, 8, row_parts=2)
-_256 = {"sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
+# Nobody has compiled 34B DPO.
+_256 = {"dpo_34b": None, "sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
 _WIDER = {"sft_7b": Layout(16, 1, 16, row_parts=2)}
 
 SLICES = {
