@@ -107,16 +107,18 @@ class Run:
     def put(self, batch: Batch) -> Batch:
         """The global arrays of a batch from the rows that each process loads (`mesh.row_share`).
 
-        Raises `ValueError` for a field that is not as the objective says.
+        Raises `ValueError` for a field that is not as the objective says; how many rows, and how
+        many examples they hold, may differ.
         """
         _, parts = self.row_share
         placed = {}
         for name, value in batch.items():
             field = self.fields[name]
-            if (value.shape[1:], value.dtype) != (field.shape[1:], np.dtype(field.dtype)):
+            long = field.axes[-1] != "length" or value.shape[-1] == field.shape[-1]
+            if value.ndim != len(field.shape) or value.dtype != field.dtype or not long:
                 raise ValueError(
-                    f"field {name!r} of a batch is {value.dtype} {list(value.shape[1:])} a row; "
-                    f"expected {field.dtype} {list(field.shape[1:])}, as the objective's fields say"
+                    f"field {name!r} of a batch is {value.dtype} {list(value.shape)}; expected "
+                    f"{field.dtype} {list(field.shape)}, as the objective's fields say"
                 )
             placed[name] = jax.make_array_from_process_local_data(
                 jax.NamedSharding(self.mesh, sharding.spec(*field.axes)),
