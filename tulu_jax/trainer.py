@@ -28,6 +28,7 @@ from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import Frozen, TrainState
 
 CONFIG_FILE = "config.gin"
+MEANS = {"data": " (other rows, tokenizer, template, length, or versions of tasks)"}
 OF_BASE = ("base_dtype", "generation_config")
 
 
@@ -250,7 +251,8 @@ class Run:
             *checkpoint_lib.param_problems(frozen, self.abstract_frozen.base, "frozen parameter"),
             *(
                 f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
-                f"this run has {now}. Restore the setting or choose another --workdir"
+                f"this run has {now}{MEANS.get(name, '')}. Restore the setting or choose another "
+                "--workdir"
                 for name, before, now in checkpoint_lib.differences(theirs, ours)
             ),
         ]
