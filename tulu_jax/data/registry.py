@@ -227,7 +227,7 @@ def components(
     split: str = "train",
     read: bool = True,
 ) -> list[Component]:
-    """The tasks behind a mixture or task, its name, or the path of a file of own rows.
+    """The tasks that a mixture or task, its name, or the path of a file of own rows stands for.
 
     Such a file is looked for in the working directory and below `data_root`, and its first row
     tells the kind of the task; all its rows are the source of `split`, too. Without `read` such a
