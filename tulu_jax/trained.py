@@ -111,9 +111,9 @@ def export(
 
     The folder has the tokenizer with a chat template that makes exactly the training ids, and the
     generation config of what the run began from. `dtype` None is that of the base, where it is
-    float32, else bfloat16. Neither the base nor the rows of the run are asked for. Raises
-    `UsageError`, before the parameters are loaded, if there is no such checkpoint or `out` cannot
-    be written.
+    float32, else bfloat16. The rows of the run are not asked for, nor its base, unless the
+    objective keeps it frozen. Raises `UsageError`, before the parameters are loaded, if there is no
+    such checkpoint or `out` cannot be written.
     """
     step = saved_step(config, step)
     about = checkpoint_lib.Checkpoints(config.workdir).about(step)
