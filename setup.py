@@ -23,7 +23,8 @@ BASE = [
     "tqdm>=4.66",
     "matplotlib>=3.9",
 ]
-# SentencePiece checkpoints (a bare tokenizer.model) are read through transformers' converter.
+# A bare tokenizer.model: sentencepiece has its schema, which protobuf parses. The converter is ours
+# (data/sentencepiece_bpe.py); transformers' gives other ids since version 5.
 SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]
 TORCH = ["torch==2.13.0"]
 GCS = ["gcsfs>=2024.6"]

@@ -3,7 +3,7 @@
     python benchmarks/dpo_packing.py [--data_root=../shared/data]
 
 `branches`: the prompt once, both answers as its branches, many pairs a row (ours). `plain`: both
-answers behind a prompt of their own, packed by the same best fit. `padded`: one answer a row, as
+answers after a prompt of their own, packed by the same best fit. `padded`: one answer a row, as
 the original trainer did. UltraFeedback pairs with the Llama-2 tokenizer, rows of 8,192. The update
 is that of a tiny Llama, its ids taken modulo a vocabulary of 512: only the lengths matter here.
 """

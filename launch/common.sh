@@ -51,7 +51,7 @@ check() {
   done
 }
 
-# export_variables FILE: exports what its NAME=value lines say. A value is what stands behind the
+# export_variables FILE: exports what its NAME=value lines say. A value is what stands after the
 # first =, to the end of the line, less the one pair of quotes that may enclose it; nothing in it is
 # evaluated. Passed over: blank lines, lines that begin with #, a carriage return that ends a line, a
 # byte order mark. Wrong lines are told all at once, by number, and never printed.

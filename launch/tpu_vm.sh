@@ -100,7 +100,7 @@ wait_until_active() {
   done
 }
 
-# Joined by &&: within a condition, as in watch, bash goes on behind a command that failed.
+# Joined by &&: within a condition, as in watch, bash goes on after a command that failed.
 install() {
   local source="${TMPDIR:-/tmp}/tulu_jax-$FLAG_name.tar.gz"
   run tar -czf "$source" --exclude=__pycache__ \

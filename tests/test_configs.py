@@ -115,8 +115,9 @@ def updates(config, rows_per_epoch):
 
 
 def test_updates_at_the_papers_own_batch():
-    """5,096 and 153 of tulu2.md §3.3; for pairs 5,808 and 581 there, where the 14 pairs that do not
-    fill a batch are dropped each epoch: ours go into the next one and make one update more."""
+    """Epochs x whole batches of an epoch, as EasyLM's `llama_train.py` counts: 5,096, with 153 of
+    warm-up. For pairs 5,808 and 581 there, where the 14 pairs that do not fill a batch are dropped
+    each epoch: ours go into the next one and make one update more."""
     config = load("sft_7b", "--gin.BATCH_SIZE=128")
     assert updates(config, V2_ROWS) == (5_096, 153)
     config = load("dpo_7b", "--gin.BATCH_SIZE=32")

@@ -128,7 +128,8 @@ def test_paper_norm_averages_the_gradients_of_row_groups(tmp_path, micro):
 
 
 def original_dpo_loss(config, params, batch):
-    """The mean over the pairs of a micro-batch, from full logits of both sides (tulu2.md §3.4)."""
+    """The mean over the pairs of a micro-batch, from full logits of both sides
+    (EasyLM's `llama_train_dpo.py`, November 2023)."""
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in BY_POSITION}
     logits = llama.logits(
         config.model,
@@ -301,7 +302,7 @@ def test_dpo_starts_at_log_two_and_reaches_accuracy_one(tmp_path):
 
 
 def test_learning_rate_counts_updates():
-    """tulu2.md §3.3: 5,096 updates warm up over 153; 5,808 over 581; the end is 0."""
+    """EasyLM's `llama_train.py`: 5,096 updates warm up over 153, 5,808 over 581; the end is 0."""
     for total, ratio, warmup in ((5096, 0.03, 153), (5808, 0.1, 581)):
         config = optim.OptimizerConfig(learning_rate=2e-5, warmup_ratio=ratio)
         rate = optim.schedule(config, total)

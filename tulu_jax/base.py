@@ -127,7 +127,8 @@ def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
 
 
 def _weights_in_files(folder: str, model: LlamaConfig, bad: dict[str, list[int]]) -> list[str]:
-    """The weights of a Hugging Face folder, "name in file", behind parameters and their layers."""
+    """The weights of a Hugging Face folder, "name in file", that parameters and their
+    layers are read from."""
     names = {found.path: found.names for found in jax.tree.leaves(layout.layouts(model))}
     headers = WeightFiles(epath.Path(folder)).headers
     weights = [names[path][layer] for path, layers in bad.items() for layer in layers or [0]]

@@ -27,9 +27,9 @@ class TrainConfig:
 
     `bucket` and `slice` are consumed here. Relative paths lie below `bucket`, a folder or a `gs://`
     prefix; one of the working directory begins with `./`. `slice`, a name in `parallel/slices.py`,
-    gives the mesh, and where they are None the micro-batch and `execution.remat_policy` and
-    `row_parts`; 'any'
-    leaves a mesh that is set as it is, and one that is not to the devices there are (`mesh_on`).
+    gives the mesh, and where they are None the micro-batch and the `remat_policy` and `row_parts`
+    of `execution`; 'any' leaves a mesh that is set as it is, and one that is not to the devices
+    there are (`mesh_on`).
     """
 
     model: LlamaConfig

@@ -182,7 +182,7 @@ class Rehearsal:
         return done
 
     def kill_one(self, victim: int, step: int) -> bool:
-        """Whether all others stop, naming the process that is killed behind update `step`."""
+        """Whether all others stop, naming the process that is killed after update `step`."""
         processes, workdir = self.start("killed", "disturbed")
         try:
             reached = _with_bar("killed", workdir, processes, until=step)

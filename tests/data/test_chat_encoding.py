@@ -120,7 +120,7 @@ def test_trained_tokenizer_mask_side_by_side(tokenizer):
 
 
 def test_llama2_ids_of_the_reference(llama2):
-    """tulu2.md 2.2, and the last line of 2.3: a classic fast tokenizer keeps the newline."""
+    """Ids of Llama-2's SentencePiece model; a classic fast tokenizer keeps the newline."""
     assert llama2.encode("<|user|>\n") == [529, 29989, 1792, 29989, 29958, 13]
     assert llama2.encode("\n<|assistant|>\n")[2:] == [29966, 29989, 465, 22137, 29989, 29958, 13]
     assert llama2.encode("<|system|>\n") == [529, 29989, 5205, 29989, 29958, 13]

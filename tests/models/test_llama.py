@@ -20,7 +20,7 @@ EXACT = ExecutionConfig(compute_dtype="float32", attention="xla", remat=False)
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [  # tulu2.md §1.1
+    [  # from the `config.json` of each base on the hub
         ("llama2_7b", 6_738_415_616),
         ("llama2_13b", 13_015_864_320),
         ("llama2_70b", 68_976_648_192),
@@ -106,7 +106,7 @@ def test_rematerialisation_changes_nothing(policy):
 
 
 def test_rotary_angles_are_float32_at_long_positions():
-    """bfloat16 angles lose neighbouring positions past ~256 (tulu2.md §7.2); ours stay exact."""
+    """bfloat16 angles (EasyLM's `llama_model.py`) are wrong past ~256 positions; ours are not."""
     positions = jnp.asarray([[8191]])
     cos, sin = layers.rotary_angles(positions, head_dim=128, theta=1e4)
     frequencies = 1e4 ** (-np.arange(0, 128, 2) / 128)

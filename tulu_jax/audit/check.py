@@ -200,7 +200,7 @@ class _Comparison:
         )
 
     def _decoded(self, before: int, ids: list[int]) -> str:
-        """The text of ids behind the id `before`; a decoder takes a space off each beginning."""
+        """The text of ids that follow id `before`; a decoder takes a space off each beginning."""
         head = self._tokenizer.decode([before], skip_special=False)
         text, run, is_first = "", [], before not in self._added
         for id in [*ids, None]:

@@ -37,7 +37,7 @@ class Piece:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """A stretch of a row: a conversation (`name` ""), or the "prompt", "chosen" or "rejected" of a
-    pair. Its `tokens` lie at positions `first` to `last`; `cut` tokens were behind them."""
+    pair. Its `tokens` lie at positions `first` to `last`; `cut` tokens came after them."""
 
     name: str
     first: int
@@ -191,7 +191,7 @@ def _shown(rows: loader.Rows, index: int, source: _Source, *, is_train: bool) ->
 
 
 def _parts(row: loader.Batch, number: int, sides: list, name: str) -> Iterator[Part]:
-    """The parts of one segment: the conversation; both sides, each behind its prompt; or the
+    """The parts of one segment: the conversation; both sides, each after its prompt; or the
     prompt, once, and both answers."""
     if "branches" in row:
         prompt, *answers = (
@@ -251,7 +251,7 @@ def _divided(tokens: list[pieces.Token], kept: list[int], at: int, name: str):
 
 def _part(name: str, stretch: _Stretch, tokens: list[pieces.Token], trained, *, first: int) -> Part:
     """The part that `tokens` make; the first of them is id `first` of its conversation, and those
-    behind `trained` are cut."""
+    after `trained` are cut."""
     made = _pieces(tokens, trained, first)
     return Part(
         name=name,

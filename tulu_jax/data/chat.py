@@ -11,9 +11,9 @@ turns and on the `</s>` that ends each. Three modes, named after what they repro
 | `paper` | swallowed, as all white space around `<s>`, `</s>`, `<unk>`: the JAX trainer's |
 | `open_instruct` | a token, and trained, as in `finetune.py` of November 2023 |
 
-Both originals mask user and system turns, each with the header of the assistant's turn behind it,
+Both originals mask user and system turns, each with the header of the assistant's turn after it,
 and train the rest: so also `<|assistant|>` LF where the assistant begins, or goes on after itself.
-They count the ids to mask on the text up to there. Where `paper` swallows the newline behind that
+They count the ids to mask on the text up to there. Where `paper` swallows the newline after that
 header, as the answer is empty or begins with a special token, that token is masked instead.
 They cut to `max_seq_length` ids before the shift; we cut to `max_length` targets, one more.
 

@@ -211,7 +211,7 @@ class Rows:
     positions` int32, each [T]. Pairs that are not packed have [2, T] (CHOSEN, REJECTED) and
     `example` int32 [], their index in the encoded set. Packed pairs have `branches` int32 [T]
     (0 prompt, 1 chosen, 2 rejected) and `example` int32 [P], the pair of segment s at s - 1, −1
-    behind the last; P is the most pairs that a row can hold.
+    after the last; P is the most pairs that a row can hold.
     """
 
     def __init__(self, folders, counts, *, config: DataConfig, kind: str):

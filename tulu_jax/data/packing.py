@@ -108,7 +108,7 @@ def fill_pair_row(
     """One row of `capacity` positions from pairs of (ids, trained ranges), prompts stored once.
 
     A segment is a prompt without its last token (`branches` 0), then the chosen (1) and the
-    rejected (2) answer, each behind a copy of that last token, which has a target in both. Both
+    rejected (2) answer, each after a copy of that last token, which has a target in both. Both
     branches continue the positions of the prompt. A key is visible to a query if it is not later
     in the row, in the same segment, and in the prompt or in the same branch.
     """

@@ -1,7 +1,8 @@
 """Registers the preference sources and mixtures of them; docs/preference_data.md has the table.
 
 Paths are relative to the data root: the files of a hub repository lie as they are there below
-`preference_raw/<task>`. Counts: tulu2.md §4.7 and the cards of the sets.
+`preference_raw/<task>`. Counts are those of the cards of the
+sets on the hub.
 """
 
 import functools

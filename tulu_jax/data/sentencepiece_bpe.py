@@ -6,7 +6,7 @@ such a file with these ids; the protobuf schema comes with sentencepiece.
 
 Only `<s>`, `</s>` and `<unk>` are special tokens: the library finds no other control piece in text.
 User-defined pieces it does find, whole and before any merge, in the text with its spaces marked. So
-they are split off behind the normalizer, and the model takes a part that is a piece for that piece.
+they are split off after the normalizer, and the model takes a part that is a piece for that piece.
 A part that is a piece which merges do not reach (a byte, a control piece) is split first, where its
 merges end, and is no piece any more.
 """

@@ -31,7 +31,7 @@ _added: dict[str, tuple[seqio.Task, loader.DataConfig]] = {}
 
 
 class ChatVocabulary(seqio.Vocabulary):
-    """A chat tokenizer for seqio. As seqio has it, `decode` stops behind the first `</s>`."""
+    """A chat tokenizer for seqio. As seqio has it, `decode` stops after the first `</s>`."""
 
     def __init__(self, tokenizer: chat_lib.ChatTokenizer):
         super().__init__()

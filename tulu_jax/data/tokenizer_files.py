@@ -44,7 +44,7 @@ def load(path: str):
     backend = _from_json(file) if file.suffix == ".json" else _from_model(file)
     if file.suffix == ".model" and _object(file.with_name(CONFIG)).get("legacy") is False:
         logging.warning(
-            "%s says legacy = False; text behind a special token gets its leading space piece all "
+            "%s says legacy = False; text after a special token gets its leading space piece all "
             "the same, as the original's did",
             file.with_name(CONFIG),
         )
@@ -60,7 +60,7 @@ def for_plain_text(backend, path: str):
     """`backend`, loaded from `path`, as it encodes plain text when it is asked for special tokens.
 
     A tokenizer.json says itself what it adds. Llama's tokenizer.model is read with `<s>` in front
-    of a text and nothing behind it, unless `tokenizer_config.json` beside it says otherwise.
+    of a text and nothing after it, unless `tokenizer_config.json` beside it says otherwise.
     """
     import tokenizers
     from tokenizers import processors

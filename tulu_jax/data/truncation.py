@@ -7,7 +7,7 @@
 | `split` | split between exchanges, into several examples | refused |
 | `drop` | left out | left out |
 
-Under every rule, what has no trained token is left out, and so is what has its first behind the
+Under every rule, what has no trained token is left out, and so is what has its first after the
 limit (its prompt fills the row), and a pair whose answers are the same after the cut, or whose
 prompts are not the same ids (`chat.tokenize_pairs`).
 """

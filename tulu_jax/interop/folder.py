@@ -17,7 +17,7 @@ _NO_CONTENT = {PARTIAL, "lost+found"}  # what a killed export left, and what an 
 
 
 def located(path: str | os.PathLike[str]) -> epath.Path:
-    """The place that `path` means; behind symbolic links, so that they stay."""
+    """The place that `path` means; symbolic links are followed, so that they stay."""
     target = epath.Path(path).expanduser()
     return target if is_remote(target) else epath.Path(os.path.realpath(target))
 

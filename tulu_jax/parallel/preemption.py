@@ -1,4 +1,4 @@
-"""SIGTERM, which a spot slice gets before it goes: all processes stop behind the same update."""
+"""SIGTERM, which a spot slice gets before it goes: all processes stop after the same update."""
 
 import signal
 import threading
@@ -31,7 +31,7 @@ class Notice:
         self._received.set()
 
     def reached(self, step: int) -> bool:
-        """Whether to stop behind update `step`, the same answer on every process."""
+        """Whether to stop after update `step`, the same answer on every process."""
         if jax.distributed.is_initialized():
             reached = multihost_utils.reached_preemption_sync_point(step)
         else:

@@ -174,7 +174,7 @@ class Checkpoints:
         sys.unraisablehook = functools.partial(_without_echoes, former)
         try:
             found = read(step)
-            sys.unraisablehook = former  # behind a failure, echoes come until the end
+            sys.unraisablehook = former  # after a failure, echoes come until the end
             return found
         except Exception as error:  # of json, TensorStore, Orbax and what these read with
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

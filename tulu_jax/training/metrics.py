@@ -85,8 +85,8 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Brings what was written into a bucket; called before each checkpoint, behind which a
-        resumed run keeps its lines."""
+        """Brings what was written into a bucket; called before each checkpoint, so that a run
+        resumed from it has the lines up to there."""
         if self._lines is None:
             return
         (self._folder / FILE).write_text("".join(self._lines))

@@ -16,7 +16,8 @@ from tulu_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The recipe's AdamW (tulu2.md §3): b2 0.95, no weight decay, global-norm clip 1.0.
+    """The recipe's AdamW, without weight decay (TÜLU 2, appendix B). b2 0.95 and a global-norm clip
+    of 1.0 are its trainer's defaults (EasyLM's `optimizers.py`, November 2023).
 
     The learning rate rises from 0 over ceil(`warmup_ratio` × updates) updates to `learning_rate`
     and falls linearly to 0 at the last. `mu_dtype` is the dtype of the first moment.

@@ -2,7 +2,7 @@
 
 A folder holds `key.json`, the fingerprints of all that the numbers depend on, and shards
 `00000.npz`, `00001.npz`...: `ids` and float32 `logps` [n, 2]. A shard is there whole or not at all,
-so a killed pass goes on behind the last one.
+so a killed pass goes on after the last one.
 """
 
 import json

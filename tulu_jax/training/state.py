@@ -10,7 +10,7 @@ import numpy as np
 
 from tulu_jax.parallel import sharding
 
-STACKED = "model/layers/"  # parameters of all layers, one behind the other on axis 0
+STACKED = "model/layers/"  # parameters of all layers, stacked on axis 0
 
 
 @jax.tree_util.register_dataclass

@@ -39,7 +39,7 @@ def conversation(row: dict) -> dict:
 
 
 def pair(row: dict) -> dict:
-    """The example of `chosen` and `rejected`, behind the prompt where it is not in both."""
+    """The example of `chosen` and `rejected`, after the prompt where it is not in both."""
     prompt = _prompt(row)
     sides = [_messages(messages.present(row, side), side, "assistant") for side in SIDES]
     whole = [side[0]["role"] != "assistant" for side in sides]

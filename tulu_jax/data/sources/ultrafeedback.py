@@ -1,7 +1,7 @@
 """UltraFeedback from its raw records: several completions of a prompt, scored, made into a pair.
 
-Facts: tulu2.md §4.7; the binarization scripts of HuggingFaceH4/ultrafeedback_binarized (October
-2023 and January 2024) and the score repair of github.com/OpenBMB/UltraFeedback (December 2023).
+Facts: the binarization scripts of HuggingFaceH4/ultrafeedback_binarized (October 2023 and January
+2024) and the score repair of github.com/OpenBMB/UltraFeedback (December 2023).
 """
 
 import dataclasses
