@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from tulu_jax.audit import benchmarks, contamination, preference_audit
-from tulu_jax.data import examples, registry
+from tulu_jax.data import components, examples
 
 ROW_WORDS, SFT_ROWS, PAIRS = 820, 326_154, 61_966
 
@@ -24,7 +24,7 @@ def load(mixture: str, data_root: str) -> list[dict]:
     drawing = examples.Drawing(
         split="train", amount=None, seed=0, holdout_every=None, data_root=data_root
     )
-    tasks = [component.task for component in registry.components(mixture)]
+    tasks = [component.task for component in components.of(mixture)]
     return [row for task in tasks for row in examples.load_examples(task, drawing).examples]
 
 

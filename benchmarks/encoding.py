@@ -22,7 +22,7 @@ import numpy as np
 import transformers
 import trl
 
-from tulu_jax.data import chat, encode, examples, registry
+from tulu_jax.data import chat, components, encode, examples, registry
 from tulu_jax.interop import tokenizer_export
 
 TARGET = 3.0
@@ -45,7 +45,7 @@ def real_rows(data_root: str) -> list[dict]:
         drawing = examples.Drawing(
             split="train", amount=None, seed=0, holdout_every=None, data_root=data_root
         )
-        (component,) = registry.components(name)
+        (component,) = components.of(name)
         for example in examples.load_examples(component.task, drawing).examples:
             if "messages" in example:
                 rows.append({"messages": example["messages"]})

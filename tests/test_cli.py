@@ -9,7 +9,7 @@ import gin
 import pytest
 
 from tulu_jax import cli, preflight
-from tulu_jax.data import data_checks, examples, registry
+from tulu_jax.data import components, data_checks, examples
 from tulu_jax.recipe import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -74,7 +74,7 @@ def test_a_mixture_written_in_gin(tmp_path):
     config = cli.load(write(tmp_path, MIXTURE), workdir="out/here")
     mixture = config.data.train
     assert (mixture.name, mixture.seed, mixture.tasks["tulu_v2.science"]) == ("mine", 7, 0.5)
-    found = {c.task.name: c.amount for c in registry.components(mixture)}
+    found = {c.task.name: c.amount for c in components.of(mixture)}
     assert found["tulu_v2.lima"] is None and found["tulu_tiny"] == 2000
     assert found["tulu_v2.science.scierc_ner"] == 0.5 and len(found) == 8
     saved = tmp_path / "config.gin"
@@ -117,7 +117,7 @@ def test_a_task_with_a_converter_written_in_gin(tmp_path, my_rows):
     more = "registry.Task.convert = @conversations.lima\nregistry.Task.kind = 'sft'\n"
     data = cli.load(write(tmp_path, TASK + more), workdir=None).data
     task = dataclasses.replace(data.train, sources={"train": str(my_rows)})
-    drawing = data.drawing(registry.components(task)[0], "train")
+    drawing = data.drawing(components.of(task)[0], "train")
     (example,) = examples.load_examples(task, drawing).examples
     assert [message["content"] for message in example["messages"]] == ["q", "a"]
     saved = tmp_path / "config.gin"

@@ -10,7 +10,7 @@ from hypothesis import strategies
 from raw_rows import messages, pair
 
 from tulu_jax.audit import benchmarks, contamination, ngrams
-from tulu_jax.data import examples, registry
+from tulu_jax.data import components, examples
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 
@@ -216,7 +216,7 @@ def real_index(shared_data) -> contamination.Index:
 
 
 def loaded(task: str, shared_data) -> list[tuple[str, dict]]:
-    (component,) = registry.components(task)
+    (component,) = components.of(task)
     drawing = examples.Drawing(
         split="train", amount=None, seed=0, holdout_every=None, data_root=str(shared_data)
     )

@@ -108,7 +108,7 @@ def test_where_a_path_may_lead(config, folder, monkeypatch):
     assert list(counts.values()) == [2, 2, 2, 2, 4]
     write_jsonl(folder / "data" / "here.jsonl", chats(3))
     with pytest.raises(ValueError, match=r"'here\.jsonl' is /\S+ in the working directory and /\S"):
-        config("here.jsonl")
+        loader.prepare(config("here.jsonl"), split="train")
 
 
 def test_no_name_and_no_file(config, folder):
@@ -200,13 +200,13 @@ def test_malformed_rows_are_named_by_file_and_line(config, folder):
 def test_a_first_row_of_neither_kind(config, folder):
     write_jsonl(folder / "my.jsonl", [{"instruction": "x", "output": "y"}])
     with pytest.raises(ValueError) as raised:
-        config("my.jsonl")
+        loader.prepare(config("my.jsonl"), split="train")
     assert f"{folder}/my.jsonl, line 1: found columns ['instruction', 'output']" in str(
         raised.value
     )
     (folder / "my.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"my\.jsonl, line 1: malformed JSON"):
-        config("my.jsonl")
+        loader.prepare(config("my.jsonl"), split="train")
 
 
 PAIR = {"prompt": messages("Say"), **SAID}

@@ -11,7 +11,7 @@ from preference_rows import LAYOUTS, h4, of_rows, ranked, sharegpt_turn
 from raw_rows import messages, pair
 
 import tulu_jax.data.preferences  # noqa: F401  it registers the tasks
-from tulu_jax.data import registry
+from tulu_jax.data import components, registry
 from tulu_jax.data.sources import hh, rankings
 
 Dropped = registry.Dropped
@@ -82,7 +82,7 @@ def test_the_paper_s_task_alone_keeps_ties():
         if getattr(registry.TaskRegistry.get(name).convert, "keywords", {}).get("ties") == "keep"
     }
     assert kept == {"ultrafeedback_h4_first"}
-    (paper,) = registry.components("tulu_2_dpo")
+    (paper,) = components.of("tulu_2_dpo")
     assert (paper.task.name, paper.amount, paper.task.expected) == (
         "ultrafeedback_h4_first",
         None,

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, messages, pair, write_jsonl
 
-from tulu_jax.data import examples, registry
+from tulu_jax.data import components, examples, registry
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def test_mixture_names_tasks_and_numbers_of_rows(add_task, mixture):
     add_task("a", {"train": lambda: chats(30)})
     add_task("b", {"train": lambda: chats(30)})
     mixture("m", {"a": 7, "b": None})
-    parts = [load(c.task, rows=c.amount, seed=c.seed) for c in registry.components("m")]
+    parts = [load(c.task, rows=c.amount, seed=c.seed) for c in components.of("m")]
     assert [len(part.examples) for part in parts] == [7, 30]
     assert parts[0].ids == sorted(parts[0].ids, key=lambda i: int(i.split("/")[1]))
-    again = registry.components("m")[0]
+    again = components.of("m")[0]
     assert load(again.task, rows=again.amount, seed=again.seed).ids == parts[0].ids
     assert load(again.task, rows=again.amount, seed=1).ids != parts[0].ids
 
@@ -63,10 +63,10 @@ def test_mixtures_nest_by_fractions_and_need_no_name_in_the_registry(add_task, m
     add_task("b", {"train": lambda: chats(30)})
     mixture("ab", {"a": 10, "b": None})
     wanted = registry.Mixture(name="mine", tasks={"ab": 0.5}, seed=7)
-    found = registry.components(wanted)
+    found = components.of(wanted)
     assert [(c.task.name, c.amount, c.seed) for c in found] == [("a", 5, 42), ("b", 0.5, 42)]
     assert [len(load(c.task, rows=c.amount).ids) for c in found] == [5, 15]
-    assert registry.kind_of(wanted) == "sft" and registry.name_of(wanted) == "mine"
+    assert components.kind_of(wanted) == "sft" and registry.name_of(wanted) == "mine"
 
 
 def test_problems_of_a_mixture_are_listed_together(add_task, mixture):
@@ -74,7 +74,7 @@ def test_problems_of_a_mixture_are_listed_together(add_task, mixture):
     mixture("only_a", {"a": None})
     wanted = registry.Mixture(name="mine", tasks={"a": None, "only_a": 7, "limma": 1})
     with pytest.raises(ValueError) as raised:
-        registry.components(wanted)
+        components.of(wanted)
     for part in (
         "7 rows of the mixture 'only_a' are asked for; of a mixture inside a mixture, take None",
         "no mixture or task is named 'limma'; did you mean 'lima'",
@@ -94,7 +94,7 @@ def test_mixture_of_both_kinds_is_refused(add_task, mixture):
     add_task("b", {"train": lambda: []}, kind="preference")
     mixture("m", {"a": None, "b": None})
     with pytest.raises(ValueError, match=r"mixture 'm' has tasks of different kinds"):
-        registry.components("m")
+        components.of("m")
 
 
 def test_more_rows_than_there_are(add_task):
@@ -126,7 +126,7 @@ def test_an_unknown_split_is_no_train_split(add_task, split):
         lambda: task.source(split),
         lambda: list(examples.raw_rows(task, split, None)),
         lambda: examples.check_first_row(task, split=split, data_root=None),
-        lambda: registry.components("a", split=split),
+        lambda: components.of("a", split=split),
     ):
         with pytest.raises(ValueError, match=expected):
             ask()

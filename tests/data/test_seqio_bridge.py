@@ -7,7 +7,7 @@ import pytest
 from encoded_chats import encode_conversation
 from raw_rows import chats, messages, write_jsonl
 
-from tulu_jax.data import chat, examples, loader, registry
+from tulu_jax.data import chat, components, examples, loader, registry
 from tulu_jax.data.sources import readers
 
 seqio = pytest.importorskip("seqio", reason="the extra 'seqio' is not installed")
@@ -100,7 +100,7 @@ def has_rows(name: str, root: str) -> bool:
         paths = (source,) if isinstance(source, str) else source.paths
         return all(readers.find(f"{root}/{path}") for path in paths)
 
-    return all(found(component.task.sources["train"]) for component in registry.components(name))
+    return all(found(component.task.sources["train"]) for component in components.of(name))
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -135,7 +135,7 @@ def test_tulu_tiny(options):
 def test_the_published_mixtures(version, options, tmp_path):
     """A few rows of each component in the published layout: components, ablations, the whole."""
     mixture = f"tulu_{version}_sft"
-    columns = [c.task.name.split(".", 1)[1] for c in registry.components(mixture)]
+    columns = [c.task.name.split(".", 1)[1] for c in components.of(mixture)]
     rows = [
         {"dataset": column, "id": f"{column}_{i}", "messages": messages(f"{column} {i}?", "Yes")}
         for i in range(4)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw_rows import messages, write_jsonl
 
-from tulu_jax.data import examples, registry, tulu
+from tulu_jax.data import components, examples, registry, tulu
 from tulu_jax.data.sources import science, sharegpt
 
 V2 = tulu.V2_COMPONENTS
@@ -16,7 +16,7 @@ V1 = tulu.V1_COMPONENTS
 
 
 def tasks(name: str) -> dict[str, registry.Task]:
-    return {component.task.name: component.task for component in registry.components(name)}
+    return {component.task.name: component.task for component in components.of(name)}
 
 
 def load(task: registry.Task, data_root) -> examples.TaskExamples:
@@ -34,8 +34,8 @@ def test_every_component_in_every_route():
     assert len(tasks("tulu_v2_sft")) == 10 + 6
     assert len(tasks("tulu_v2_sft_raw")) == 10 + 6 + 1  # CoT is two files
     assert len(tasks("tulu_v1_sft")) == 7 and len(tasks("tulu_v1_sft_raw")) == 8
-    for route, components in (("tulu_v2", V2), ("tulu_v2_raw", V2), ("tulu_v1", V1)):
-        for component in components:
+    for route, parts in (("tulu_v2", V2), ("tulu_v2_raw", V2), ("tulu_v1", V1)):
+        for component in parts:
             for task in tasks(f"{route}.{component}").values():
                 assert task.kind == "sft" and task.seed == 42 and task.licence and task.origin
     assert list(tasks("sharegpt_only")) == ["tulu_v2.sharegpt"]

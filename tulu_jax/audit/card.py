@@ -20,7 +20,7 @@ from tulu_jax.audit import (
     preference_audit,
 )
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import encode, examples, loader, packing, registry, store, truncation
+from tulu_jax.data import components, encode, examples, loader, packing, registry, store, truncation
 from tulu_jax.data.sources import name_filter, readers
 
 # TÜLU 2 (arXiv 2311.10702) §2 and figure 1; tokens of a row of the V2 mixture.
@@ -55,8 +55,7 @@ def build(
     tokenizer = chat_lib.load_tokenizer(config.tokenizer)
     tasks, found, kept, seconds = [], [], [], 0.0
     for split, prepared in splits.items():
-        components = loader.split_components(config, split)
-        for number, component in enumerate(components):
+        for number, component in enumerate(loader.split_components(config, split)):
             counts, folder = prepared.stats.tasks[number], prepared.folders[number]
             shortened, left_out = _shortened(folder), _aside(folder)
             needed = shortened or (split == "train" and (index or config.kind == "preference"))
@@ -118,7 +117,9 @@ def write(card: Card, folder) -> str:
     return page
 
 
-def _texts(config: loader.DataConfig, component: registry.Component, split: str) -> dict[str, dict]:
+def _texts(
+    config: loader.DataConfig, component: components.Component, split: str
+) -> dict[str, dict]:
     loaded = examples.load_examples(component.task, config.drawing(component, split))
     return dict(zip(loaded.ids, loaded.examples, strict=True))
 

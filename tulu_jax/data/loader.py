@@ -17,7 +17,7 @@ from absl import logging
 
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import encode, examples, packing, registry, stats, store, truncation
+from tulu_jax.data import components, encode, examples, packing, registry, stats, store, truncation
 
 CHOSEN, REJECTED = 0, 1
 NO_EXAMPLE = -1
@@ -80,14 +80,14 @@ class DataConfig:
     @property
     def kind(self) -> str:
         """`"sft"` or `"preference"`, as the tasks of `train` are."""
-        return registry.kind_of(self.train, data_root=self.data_root)
+        return components.kind_of(self.train, data_root=self.data_root)
 
     @property
     def one_row(self) -> bool:
         """Whether a pair lies in one row, its prompt once and its answers as branches."""
         return self.kind == "preference" and self.packing == "best_fit"
 
-    def drawing(self, component: registry.Component, split: str) -> examples.Drawing:
+    def drawing(self, component: components.Component, split: str) -> examples.Drawing:
         """Which examples of one task of the mixture `split` takes.
 
         Of a train split, rows are held out only for the validation split that they go to.
@@ -112,7 +112,7 @@ def kind_problems(config: DataConfig, *, read: bool) -> list[str]:
         wanted = getattr(config, field)
         if wanted is not None:
             try:
-                tasks = registry.components(wanted, data_root=config.data_root, read=read)
+                tasks = components.of(wanted, data_root=config.data_root, read=read)
                 kinds[field] = tasks[0].task.kind
             except ValueError as error:
                 found.append(f"{field}: {error}")
@@ -125,14 +125,14 @@ def kind_problems(config: DataConfig, *, read: bool) -> list[str]:
     return found
 
 
-def split_components(config: DataConfig, split: str) -> list[registry.Component]:
+def split_components(config: DataConfig, split: str) -> list[components.Component]:
     """The tasks that give rows to `split`; `[]` for a validation split that the run has not.
 
     Raises `ValueError` for a split that is none of `registry.SPLITS`.
     """
     registry.check_split(split)
     own = split == "train" or config.validation is None
-    found = registry.components(
+    found = components.of(
         config.train if own else config.validation,
         data_root=config.data_root,
         split="train" if own else split,

@@ -1,6 +1,6 @@
 """Tasks of own rows: a file that no module registers, or a task without a converter.
 
-`--gin.MIXTURE="my.jsonl"` names such a file; `registry.components` asks here for what has no name.
+`--gin.MIXTURE="my.jsonl"` names such a file; `components.of` asks here for what has no name.
 """
 
 import dataclasses

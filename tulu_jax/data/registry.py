@@ -9,12 +9,10 @@ as well (`own_rows`).
 """
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 
 from tulu_jax import validation
-from tulu_jax.data.sources import file_sets
 
 BUILT_IN = (  # they register this project's tasks
     "tulu_jax.data.tulu",
@@ -160,16 +158,6 @@ class Mixture:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Component:
-    """A task of a mixture: `amount` of its train examples (None: all, an int: rows, a float: a
-    fraction), drawn with `seed`."""
-
-    task: Task
-    amount: int | float | None
-    seed: int
-
-
 class Registry:
     """Objects by name, this project's among them. A name is taken once."""
 
@@ -209,9 +197,9 @@ MixtureRegistry = Registry("mixture")
 
 def get_mixture_or_task(name: str) -> Mixture | Task:
     """The mixture or the task of that name. Raises `ValueError` with the nearest known name."""
-    found = _named(name)
+    found = named(name)
     if found is None:
-        raise ValueError(_no_such_name(name))
+        raise ValueError(no_such_name(name))
     return found
 
 
@@ -220,49 +208,13 @@ def all_names() -> list[str]:
     return MixtureRegistry.names() + TaskRegistry.names()
 
 
-def components(
-    wanted: str | Mixture | Task,
-    *,
-    data_root: str | None = None,
-    split: str = "train",
-    read: bool = True,
-) -> list[Component]:
-    """The tasks that a mixture or task, its name, or the path of a file of own rows stands for.
-
-    Such a file is looked for in the working directory and below `data_root`, and its first row
-    tells the kind of the task; all its rows are the source of `split`, too. Without `read` such a
-    file need not be there, and the kind of its task is None. Raises `ValueError` for
-    unknown names and splits, a task that is named twice, a number of rows of a mixture, and a
-    mixture of supervised and preference tasks; all of them at once.
-    """
-    check_split(split)
-    problems: list[str] = []
-    find = functools.partial(_found, data_root=data_root, split=split, read=read)
-    found = _flat(wanted, None, None, find, problems)
-    names = [component.task.name for component in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        problems.append(f"mixture {name_of(wanted)!r} has tasks more than once: {twice}")
-    kinds = {c.task.name: c.task.kind for c in found if c.task.kind is not None}
-    if len(set(kinds.values())) > 1:
-        problems.append(f"mixture {name_of(wanted)!r} has tasks of different kinds: {kinds}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return found
-
-
 def name_of(wanted: str | Mixture | Task) -> str:
     return wanted if isinstance(wanted, str) else wanted.name
 
 
-def kind_of(wanted: str | Mixture | Task, *, data_root: str | None = None) -> str:
-    """`"sft"` or `"preference"`, for what `components` takes."""
-    return components(wanted, data_root=data_root)[0].task.kind
-
-
 def expected_examples(wanted: str | Mixture | Task) -> int | None:
     """The number of train examples that is known for a mixture or task, None if none is."""
-    found = _named(wanted) if isinstance(wanted, str) else wanted
+    found = named(wanted) if isinstance(wanted, str) else wanted
     return None if found is None else found.expected
 
 
@@ -271,61 +223,20 @@ def _import_built_in() -> None:
         importlib.import_module(module)
 
 
-def _named(name: str) -> Mixture | Task | None:
+def named(name: str) -> Mixture | Task | None:
+    """The mixture or the task of that name, or None."""
     for items in (MixtureRegistry, TaskRegistry):
         if name in items:
             return items.get(name)
     return None
 
 
-def _no_such_name(name: str) -> str:
+def no_such_name(name: str) -> str:
+    """What to tell of a name that nothing has."""
     return (
         f"no mixture or task is named {name!r}{validation.nearest(name, all_names())}; mixtures "
         f"are {', '.join(MixtureRegistry.names())}, and tasks are listed in docs/data.md"
     )
-
-
-def _found(
-    wanted: str | Mixture | Task, *, data_root: str | None, split: str, read: bool
-) -> Mixture | Task:
-    """The mixture, or the task with its kind and converter."""
-    from tulu_jax.data import own_rows  # it reads files of tasks
-
-    found = _named(wanted) if isinstance(wanted, str) else wanted
-    if not read:
-        if found is None and ("/" in wanted or file_sets.suffix(wanted)):
-            return Task(name=wanted, sources={"train": wanted})
-        if found is not None:
-            return found
-    if found is None:
-        try:
-            found = own_rows.task_of_file(wanted, data_root=data_root, split=split)
-        except OSError as error:
-            raise ValueError(f"{_no_such_name(wanted)}; and {error}") from error
-    if isinstance(found, Task) and found.convert is None:
-        found = own_rows.resolved(found, data_root=data_root)
-    return found
-
-
-def _flat(wanted, amount, seed, find: Callable, problems: list[str]) -> list[Component]:
-    try:
-        found = find(wanted)
-    except (OSError, ValueError) as error:
-        problems.append(str(error))
-        return []
-    if isinstance(found, Task):
-        return [Component(task=found, amount=amount, seed=found.seed if seed is None else seed)]
-    if isinstance(amount, int):
-        problems.append(
-            f"{amount} rows of the mixture {found.name!r} are asked for; of a mixture inside a "
-            "mixture, take None (all) or a fraction, or name its tasks one by one"
-        )
-    parts = []
-    for name, inner in found.tasks.items():
-        if isinstance(amount, float):
-            inner = amount if inner is None else type(inner)(inner * amount)
-        parts += _flat(name, inner, found.seed, find, problems)
-    return parts
 
 
 def _is_amount(amount) -> bool:

@@ -20,7 +20,7 @@ import seqio
 import tensorflow as tf
 
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import loader, registry
+from tulu_jax.data import components, loader, registry
 
 PREFIXES = {"sft": ("",), "preference": ("chosen_", "rejected_")}
 FIELDS = {"tokens": tf.int32, "targets": tf.int32, "loss_mask": tf.bool}
@@ -177,7 +177,7 @@ def _check_unchanged(template: loader.DataConfig, ours: set[str]) -> None:
 
 def _add_task(name: str, template: loader.DataConfig, vocabulary: ChatVocabulary) -> None:
     mask = seqio.PassThroughVocabulary(size=2)
-    prefixes = PREFIXES[registry.kind_of(name)]
+    prefixes = PREFIXES[components.kind_of(name)]
     features = {
         prefix + field: seqio.Feature(
             mask if dtype == tf.bool else vocabulary, add_eos=False, dtype=dtype
@@ -201,7 +201,7 @@ def _splits(name: str, template: loader.DataConfig) -> tuple[str, ...]:
 def _add_by_rate(name: str, template: loader.DataConfig) -> None:
     if name + BY_RATE in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(name + BY_RATE)
-    parts = [component.task.name for component in registry.components(name)]
+    parts = [component.task.name for component in components.of(name)]
     rate = functools.partial(_num_examples, mixture=name, template=template)
     seqio.MixtureRegistry.add(name + BY_RATE, [(part, rate) for part in parts])
 

@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from tulu_jax.data import chat, examples, registry
+from tulu_jax.data import chat, components, examples
 
 SPECIAL = [chat.UNK, chat.BOS, chat.EOS]  # ids 0, 1, 2, as in Llama
 
@@ -17,7 +17,7 @@ def train_tokenizer(name: str, directory: str, *, vocab_size: int) -> chat.ChatT
     two tokens are left that occur together more than once.
     """
     texts = []
-    for component in registry.components(name):
+    for component in components.of(name):
         drawing = examples.Drawing(
             split="train",
             amount=component.amount,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from tulu_jax import strict_json, validation
-from tulu_jax.data import loader, registry, tulu_tiny
+from tulu_jax.data import components, loader, registry, tulu_tiny
 
 Messages = list[dict[str, str]]
 INITIAL = "initial"
@@ -17,7 +17,7 @@ FILES = re.compile(rf"tulu_tiny_(?:{INITIAL}|step_(\d+))\.json")
 def problems(data: loader.DataConfig) -> Iterator[str]:
     """Why these prompts are not held-out ones of a run on `data`, if none of its rows is of
     tulu_tiny."""
-    tasks = [component.task.name for component in registry.components(data.train)]
+    tasks = [component.task.name for component in components.of(data.train)]
     if not set(tasks) & set(tulu_tiny.OF_KIND.values()):
         yield (
             f"evaluate scores the held-out prompts of tulu_tiny; this run trains on "

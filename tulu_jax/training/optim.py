@@ -1,6 +1,7 @@
 """AdamW with linear warm-up and linear decay to zero, counted in updates."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -123,7 +124,7 @@ def shardings(optimizer: optax.GradientTransformation, state, params):
     updates: moments lie as their parameters, all else whole on every device."""
     mesh = jax.tree.leaves(params)[0].mesh
     return optax.tree_utils.tree_map_params(
-        optimizer,
+        functools.partial(jax.eval_shape, optimizer.init),  # a dry run has nothing to run it on
         lambda _, sharding: sharding,
         state,
         params,
