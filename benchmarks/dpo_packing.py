@@ -30,7 +30,7 @@ from tulu_jax.objectives import dpo
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 MODEL = LlamaConfig(
     vocab_size=512, num_layers=2, embed_dim=128, mlp_dim=352, num_heads=8, num_kv_heads=4,
@@ -98,8 +98,8 @@ def updater(data: loader.DataConfig, rows: int):
     step = jax.jit(step_lib.make_train_step(config, 10**6), donate_argnums=0)
 
     def update(batch):
-        state[0], metrics = step(state[0], batch)
-        return float(metrics["loss"])
+        state[0], measured = step(state[0], Frozen(), batch)
+        return float(measured.scalars["loss"])
 
     return update
 

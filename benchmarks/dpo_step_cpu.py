@@ -33,21 +33,20 @@ import tqdm
 import transformers
 import trl
 
-from tulu_jax import pairs as pairs_lib
 from tulu_jax import step as step_lib
 from tulu_jax import trainer
 from tulu_jax.data import chat, loader
 from tulu_jax.interop import hf, tokenizer_export
 from tulu_jax.models import llama
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
-from tulu_jax.objectives import dpo
+from tulu_jax.objectives import dpo, dpo_feed
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 MODEL = LlamaConfig(  # 15M
     vocab_size=32000, num_layers=6, embed_dim=288, mlp_dim=768, num_heads=6, num_kv_heads=6,
@@ -229,13 +228,13 @@ class Alternating(transformers.TrainerCallback):
             self.start = time.perf_counter()
 
 
-def our_side(config: TrainConfig, split: pairs_lib.Split, params, bar):
+def our_side(config: TrainConfig, rows: loader.Rows, ref_logps: np.ndarray, params, bar):
     """A function that makes one update, from the rows of the cache to the loss on the host."""
     step = jax.jit(step_lib.make_train_step(config, config.num_steps), donate_argnums=0)
     opt_state = optim.make(config.optimizer, config.num_steps).init(params)
     state = [TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)]
     batches = loader.batches(
-        split.rows,
+        rows,
         batch_size=config.batch_size,
         start_step=0,
         num_steps=config.num_steps,
@@ -245,17 +244,18 @@ def our_side(config: TrainConfig, split: pairs_lib.Split, params, bar):
     )
 
     def update():
-        state[0], metrics = step(state[0], split.attach(next(batches)))
+        batch = dpo_feed.attached(rows, next(batches), ref_logps)
+        state[0], measured = step(state[0], Frozen(), batch)
         bar.update()
-        return float(metrics["loss"])
+        return float(measured.scalars["loss"])
 
     return update
 
 
 def reference(config: TrainConfig, rows: loader.Rows, params, pairs: list[list[int]]) -> np.ndarray:
     """float32 [examples, 2] of the reference; zeros for pairs that no update has."""
-    options = dict(config=config.objective, model=config.model, execution=config.execution)
-    score = jax.jit(functools.partial(dpo.response_logps, **options))
+    forward = llama.forward(config.model, config.execution)
+    score = jax.jit(functools.partial(config.objective.response_logps, forward))
     logps = np.zeros((rows.num_examples, 2), np.float32)
     for number in tqdm.trange(len(pairs) * config.batch_size, desc="reference"):
         batch = {name: value[None] for name, value in rows.row(number).items()}
@@ -298,7 +298,7 @@ def speed(root: pathlib.Path, folder: str, rounds: int) -> None:
 
     number = fastest({n: in_micro_batches(rows, pairs[0], n) for n in MICRO_BATCHES}, train)
     with tqdm.tqdm(total=rounds + 1, desc="updates") as bar:
-        ours = our_side(config, pairs_lib.Split(rows, ref_logps), params, bar)
+        ours = our_side(config, rows, ref_logps, params, bar)
         seconds = train([in_micro_batches(rows, update, number) for update in pairs], ours)
     report_speed(rows, pairs, number, seconds)
 
@@ -340,9 +340,9 @@ def both_losses(config: TrainConfig, folder: str, workdir: str) -> tuple[list, l
     run.train()
     lines = metrics_lib.read(config.workdir)
     ours = [line["train/loss"] for line in lines if "train/loss" in line]
-    pairs = updates_of(run.rows, config.batch_size, config.num_steps)
+    pairs = updates_of(run.feed.rows, config.batch_size, config.num_steps)
     used = np.unique(np.concatenate(pairs))
-    dataset = trl_dataset(run.rows, used, None)
+    dataset = trl_dataset(run.feed.rows, used, None)
     updates = [[np.searchsorted(used, update)] for update in pairs]
     theirs = trl_trainer(config, folder, dataset, updates, workdir=workdir)
     theirs.train()

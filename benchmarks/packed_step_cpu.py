@@ -29,7 +29,7 @@ from tulu_jax.objectives import sft
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 MODEL = LlamaConfig(
     vocab_size=512, num_layers=5, embed_dim=128, mlp_dim=352, num_heads=8, num_kv_heads=4,
@@ -61,7 +61,8 @@ def side(data: loader.DataConfig):
     def update(k: int) -> tuple[float, float]:
         built = [rows.row(i) for i in range(k * ROWS, (k + 1) * ROWS)]
         batch = {name: jnp.asarray(np.stack([row[name] for row in built])) for name in built[0]}
-        state[0], values = step(state[0], batch)
+        state[0], measured = step(state[0], Frozen(), batch)
+        values = measured.scalars
         return float(values["conversations"]), float(values["nonpadding"] / values["positions"])
 
     return rows, update

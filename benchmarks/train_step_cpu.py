@@ -30,7 +30,7 @@ from tulu_jax.objectives import sft
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
-from tulu_jax.training.state import TrainState
+from tulu_jax.training.state import Frozen, TrainState
 
 COMMON = dict(rope_theta=1e4, norm_eps=1e-5, max_positions=512, tie_embeddings=True)
 SIZES = {
@@ -90,8 +90,8 @@ def our_side(model: LlamaConfig, params, tokens, **execution):
     state = [TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)]
 
     def update():
-        state[0], metrics = step(state[0], batch)
-        return float(metrics["loss"])
+        state[0], measured = step(state[0], Frozen(), batch)
+        return float(measured.scalars["loss"])
 
     return update
 

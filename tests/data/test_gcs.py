@@ -191,7 +191,7 @@ def test_own_rows_in_a_bucket(config, bucket):
         assert found.stats.tasks[0].task == path and found.num_examples == expected.num_examples
         assert (found.row(0)["tokens"] == expected.row(0)["tokens"]).all()
     with pytest.raises(ValueError, match=rf"no such file: looked for {bucket}/data/none\.jsonl"):
-        dataclasses.replace(config, train=f"{bucket}/data/none.jsonl")
+        local(dataclasses.replace(config, train=f"{bucket}/data/none.jsonl"))
 
 
 def test_an_encoding_killed_between_shards_goes_on(config, bucket, tmp_path):

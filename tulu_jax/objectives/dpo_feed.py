@@ -55,12 +55,7 @@ class PairFeed:
         return group_means(self._pairs.splits["eval"], examples)
 
     def _attached(self, split: str, rows: loader.Rows, batch: loader_feed.Batch):
-        known = batch["example"] >= 0
-        batch = {**batch, "truncated": known & rows.store.cut[batch["example"]]}
-        if split in self._ref_logps:
-            logps = np.where(known[..., None], self._ref_logps[split][batch["example"]], 0.0)
-            batch["ref_logps"] = logps.astype(np.float32)
-        return batch
+        return attached(rows, batch, self._ref_logps.get(split))
 
     def _computed(self, rows: loader.Rows, cache: reference.Cache, initial) -> np.ndarray:
         """float32 [examples, 2] of all pairs of `rows`; what `cache` has not is computed, row by
@@ -88,6 +83,19 @@ class PairFeed:
                 cache.add([names[i] for i, _ in found], np.stack([values for _, values in found]))
                 found = []
         return cache.gather(names)
+
+
+def attached(
+    rows: loader.Rows, batch: loader_feed.Batch, ref_logps: np.ndarray | None
+) -> loader_feed.Batch:
+    """`batch` with `truncated` [*pairs], and `ref_logps` [*pairs, 2] from those of all pairs of
+    `rows` [examples, 2], if they are known; False and zeros where there is no pair."""
+    known = batch["example"] >= 0
+    batch = {**batch, "truncated": known & rows.store.cut[batch["example"]]}
+    if ref_logps is None:
+        return batch
+    logps = np.where(known[..., None], ref_logps[batch["example"]], 0.0)
+    return {**batch, "ref_logps": logps.astype(np.float32)}
 
 
 def reference_cache(config, split: str, rows: loader.Rows, weights: str) -> reference.Cache:
