@@ -24,6 +24,9 @@ def run(name: str, *arguments: str) -> int:
     handlers, level = logging.root.handlers[:], logging.root.level
     filters, verbosity = absl_logging.get_absl_handler().filters[:], absl_logging.get_verbosity()
     sys.argv = [f"{name}.py", *arguments]
+    # runpy would keep what jaxtyping's import hook made of the module as its plain bytecode, which
+    # processes without the hook take for theirs.
+    sys.dont_write_bytecode, writes_none = True, sys.dont_write_bytecode
     try:
         with _flags_of_one_command():
             runpy.run_module(f"{PACKAGE}.{name}", run_name="__main__", alter_sys=True)
@@ -35,7 +38,7 @@ def run(name: str, *arguments: str) -> int:
         absl_logging.get_absl_handler().filters[:] = filters
         absl_logging.set_verbosity(verbosity)
         logging.root.handlers[:], logging.root.level = handlers, level
-        sys.argv = argv
+        sys.argv, sys.dont_write_bytecode = argv, writes_none
         os.environ.clear()
         os.environ.update(environment)
         jax.config.update("jax_platforms", platforms)
