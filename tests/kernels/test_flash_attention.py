@@ -127,8 +127,12 @@ def test_a_race_would_be_reported(capfd):
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         )(x)
 
-    simulated(race, jnp.ones((8, 128)))
-    assert "RACE DETECTED" in capfd.readouterr().out
+    try:
+        simulated(race, jnp.ones((8, 128)))
+        said = capfd.readouterr().out
+    except RuntimeError as error:  # of jax 0.12; 0.10 prints it and goes on
+        said = str(error)
+    assert "RACE DETECTED" in said
 
 
 @settings(max_examples=40, deadline=None)
