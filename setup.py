@@ -9,6 +9,7 @@ BASE = [
     "orbax-checkpoint>=0.12",
     "grain>=0.2.18",
     "datasets>=4.0",
+    "xxhash>=3.4",  # digests: the fastest well-kept hash, which datasets brings already
     "tokenizers>=0.21",
     "transformers>=5.0",
     "safetensors>=0.6",
