@@ -22,7 +22,7 @@ import numpy as np
 import transformers
 import trl
 
-from tulu_jax.data import chat, components, encode, examples, registry
+from tulu_jax.data import cache_files, chat, components, encode, examples, registry
 from tulu_jax.interop import tokenizer_export
 
 TARGET = 3.0
@@ -78,11 +78,11 @@ def ours(rows: list[dict], tokenizer: chat.ChatTokenizer) -> tuple[float, list]:
         start = time.perf_counter()
         cached, _ = encode.encode_task(task, drawing, encoding=encoding, cache_dir=folder)
         seconds = time.perf_counter() - start
-        return seconds, [_trained(shard) for shard in encode.shards(cached)]
+        return seconds, [_trained(shard) for shard in cache_files.listing(cached).shards]
 
 
 def _trained(shard) -> list[tuple[list, list]]:
-    table = encode.read_table(shard)
+    table = cache_files.table(shard)
     result = []
     for ids, spans in zip(table["ids"].to_pylist(), table["ids_spans"].to_pylist(), strict=True):
         targets = ids[1:]

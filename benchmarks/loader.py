@@ -21,7 +21,7 @@ import trl
 from packing import CAPACITY, paper_lengths
 from trl.trainer import sft_trainer
 
-from tulu_jax.data import encode, loader, registry
+from tulu_jax.data import cache_files, loader, registry
 
 BATCH, WORKERS = 8, 2
 STEP_TOKENS_PER_SECOND, WAITING_TARGET = 50_000, 0.01
@@ -74,8 +74,8 @@ def trl_dataset(cache: str) -> datasets.Dataset:
     """The same ids and labels, packed by TRL."""
     (folder,) = pathlib.Path(cache).iterdir()
     rows = {"input_ids": [], "labels": []}
-    for shard in encode.shards(folder):
-        table = encode.read_table(shard)
+    for shard in cache_files.listing(folder).shards:
+        table = cache_files.table(shard)
         for ids, spans in zip(
             table["ids"].to_pylist(), table["ids_spans"].to_pylist(), strict=True
         ):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import tempfile
 import time
 
@@ -12,7 +11,7 @@ import tokenizers
 from hypothesis import strategies as st
 from raw_rows import identity, messages, pair
 
-from tulu_jax.data import chat, encode, examples, packing, registry, store, truncation
+from tulu_jax.data import cache_files, chat, encode, examples, packing, registry, store, truncation
 
 PIECES = st.sampled_from(
     ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>\n", "\n", " ", "\t", "\r\n", "▁", "\x00"]
@@ -69,7 +68,8 @@ def with_added_tokens(folder: str) -> chat.ChatTokenizer:
     backend = tokenizers.Tokenizer.from_str(llama2(folder).backend.to_str())
     texts = ("word", "b ", "<|assistant|>", "|>")
     backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
-    return dataclasses.replace(llama2(folder), backend=backend)
+    size = backend.get_vocab_size()
+    return dataclasses.replace(llama2(folder), backend=backend, vocab_size=size)
 
 
 @pytest.fixture(params=["tulu_tiny", "llama2"])
@@ -154,7 +154,7 @@ def check_counts(kind, rows, tokenizer, mode, rule, max_length, one_row) -> None
         dropped = sum(counts.dropped.values())
         assert counts.raw_rows + counts.added_parts == counts.examples + dropped
         assert counts.added_parts == 0 or rule == "split"
-        aside = [json.loads(line) for line in (folder / encode.ASIDE).read_text().splitlines()]
+        aside = cache_files.aside(folder)
         assert len(aside) == dropped
         if not counts.examples:
             return

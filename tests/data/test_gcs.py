@@ -134,6 +134,20 @@ def test_rows_and_cache_in_a_bucket_equal_local_ones(config, bucket, monkeypatch
     assert_same_rows(in_bucket(config, bucket), expected)  # from the cache
 
 
+def test_a_shard_that_is_damaged_in_a_bucket_is_named(config, bucket, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_ROWS", 16)
+    shard = in_bucket(config, bucket).store.shards[1].file
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(ValueError, match=rf"{shard}: found digest .*; remove the folder gs://"):
+        in_bucket(config, bucket)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard}: found no such file"):
+        in_bucket(config, bucket)
+    shard.write_bytes(whole)
+    assert in_bucket(config, bucket).num_examples == 40
+
+
 def test_every_kind_of_file_and_globs_in_a_bucket(config, bucket, tmp_path, add_task):
     rows = chats(6)
     (tmp_path / "list.json").write_text(json.dumps(rows))

@@ -5,7 +5,6 @@
 
 import collections
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 
@@ -19,8 +18,18 @@ from tulu_jax.audit import (
     contamination,
     preference_audit,
 )
+from tulu_jax.data import (
+    cache_files,
+    components,
+    encode,
+    examples,
+    loader,
+    packing,
+    registry,
+    store,
+    truncation,
+)
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import components, encode, examples, loader, packing, registry, store, truncation
 from tulu_jax.data.sources import name_filter, readers
 
 # TÜLU 2 (arXiv 2311.10702) §2 and figure 1; tokens of a row of the V2 mixture.
@@ -57,7 +66,7 @@ def build(
     for split, prepared in splits.items():
         for number, component in enumerate(loader.split_components(config, split)):
             counts, folder = prepared.stats.tasks[number], prepared.folders[number]
-            shortened, left_out = _shortened(folder), _aside(folder)
+            shortened, left_out = _shortened(folder), cache_files.aside(folder)
             needed = shortened or (split == "train" and (index or config.kind == "preference"))
             texts = _texts(config, component, split) if needed else {}
             tasks.append(
@@ -67,7 +76,7 @@ def build(
                     **_removed(texts, shortened, left_out, tokenizer, config),
                     "licence": component.task.licence,
                     "origin": component.task.origin,
-                    "aside": str(folder / encode.ASIDE),
+                    "aside": str(folder / cache_files.ASIDE),
                 }
             )
             if split != "train" or not texts:
@@ -139,16 +148,12 @@ def _kept(rows: "loader.Rows", task: int) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _aside(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / encode.ASIDE).read_text().splitlines()]
-
-
 def _shortened(folder) -> dict[str, int]:
     """Tokens that are kept of each example that was cut, or left out for its length, by id."""
     outcomes = (truncation.CUT, truncation.TOO_LONG, truncation.NO_TURN, truncation.FILLED)
     found = {}
-    for file in encode.shards(folder):
-        table = encode.read_table(file)
+    for shard in cache_files.listing(folder).shards:
+        table = cache_files.table(shard)
         for row in np.flatnonzero(np.isin(table["outcome"].to_numpy(), outcomes)):
             found[table["id"][int(row)].as_py()] = table["tokens"][int(row)].as_py()
     return found
@@ -303,7 +308,7 @@ def _names_found(rows: "loader.Rows") -> dict | None:
     """Rows that the name filter took, by name found; a row counts for each name in it."""
     taken, by_name, alone = 0, collections.Counter(), collections.Counter()
     for folder in rows.folders:
-        for entry in _aside(folder):
+        for entry in cache_files.aside(folder):
             if entry["reason"] == name_filter.NAME_FILTER.name:
                 texts = [m["content"].lower() for m in entry["example"]["messages"]]
                 names = [n for n in name_filter.NAMES if any(n.lower() in t for t in texts)]

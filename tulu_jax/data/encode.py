@@ -2,31 +2,29 @@
 
 It is keyed by all that its content depends on: raw rows, code, tokenizer, template, length, rule.
 
-`cache_dir/<fingerprint>/` holds `examples-NNNNN.arrow` (every converted row with its outcome; the
-rows that are left out have no ids), `aside.jsonl` (what was dropped, and why) and, written last,
-`counts.json`: a folder without it is unfinished. Shards appear whole, so a killed encoding goes on
-with the first shard that is missing. `cache_dir` may be a bucket.
+`cache_dir/<fingerprint>/` holds the files of `cache_files`: shards of every converted row with its
+outcome (the rows that are left out have no ids), what was dropped, and why, and, written last, the
+manifest: a folder without it is unfinished. Shards appear whole, so a killed encoding goes on with
+those that are missing. `cache_dir` may be a bucket.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 
 import numpy as np
 from absl import logging
 
-from tulu_jax import strict_json
+from tulu_jax import strict_json, validation
+from tulu_jax.data import cache_files, registry, truncation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import examples as examples_lib
-from tulu_jax.data import registry, truncation
 from tulu_jax.data.sources import readers
 
-FORMAT = 4  # of the cached files; raised when their meaning changes
+FORMAT = 5  # of the cached files; raised when their meaning changes
 SIDES = {"sft": ("ids",), "preference": ("chosen", "rejected")}
 SHARD_ROWS = 4096
-COUNTS, ASIDE = "counts.json", "aside.jsonl"
 NOTHING = chat_lib.TokenIds(ids=np.zeros(0, np.int32), spans=np.zeros((0, 2), np.int32))
 
 
@@ -73,24 +71,24 @@ def encode_task(
     """The cached folder of one task and split, encoded now unless it is there, and its counts.
 
     The folder is a `pathlib.Path`, or an `epath.Path` in a bucket. Raises `OSError` that says how
-    to go on if the disk fills, or if the bucket cannot be written; what was written is kept.
+    to go on if the disk fills, or if the bucket cannot be written; what was written is kept. And
+    `UsageError` for a folder that is not as it was written, and for a row with an id that is not
+    below the tokenizer's `vocab_size`.
     """
     label = f"{task.name} {drawing.split}"
     fingerprint = _fingerprint(examples_lib.source_digest(task, drawing), encoding)
     folder = readers.as_path(cache_dir) / fingerprint
-    with readers.reaching(folder):
-        finished = (folder / COUNTS).exists()
-    if not finished:
+    if not cache_files.is_finished(folder):
         _say_why(task, drawing, folder, encoding)
         loaded = examples_lib.load_examples(task, drawing)
         try:
             if "://" not in cache_dir:  # it would make a bucket where there is none of that name
                 folder.mkdir(parents=True, exist_ok=True)
-            columns = _encode(task, loaded, encoding, folder, label=label)
+            shards, columns = _encode(task, loaded, encoding, folder, label=label)
             aside = loaded.aside + columns.pop("aside")
             lines = "".join(strict_json.dumps(entry) + "\n" for entry in aside)
-            _write(folder / ASIDE, lines.encode())
-            _write(folder / COUNTS, json.dumps(_counts(task, loaded, columns), indent=2).encode())
+            counts = _counts(task, loaded, columns)
+            cache_files.finish(folder, shards, aside=lines.encode(), counts=counts)
         except OSError as error:
             raise OSError(
                 f"{label}: could not be written to {folder} ({error}). What is whole there is "
@@ -98,16 +96,9 @@ def encode_task(
             ) from error
     else:
         logging.info("%s: encoded before, in %s", label, folder)
-    with readers.reaching(folder):
-        counts = json.loads((folder / COUNTS).read_text())
+    listing = cache_files.listing(folder)
     expected = task.expected if drawing.split == "train" else None
-    return folder, TaskCounts(**counts, expected=expected)
-
-
-def shards(folder) -> list:
-    """The Arrow files of a cached folder, in order."""
-    with readers.reaching(folder):
-        return sorted(file for file in folder.iterdir() if file.name.endswith(".arrow"))
+    return folder, TaskCounts(**listing.counts, expected=expected)
 
 
 def _fingerprint(source_digest: str, encoding: Encoding) -> str:
@@ -116,22 +107,24 @@ def _fingerprint(source_digest: str, encoding: Encoding) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _encode(task, loaded, encoding, folder, *, label: str) -> dict:
-    """Writes the missing shards and returns, over all rows, outcome and numbers of tokens."""
+def _encode(task, loaded, encoding, folder, *, label: str):
+    """Writes the missing shards; all of them, and over all rows outcome and numbers of tokens."""
     import tqdm
 
     total = len(loaded.examples)
     starts = range(0, total, SHARD_ROWS)
     columns = {"outcome": [], "tokens": [], "trained_tokens": [], "aside": []}
+    there, shards = cache_files.written(folder), []
 
     def shard(start: int):
-        file = folder / f"examples-{start // SHARD_ROWS:05d}.arrow"
-        if file.exists():
-            return read_table(file)
+        number = start // SHARD_ROWS
+        for file in there.get(f"{number:05d}", ()):
+            if found := cache_files.reopened(file):
+                return found
+            logging.warning("%s is damaged; its rows are encoded again", file)
         indices = range(start, min(start + SHARD_ROWS, total))
         table = _encode_rows(task, loaded, encoding, indices)
-        _write(file, _serialized(table))
-        return table
+        return cache_files.write_shard(folder, number, table), table
 
     # Two threads: ids of one shard are laid out while those of the next are made, without the GIL.
     bar = tqdm.tqdm(total=total, desc=f"encoding {label}", unit="row", disable=not total)
@@ -139,7 +132,8 @@ def _encode(task, loaded, encoding, folder, *, label: str) -> dict:
         futures = [pool.submit(shard, start) for start in starts]
         try:
             for future in futures:
-                table = future.result()
+                written, table = future.result()
+                shards.append(written)
                 for name in ("outcome", "tokens", "trained_tokens"):
                     columns[name].append(table[name].to_numpy())
                 columns["aside"] += _left_out(table)
@@ -147,7 +141,7 @@ def _encode(task, loaded, encoding, folder, *, label: str) -> dict:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return columns
+    return shards, columns
 
 
 def _left_out(table) -> list[dict]:
@@ -187,6 +181,7 @@ def _encode_rows(task, loaded, encoding: Encoding, indices: range):
     ]
     sides = SIDES[task.kind]
     kept = [parts or [NOTHING] * len(sides) for _, parts in fitted]
+    _require_known(names, kept, encoding.tokenizer)
     width = np.uint16 if encoding.tokenizer.vocab_size <= 1 << 16 else np.int32
     counted = {
         "tokens": [sum(max(len(p.ids) - 1, 0) for p in parts) for parts in kept],
@@ -202,6 +197,18 @@ def _encode_rows(task, loaded, encoding: Encoding, indices: range):
         columns[side] = _lists([parts[number].ids.astype(width) for parts in kept])
         columns[f"{side}_spans"] = _lists([parts[number].spans.reshape(-1) for parts in kept])
     return pa.table(columns)
+
+
+def _require_known(names, kept, tokenizer: chat_lib.ChatTokenizer) -> None:
+    """Raises `UsageError` that names the first row with an id beyond the vocabulary."""
+    for name, parts in zip(names, kept, strict=True):
+        largest = max(int(part.ids.max(initial=-1)) for part in parts)
+        if largest >= tokenizer.vocab_size:
+            raise validation.UsageError(
+                f"row {name}: found the token id {largest}, expected ids below "
+                f"{tokenizer.vocab_size}, the size of the tokenizer {tokenizer.source}; mend the "
+                "ids of its added tokens"
+            )
 
 
 def split(rows, names, whole, max_length: int, options: dict):
@@ -239,41 +246,6 @@ def _lists(arrays: list[np.ndarray]):
 
     offsets = np.cumsum([0] + [len(array) for array in arrays])
     return pa.LargeListArray.from_arrays(offsets.astype(np.int64), np.concatenate(arrays))
-
-
-def _serialized(table) -> bytes:
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def read_table(file):
-    """The Arrow table of a shard: mapped into memory from a local file, read from a bucket."""
-    import pyarrow as pa
-
-    if isinstance(file, os.PathLike) and "://" not in str(file):
-        with pa.memory_map(str(file)) as mapped:
-            return pa.ipc.open_stream(mapped).read_all()
-    with readers.reaching(file):
-        content = file.read_bytes()
-    return pa.ipc.open_stream(pa.py_buffer(content)).read_all()
-
-
-def _write(file, content: bytes) -> None:
-    """Writes `file` so that it is there whole or not at all."""
-    if "://" in str(file):  # a bucket shows an object when it is complete
-        with readers.reaching(file):
-            file.write_bytes(content)
-        return
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _say_why(task, drawing, folder, encoding: Encoding) -> None:

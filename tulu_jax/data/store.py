@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tulu_jax.data import encode, truncation
+from tulu_jax.data import cache_files, encode, truncation
 
 
 class ExampleStore:
@@ -13,20 +13,25 @@ class ExampleStore:
 
     `lengths` int64 [examples] counts tokens after the shift; of a pair, those of the longer side,
     or with `one_row` those of both sides with their prompt once. `task_of[i]` is the number of the
-    folder that example i is from, `cut[i]` tells whether it was cut to fit.
+    folder that example i is from, `cut[i]` tells whether it was cut to fit. `shards` are the files.
+
+    Raises `UsageError` for a folder that is not as it was written; reading an example raises it,
+    too, if the example's file has changed since.
     """
 
     def __init__(self, folders: Sequence, *, kind: str, one_row: bool):
         numbered = [
-            (number, batch)
+            (number, shard, batch)
             for number, folder in enumerate(folders)
-            for file in encode.shards(folder)
-            for batch in encode.read_table(file).to_batches()
+            for shard in cache_files.listing(folder).shards
+            for batch in cache_files.table(shard).to_batches()
         ]
-        batches = [batch for _, batch in numbered]
+        folder_of = [number for number, _, _ in numbered]
+        self.shards = [shard for _, shard, _ in numbered]
+        batches = [batch for _, _, batch in numbered]
         kept = [np.flatnonzero(batch["outcome"].to_numpy() <= truncation.CUT) for batch in batches]
         self._batches, self._rows = batches, kept
-        self.task_of = np.repeat([n for n, _ in numbered], [len(rows) for rows in kept]).astype(int)
+        self.task_of = np.repeat(folder_of, [len(rows) for rows in kept]).astype(int)
         cut = [
             b["outcome"].to_numpy()[r] == truncation.CUT for b, r in zip(batches, kept, strict=True)
         ]
@@ -47,6 +52,7 @@ class ExampleStore:
 
     def sides(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids [n + 1], trained ranges of targets [turns, 2]) of each side of one example."""
+        self._batch_of(index)
         return [(ids[index], spans[index].reshape(-1, 2)) for ids, spans in self._sides]
 
     def name(self, index: int) -> str:
@@ -57,8 +63,14 @@ class ExampleStore:
         """What the converter told about one example: texts and numbers by name."""
         return json.loads(self._value("about", index))
 
-    def _value(self, column: str, index: int) -> str:
+    def _batch_of(self, index: int) -> int:
+        """The number of the batch that an example lies in, whose file has not changed."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        cache_files.check(self.shards[batch])
+        return batch
+
+    def _value(self, column: str, index: int) -> str:
+        batch = self._batch_of(index)
         row = int(self._rows[batch][index - self._starts[batch]])
         return self._batches[batch][column][row].as_py()
 

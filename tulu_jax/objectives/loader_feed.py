@@ -24,6 +24,8 @@ class LoaderFeed:
             self.rows = loader.prepare(config.data, split="train")
             held_out = loader.prepare(config.data, split="validation")
         self.splits = {"train": self.rows} | ({} if held_out is None else {"eval": held_out})
+        for rows in self.splits.values():
+            _require_known_ids(rows, config.model.vocab_size)
         self._next, self._batches = None, None
 
     def begin(self, initial, weights: str) -> None:
@@ -60,3 +62,12 @@ class LoaderFeed:
     def _part(self) -> dict[str, int]:
         part, parts = self._run.row_share
         return {"process_index": part, "process_count": parts}
+
+
+def _require_known_ids(rows: loader.Rows, vocab_size: int) -> None:
+    for shard in rows.store.shards:
+        if shard.max_id >= vocab_size:
+            raise validation.UsageError(
+                f"{shard.file}: found the token id {shard.max_id}, expected ids below "
+                f"{vocab_size}, the model's vocabulary; give the tokenizer that belongs to it"
+            )

@@ -1,11 +1,17 @@
 """Reference log-probabilities of DPO: computed once, before training, and kept by the pair's id.
 
 A folder holds `key.json`, the fingerprints of all that the numbers depend on, and shards
-`00000.npz`, `00001.npz`...: `ids` and float32 `logps` [n, 2]. A shard is there whole or not at all,
-so a killed pass goes on after the last one.
+`NNNNN-DIGEST.npz`: `ids`, float32 `logps` [n, 2], and the digest of the `key` they belong to. A
+shard is there whole or not at all, so a killed pass goes on after the last one. All are verified
+when the folder is opened, and read into memory. Runs that fill one folder side by side write no
+file twice with other content, for its name has the digest.
 """
 
+import io
 import json
+import os
+import re
+import socket
 import uuid
 from collections.abc import Sequence
 
@@ -13,9 +19,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import digests, validation
 
 KEY = "key.json"
+NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.npz")
 SHOWN = 5  # ids named in a message
 
 
@@ -23,24 +30,27 @@ class Cache:
     """The shards in `folder`; process 0 writes them.
 
     `key` tells by name what the numbers depend on. Raises `UsageError` for a folder that was made
-    with another: nothing is computed over it.
+    with another, as nothing is computed over it, and for a file that is not as it was written.
     """
 
     def __init__(self, folder: epath.Path, key: dict[str, str]):
         self.folder, self._rows = folder, {}
         self._logps = np.zeros((0, 2), np.float32)
-        if (folder / KEY).exists():
-            _require_same(folder, json.loads((folder / KEY).read_text()), key)
-        elif jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / KEY, lambda file: file.write(json.dumps(key, indent=2).encode()))
+        self._key = digests.of_bytes(json.dumps(key, sort_keys=True).encode())
         found = folder.iterdir() if folder.exists() else ()
         files = sorted(f for f in found if f.suffix == ".npz" and not f.name.startswith("."))
-        self._num_shards = len(files)
-        for path in files:
-            with path.open("rb") as file:
-                shard = np.load(file)
-                self._remember(shard["ids"].tolist(), shard["logps"])
+        if (folder / KEY).exists():
+            _require_same(folder, _read_key(folder / KEY), key)
+        elif files:
+            raise _damaged(folder / KEY, "no such file", "that of its shards", remove=folder)
+        elif jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / KEY, json.dumps(key, indent=2).encode())
+        self._next_shard = 0
+        for file in files:
+            number, ids, logps = _read(file, self._key)
+            self._next_shard = number + 1
+            self._remember(ids, logps)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows
@@ -57,10 +67,13 @@ class Cache:
                 "weights that overflow, or compute_dtype is too small for them"
             )
         if jax.process_index() == 0:
-            content = {"ids": np.array(ids), "logps": logps.astype(np.float32)}
-            path = self.folder / f"{self._num_shards:05d}.npz"
-            _write(path, lambda file: np.savez(file, **content))
-        self._num_shards += 1
+            stream = io.BytesIO()
+            logps = logps.astype(np.float32)
+            np.savez(stream, ids=np.array(ids), logps=logps, key=np.array(self._key))
+            content = stream.getvalue()
+            name = f"{self._next_shard:05d}-{digests.of_bytes(content)}.npz"
+            _write(self.folder / name, content)
+        self._next_shard += 1
         self._remember(ids, logps)
 
     def gather(self, ids: Sequence[str]) -> np.ndarray:
@@ -100,9 +113,37 @@ def _named(ids: Sequence[str]) -> str:
     return f"{len(ids)} {noun} ({', '.join(ids[:SHOWN])}{more})"
 
 
-def _write(path: epath.Path, write) -> None:
+def _read_key(path: epath.Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise _damaged(path, "no JSON object", "one", remove=path.parent) from None
+
+
+def _read(path: epath.Path, key: str) -> tuple[int, list[str], np.ndarray]:
+    """(number, ids, float32 logps [n, 2]) of a shard."""
+    content = path.read_bytes()
+    found, named = digests.of_bytes(content), NAME.fullmatch(path.name)
+    if named is None or named[2] != found:
+        expected = named[2] if named else "a name that ends in it"
+        raise _damaged(path, f"digest {found}", expected, remove=path)
+    shard = np.load(io.BytesIO(content))
+    if str(shard["key"]) != key:
+        expected = f"{key}, of {KEY} beside it"
+        raise _damaged(path, f"numbers for the key {shard['key']}", expected, remove=path)
+    return int(named[1]), shard["ids"].tolist(), shard["logps"]
+
+
+def _damaged(path: epath.Path, found: str, expected: str, *, remove) -> validation.UsageError:
+    return validation.UsageError(
+        f"{path}: found {found}, expected {expected}; remove {remove}, and what it held is "
+        "computed anew"
+    )
+
+
+def _write(path: epath.Path, content: bytes) -> None:
     """Writes `path` under a temporary name, which no other run has, then renames it."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    with temporary.open("wb") as file:
-        write(file)
+    owner = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+    temporary = path.parent / f".{path.name}.{owner}.tmp"
+    temporary.write_bytes(content)
     temporary.replace(path)
