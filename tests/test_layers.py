@@ -24,6 +24,7 @@ ALLOWED = {
 }
 TOP = {"base", "recipe", "step", "trainer", "trained", "preflight", "cli", "gin_files"}
 ENTRY_POINTS = {
+    "checkpoints",
     "train",
     "prepare",
     "convert",

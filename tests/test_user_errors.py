@@ -17,7 +17,7 @@ from tulu_jax.data import registry
 from tulu_jax.evals import held_out_prompts as benchmark
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
-from tulu_jax.training import checkpoint, metrics
+from tulu_jax.training import agreement, checkpoint, metrics
 from tulu_jax.training.state import TrainState
 
 SMALL = ("--gin_file=tulu_tiny_sft.gin", "--gin.BATCH_SIZE=8")
@@ -220,7 +220,7 @@ def test_a_base_that_is_not_finite_is_named(tmp_path, kind, value):
         )
         model = {"model": dataclasses.asdict(builders.MODEL)}
         about = {
-            "params": checkpoint.param_shapes(params), "weights": "w", "must_match": model,
+            "params": agreement.param_shapes(params), "weights": "w", "must_match": model,
         }  # fmt: skip
         checkpoints.save(1, TrainState(step=jnp.int32(1), params=params, opt_state={}), about, {})
         checkpoints.close()

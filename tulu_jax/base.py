@@ -11,6 +11,7 @@ from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
 
@@ -57,7 +58,9 @@ def problems(config: TrainConfig) -> list[str]:
     if step is None:
         return [f"{name} has neither config.json nor a checkpoint"]
     params = llama.abstract_params(config.model, config.param_dtype)
-    found = checkpoint_lib.problems(checkpoints, step, config.model, params)
+    found = agreement.model_problems(
+        checkpoints.about(step), checkpoints.folder / str(step), config.model, params
+    )
     return [f"{name}: {problem}" for problem in found]
 
 

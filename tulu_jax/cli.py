@@ -76,7 +76,7 @@ def run(main: Callable[[TrainConfig], None]) -> None:
             return
         logging.set_verbosity(verbosity)
         handler = logging.get_absl_handler()
-        handler.addFilter(_ours_or_serious)  # Orbax and TensorStore tell every step of a save
+        handler.addFilter(ours_or_serious)  # Orbax and TensorStore tell every step of a save
         with distributed.together(), validation.refusing():
             main(config)
 
@@ -95,7 +95,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _ours_or_serious(record) -> bool:
+def ours_or_serious(record) -> bool:
+    """A filter of the log: whether a line is of this package, or serious."""
     if "orbax" in record.pathname:
         return record.levelno >= 40
     return record.levelno >= 30 or record.pathname.startswith(str(_PACKAGE))

@@ -184,11 +184,15 @@ def _disk(config: TrainConfig) -> Iterator[str]:
         math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4)
         for leaf in jax.tree.leaves(llama.abstract_params(config.model, config.param_dtype))
     )
-    copies = config.checkpoint.keep + 1 + bool(config.checkpoint.best)
+    checkpoint = config.checkpoint
+    copies = checkpoint.keep + 1 + bool(checkpoint.best)
+    if checkpoint.keep_every and config.num_steps:
+        copies += config.num_steps // checkpoint.keep_every
     free = shutil.disk_usage(folder).free
     if free < copies * state_bytes:
         yield (
             f"{folder} has {free / 1e9:.1f} GB free; {copies} checkpoints of "
             f"{state_bytes / 1e9:.1f} GB need {copies * state_bytes / 1e9:.1f} GB "
-            f"(keep = {config.checkpoint.keep}, and one being written)"
+            f"(keep = {checkpoint.keep}, keep_every = {checkpoint.keep_every}, and one being "
+            "written)"
         )

@@ -12,8 +12,19 @@ died, and the same command goes on from the last checkpoint.
 
 import sys
 
+from absl import flags
+
 from tulu_jax import cli, strict_json
 from tulu_jax.parallel import lifeline, preemption
+from tulu_jax.training import checkpoint
+
+_ON_DAMAGE = flags.DEFINE_enum(
+    "on_damage",
+    checkpoint.ON_DAMAGE[0],
+    checkpoint.ON_DAMAGE,
+    "What to do about a damaged checkpoint: name it and stop, or set it aside and go on from the "
+    "newest one that is whole.",
+)
 
 
 def main(config) -> None:
@@ -23,8 +34,9 @@ def main(config) -> None:
     cli.check(config, preflight.to_train)
     from tulu_jax import trainer
 
+    run = trainer.Run(config, cli.operative_config(), on_damage=_ON_DAMAGE.value)
     try:
-        print(strict_json.dumps(trainer.Run(config, cli.operative_config()).train()))
+        print(strict_json.dumps(run.train()))
     except preemption.Preempted as stopped:
         print(f"{stopped}. Start the same command again to go on.", file=sys.stderr)
         sys.exit(lifeline.TRY_AGAIN)

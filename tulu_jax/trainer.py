@@ -21,9 +21,9 @@ from tulu_jax.objectives.objective import Batch, Feed
 from tulu_jax.parallel import compiler, preemption, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import agreement, optim
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
-from tulu_jax.training import optim
 from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import Frozen, TrainState
 
@@ -36,11 +36,13 @@ class Run:
     """One run on one mesh: its feed, its compiled steps, its state. `Run(config).train()`.
 
     `config_text`, the gin text that rebuilds `config`, is saved in the workdir as `config.gin`. A
-    run reads no data before `open`.
+    run reads no data before `open`. `on_damage` is one of `checkpoint.ON_DAMAGE`.
     """
 
-    def __init__(self, config: TrainConfig, config_text: str | None = None):
-        self.config, self.config_text = config, config_text
+    def __init__(
+        self, config: TrainConfig, config_text: str | None = None, *, on_damage: str = "stop"
+    ):
+        self.config, self.config_text, self.on_damage = config, config_text, on_damage
         self.mesh = mesh_lib.make(config.mesh_on(jax.device_count()))
         self.row_share = mesh_lib.row_share(self.mesh)
         self.abstract, self.abstract_frozen = step_lib.abstract_state(config, self.mesh)
@@ -137,14 +139,8 @@ class Run:
     def _start(self) -> tuple[TrainState, Frozen]:
         """What to go on from; with it `weights`, the fingerprint of the parameters the run began
         with, and `of_base`, what exports need to know of the base."""
-        step = self.checkpoints.latest_step()
-        if step is not None:
-            about = self.checkpoints.about(step)
-            self.weights = about["weights"]
-            self.of_base = {name: about[name] for name in OF_BASE if name in about}
-            validation.raise_if(self._resume_problems(about))
-            logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
-            state, frozen = self.checkpoints.restore(step, self.abstract), Frozen()
+        if self.checkpoints.latest_step() is not None:
+            state, frozen = self.checkpoints.resume(self._restored, self.on_damage), Frozen()
             if jax.tree.leaves(self.abstract_frozen):
                 frozen = self._split(self._loaded_again())[1]
             return state, frozen
@@ -161,6 +157,14 @@ class Run:
             opt_state=jax.jit(init, out_shardings=shardings)(params),
         )
         return state, frozen
+
+    def _restored(self, step: int) -> TrainState:
+        about = self.checkpoints.about(step)
+        self.weights = about["weights"]
+        self.of_base = {name: about[name] for name in OF_BASE if name in about}
+        validation.raise_if(self._resume_problems(about))
+        logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
+        return self.checkpoints.restore(step, self.abstract)
 
     def _split(self, params: Params) -> tuple[Params, Frozen]:
         """The parameters of the base as what trains and what is frozen, on their devices."""
@@ -236,8 +240,8 @@ class Run:
                 "num_steps": self.num_steps,
             }
         return {
-            "params": checkpoint_lib.param_shapes(self.abstract.params),
-            "frozen": checkpoint_lib.param_shapes(self.abstract_frozen.base),
+            "params": agreement.param_shapes(self.abstract.params),
+            "frozen": agreement.param_shapes(self.abstract_frozen.base),
             "weights": self.weights,
             **self.of_base,
             "must_match": must_match,
@@ -247,13 +251,13 @@ class Run:
         theirs, ours = about["must_match"], self._about()["must_match"]
         frozen = about.get("frozen", {})  # checkpoints of before froze nothing
         return [
-            *checkpoint_lib.param_problems(about["params"], self.abstract.params),
-            *checkpoint_lib.param_problems(frozen, self.abstract_frozen.base, "frozen parameter"),
+            *agreement.param_problems(about["params"], self.abstract.params),
+            *agreement.param_problems(frozen, self.abstract_frozen.base, "frozen parameter"),
             *(
                 f"the checkpoints in {self.checkpoints.folder} were made with {name} = {before}; "
                 f"this run has {now}{MEANS.get(name, '')}. Restore the setting or choose another "
                 "--workdir"
-                for name, before, now in checkpoint_lib.differences(theirs, ours)
+                for name, before, now in agreement.differences(theirs, ours)
             ),
         ]
 

@@ -13,7 +13,7 @@ from hf_models import one_device
 
 from tulu_jax import base, trained, validation
 from tulu_jax.interop import hf
-from tulu_jax.training import checkpoint
+from tulu_jax.training import agreement, checkpoint
 from tulu_jax.training.state import TrainState
 
 TEXT = "Once upon a time, there was a  little\ngirl."
@@ -44,7 +44,7 @@ def run(tmp_path_factory, shared_data, request):
         base=str(folder / "base"),
     )
     about = {
-        "params": checkpoint.param_shapes(params),
+        "params": agreement.param_shapes(params),
         "weights": "w",
         **base.about(config),
         "must_match": {"model": dataclasses.asdict(model)},

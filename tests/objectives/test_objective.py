@@ -17,6 +17,7 @@ from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.models import llama
 from tulu_jax.objectives import dpo, losses, objective, sft
 from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import state as state_lib
@@ -142,10 +143,10 @@ def test_a_frozen_base_with_a_few_leaves_that_train(home, tmp_path):
     first, *_, last = (line for line in metrics_lib.read(config.workdir) if "eval/loss" in line)
     assert last["eval/loss"] < first["eval/loss"] - 0.1
     state, frozen = run.abstract, run.abstract_frozen
-    assert checkpoint_lib.param_shapes(state.params) == {"shift/bias": [32], "shift/scale": [32]}
+    assert agreement.param_shapes(state.params) == {"shift/bias": [32], "shift/scale": [32]}
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert [leaf.shape for leaf in moments] == [(32,)] * 4
-    base_shapes = checkpoint_lib.param_shapes(frozen.base)
+    base_shapes = agreement.param_shapes(frozen.base)
     saved = checkpoint_lib.Checkpoints(config.workdir)
     assert saved.about(8)["frozen"] == base_shapes and len(base_shapes) > 9
     assert state_lib.fingerprint(base.initial_params(config, run.mesh)) == saved.about(8)["weights"]
@@ -158,7 +159,7 @@ def test_a_frozen_base_with_a_few_leaves_that_train(home, tmp_path):
     assert curve(config.workdir) == whole
 
     _, params = trained.load(config, step=8)
-    assert checkpoint_lib.param_shapes(params) == base_shapes
+    assert agreement.param_shapes(params) == base_shapes
     onto = run_config(home, tmp_path, base=config.workdir)
     (problem,) = base.problems(onto)
     assert f"holds what trained beside {len(base_shapes)} frozen parameters" in problem

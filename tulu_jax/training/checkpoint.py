@@ -12,25 +12,33 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from tulu_jax import validation
 from tulu_jax.models.config import LlamaConfig
+from tulu_jax.parallel import sharding
+from tulu_jax.training import agreement, checkpoint_digests
 from tulu_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 SAID = 300  # characters of a message of Orbax
+ON_DAMAGE = ("stop", "newest_whole")  # what a run does about a damaged checkpoint
+GO_BACK = "A run goes back to the newest whole one with train --on_damage=newest_whole."
+PARTS = ("_CHECKPOINT_METADATA", "about", "state")  # one of these makes a folder a checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Save every `every` updates and at the end; keep the last `keep`, and the best if `best`.
+    """Save every `every` updates and at the end; keep the last `keep`, the best, and some for good.
 
-    `best` names an evaluation metric to minimise, e.g. 'eval/loss'; None keeps only the last.
+    `best` names an evaluation metric to minimise, e.g. 'eval/loss'; `keep_every` keeps the
+    checkpoints of its multiples. None keeps no more than the last.
     """
 
     every: int
     keep: int = 2
     best: str | None = None
+    keep_every: int | None = None
 
     def __post_init__(self):
         validation.check(
@@ -38,6 +46,12 @@ class CheckpointConfig:
             lambda: [
                 (self.every > 0, f"every = {self.every}: expected a positive number of updates"),
                 (self.keep > 0, f"keep = {self.keep}: expected at least 1, to resume from"),
+                (
+                    self.keep_every is None
+                    or self.keep_every >= self.every > 0 == self.keep_every % self.every,
+                    f"keep_every = {self.keep_every}: expected a multiple of every = {self.every}, "
+                    "of which there are checkpoints, or None",
+                ),
             ],
         )
 
@@ -46,11 +60,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the message names the last one that can be restored."""
 
 
+class DamagedError(validation.UsageError):
+    """A checkpoint cannot be read, or is not what was saved; the message names what of it."""
+
+
 class Checkpoints:
     """The checkpoints of one run, under `workdir/checkpoints/<step>`.
 
     An unfinished write has another name, so whatever is listed is complete: a kill or a full disk
-    while saving leaves the previous checkpoint as the latest.
+    while saving leaves the previous checkpoint as the latest. What is restored is compared with the
+    digests that were saved (`checkpoint_digests`). Folders of others among the steps are let be.
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig | None = None):
@@ -58,10 +77,12 @@ class Checkpoints:
 
         self._ocp, self._best = ocp, config and config.best
         self.folder = epath.Path(workdir).absolute() / FOLDER
-        policies = ocp.checkpoint_managers
-        options = ocp.CheckpointManagerOptions(read_only=config is None)
+        policies, ours = ocp.checkpoint_managers, _only_ours(ocp)
+        options = ocp.CheckpointManagerOptions(read_only=config is None, step_name_format=ours)
         if config is not None:
             keep, tracked = [policies.LatestN(config.keep)], {}
+            if config.keep_every:
+                keep.append(policies.EveryNSteps(config.keep_every))
             if config.best:
                 _check_metrics(self.folder)
 
@@ -80,6 +101,10 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._add_digests
+                ),
+                step_name_format=ours,
                 cleanup_tmp_directories=True,
                 **tracked,
             )
@@ -107,7 +132,28 @@ class Checkpoints:
             metrics = {}
         items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(dict(about)))
         with self._explained(step):
+            self._manager.wait_until_finished()
+            taken = step not in self.steps() and (self.folder / str(step)).exists()
+            if taken and jax.process_index() == 0:  # Orbax would delete it
+                self._set_aside(step, "foreign")
+            self._saving = step, checkpoint_digests.of_arrays(state)
             self._manager.save(step, args=items, metrics=metrics or None, force=True)
+
+    def _add_digests(self) -> None:
+        """Digests of what was written, before its folder gets its name; on process 0, and not in
+        the thread of the loop."""
+        step, arrays = self._saving
+        unnamed = self.folder / f"{step}{self._ocp.path.step.TMP_DIR_SUFFIX}"
+        folder = unnamed if unnamed.exists() else self.folder / str(step)  # buckets rename nothing
+        checkpoint_digests.write(folder, arrays)
+
+    def _set_aside(self, step: int, why: str) -> None:
+        """Renames the folder `step` to `step.why`, so that nobody takes it for a checkpoint, with a
+        number where there is such a folder."""
+        names = [f"{step}.{why}", *(f"{step}.{why}.{number}" for number in range(2, 1000))]
+        aside = next(path for name in names if not (path := self.folder / name).exists())
+        (self.folder / str(step)).rename(aside)
+        logging.warning("%s is now %s", self.folder / str(step), aside)
 
     def wait(self) -> None:
         """Returns when what was being written is complete. Raises `CheckpointError`."""
@@ -130,46 +176,102 @@ class Checkpoints:
         return found
 
     def about(self, step: int) -> dict[str, Any]:
-        """The JSON object saved with the checkpoint of `step`. Raises `UsageError` if it cannot be
-        read."""
+        """The JSON object saved with the checkpoint of `step`. Raises `DamagedError` if it cannot
+        be read, or is another."""
         return self._read(step, self._about)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state saved at `step`, placed by the shardings of `abstract_state`. Raises
-        `UsageError` if it cannot be read."""
+        `DamagedError` if it cannot be read, or is not what was saved."""
 
-        def read(step: int) -> TrainState:
-            args = self._ocp.args
-            items = args.Composite(state=args.StandardRestore(abstract_state))
+        def read(step: int, like: TrainState) -> TrainState:
+            items = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(like))
             return self._manager.restore(step, args=items).state
 
-        return self._read(step, read)
+        return self._verified(step, abstract_state, read)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """The parameters alone, without reading optimizer state. Raises `UsageError` if they cannot
-        be read."""
-        ocp, target = self._ocp, {"params": abstract_params}
+        """The parameters alone, without reading optimizer state. Raises `DamagedError` if they
+        cannot be read, or are not what was saved."""
+        return self._verified(step, {"params": abstract_params}, self._part)["params"]
 
-        def read(step: int) -> dict:
-            restored = ocp.PyTreeCheckpointer().restore(
-                self.folder / str(step) / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            )
-            return restored["params"]
+    def resume(self, restore: Callable[[int], TrainState], on_damage: str) -> TrainState:
+        """`restore(step)` of the newest step. With `on_damage` "newest_whole" that of the newest
+        for which it does not raise `DamagedError`; those it passes are set aside."""
+        damaged = []
+        for step in reversed(steps := self.steps()):
+            try:
+                state = restore(step)
+                break
+            except DamagedError as error:
+                if on_damage != "newest_whole" or step == steps[0]:
+                    raise
+                logging.warning("%s. Going back, as --on_damage=newest_whole says", error)
+                damaged.append(step)
+        if jax.process_index() == 0:
+            for step in damaged:
+                self._set_aside(step, "damaged")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are aside")
+        self._manager.reload()
+        return state
 
-        return self._read(step, read)
+    def damages(self, step: int, *, sizes_only: bool) -> list[str] | None:
+        """What of the checkpoint of `step` is not what was saved, one text each, array by array on
+        one process; None if it was saved without digests."""
+        folder = self.folder / str(step)
+        try:
+            recorded = checkpoint_digests.load(folder)
+            if recorded is None:
+                return None
+            found = checkpoint_digests.file_problems(recorded, folder, sizes_only=sizes_only)
+            if found or sizes_only:
+                return found
+            tree = self._ocp.PyTreeCheckpointer().metadata(folder / "state").item_metadata.tree
+            leaves, structure = jax.tree.flatten_with_path(tree)
+            for index, (path, leaf) in enumerate(leaves):
+                one = [self._ocp.PLACEHOLDER] * len(leaves)
+                one[index] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                part = self._part(step, jax.tree.unflatten(structure, one), partial=False)
+                array = {sharding.path_name(path): jax.tree.leaves(part)[index]}
+                found += checkpoint_digests.array_problems(recorded, array)
+            return found
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
+            return [_short(error)]
+
+    def _part(self, step: int, like: dict, *, partial: bool = True) -> dict:
+        """The arrays of `like`, a part of the state of `step`; if not `partial`, the whole with
+        placeholders for what is not read."""
+        ocp = self._ocp
+        return ocp.PyTreeCheckpointer().restore(
+            self.folder / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=like,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                partial_restore=partial,
+            ),
+        )
+
+    def _verified(self, step: int, like: Any, read: Callable[[int, Any], Any]) -> Any:
+        def verified(step: int) -> Any:
+            folder = self.folder / str(step)
+            return checkpoint_digests.verified(folder, like, functools.partial(read, step))
+
+        return self._read(step, verified)
 
     def _about(self, step: int) -> dict[str, Any]:
-        items = self._ocp.args.Composite(about=self._ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items).about
+        folder, about = self.folder / str(step), self._ocp.args.JsonRestore()
+        if recorded := checkpoint_digests.load(folder):
+            problems = checkpoint_digests.file_problems(recorded, folder, below="about/")
+            if problems:
+                raise ValueError(checkpoint_digests.named(problems))
+        return self._manager.restore(step, args=self._ocp.args.Composite(about=about)).about
 
     def _read(self, step: int, read: Callable[[int], Any]) -> Any:
-        """`read(step)`. What fails is a damaged checkpoint: raises `UsageError` that names it, and
-        the newest other one for which `read` succeeds."""
+        """`read(step)`. What fails is a damaged checkpoint: raises `DamagedError` that names it,
+        and the newest other one for which `read` succeeds."""
         former = sys.unraisablehook
         sys.unraisablehook = functools.partial(_without_echoes, former)
         try:
@@ -177,10 +279,10 @@ class Checkpoints:
             sys.unraisablehook = former  # after a failure, echoes come until the end
             return found
         except Exception as error:  # of json, TensorStore, Orbax and what these read with
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if _out_of_memory(error):
                 raise
             folder = self.folder / str(step)
-            raise validation.UsageError(
+            raise DamagedError(
                 f"the checkpoint of step {step} in {folder} cannot be read ({_short(error)}). "
                 f"{self._whole(step, read)} To go without it, move {folder} out of that folder"
             ) from error
@@ -191,12 +293,12 @@ class Checkpoints:
         if not others:
             return "There is no other."
         if jax.process_count() > 1:  # reading takes all processes, and others may have succeeded
-            return f"There are also those of steps {others[::-1]}."
+            return f"There are also those of steps {others[::-1]}. {GO_BACK}"
         for step in others:
             with contextlib.suppress(Exception):
                 self._about(step)
                 read(step)
-                return f"That of step {step} is whole."
+                return f"That of step {step} is whole. {GO_BACK}"
         return f"Those of steps {others[::-1]} cannot be read either."
 
     def describe_latest(self) -> str:
@@ -209,34 +311,51 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _explained(self, step: int | None):
-        return _Explained(self, step)
-
-
-class _Explained:
-    """Turns a failed write into a `CheckpointError` that names what can still be restored."""
-
-    def __init__(self, checkpoints: Checkpoints, step: int | None):
-        self.checkpoints, self.step = checkpoints, step
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception):
-            self.checkpoints._manager.reload()
-            what = "a checkpoint" if self.step is None else f"the checkpoint of step {self.step}"
+    @contextlib.contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        """Turns a failed write into a `CheckpointError` that names what can still be restored."""
+        try:
+            yield
+        except Exception as error:
+            self._manager.reload()
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             raise CheckpointError(
                 f"{what} could not be written: {error}. Last good checkpoint: "
-                f"{self.checkpoints.describe_latest()}. Free some space or repair the folder and "
-                "start the same command again."
+                f"{self.describe_latest()}. Free some space or repair the folder and start the "
+                "same command again."
             ) from error
+
+
+def _only_ours(ocp):
+    """Orbax's names of steps, without the folders of others that are called like one: it would
+    resume from these, count them, and delete them."""
+
+    class Format(ocp.path.step.NameFormat):
+        def __init__(self):
+            self.all = ocp.path.step.standard_name_format()
+
+        def build_name(self, step):
+            return self.all.build_name(step)
+
+        def find_step(self, base_path, step):
+            return self.all.find_step(base_path, step)
+
+        def find_all(self, base_path):
+            for found in self.all.find_all(base_path):
+                if any((found.path / part).exists() for part in PARTS):
+                    yield found
+                else:
+                    logging.warning("%s is left as it is: it holds no checkpoint", found.path)
+
+    return Format()
 
 
 def _check_metrics(folder: epath.Path) -> None:
     """Raises `UsageError` for metrics that cannot be read: Orbax reads them at once."""
     problems = []
     for file in folder.glob("*/metrics/metrics"):
+        if not file.parent.parent.name.isdigit():
+            continue
         try:
             json.loads(file.read_text())
         except ValueError as error:
@@ -252,11 +371,16 @@ def _without_echoes(former: Callable[[Any], None], unraisable) -> None:
         former(unraisable)
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _short(error: BaseException) -> str:
     """The innermost cause of an error, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:SAID]}"
 
 
 def load_params(
@@ -269,74 +393,7 @@ def load_params(
     """
     checkpoints = Checkpoints(workdir)
     step = checkpoints.require(step)
-    validation.raise_if(problems(checkpoints, step, model, abstract_params))
+    about, folder = checkpoints.about(step), checkpoints.folder / str(step)
+    validation.raise_if(agreement.model_problems(about, folder, model, abstract_params))
     logging.info("Restoring parameters of step %d from %s", step, checkpoints.folder)
     return checkpoints.restore_params(step, abstract_params)
-
-
-def problems(
-    checkpoints: Checkpoints, step: int, model: LlamaConfig, abstract_params: dict
-) -> list[str]:
-    """Why the parameters of `step` are not of `model`, one line each, from JSON alone."""
-    about, folder = checkpoints.about(step), checkpoints.folder / str(step)
-    recorded = about["must_match"].get("model", {})
-    expected = {field.name for field in dataclasses.fields(LlamaConfig)}
-    if recorded.keys() != expected:
-        return [
-            f"the checkpoint in {folder} records a model of {sorted(recorded) or 'no fields'}; "
-            f"expected {sorted(expected)}: another version wrote it. Export it to Hugging Face "
-            "with that version, and take the export"
-        ]
-    frozen = about.get("frozen", {})
-    if frozen.keys() & param_shapes(abstract_params).keys():
-        return [
-            f"the checkpoint in {folder} holds what trained beside {len(frozen)} frozen parameters "
-            "of its base, and not these; expected all of them. Export that run to Hugging Face "
-            "(python -m tulu_jax.convert), and take the export"
-        ]
-    trained = LlamaConfig(**recorded)
-    return [
-        f"the checkpoint in {folder} was trained with {name} = "
-        f"{getattr(trained, name)}; this run's model has {getattr(model, name)}. Restore it in the "
-        "gin file, or take another checkpoint"
-        for name in trained.computed_otherwise(model)
-    ] + param_problems(about["params"], abstract_params)
-
-
-def param_shapes(params: dict) -> dict[str, list[int]]:
-    """{parameter path: shape}, JSON-serialisable, as saved beside each checkpoint."""
-    leaves = jax.tree.leaves_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
-        for path, leaf in leaves
-    }
-
-
-def param_problems(
-    found: dict[str, list[int]], abstract_params: dict, noun: str = "parameter"
-) -> list[str]:
-    """How the shapes of a checkpoint differ from those the model expects, one line each."""
-    expected = param_shapes(abstract_params)
-    problems = [
-        f"checkpoint {noun} {name} has shape {found[name]}; the model expects {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [f"checkpoint lacks {noun} {name}" for name in expected if name not in found]
-    problems += [
-        f"checkpoint has {noun} {name}, unknown to the model"
-        for name in found
-        if name not in expected
-    ]
-    return problems
-
-
-def differences(before: dict, now: dict, inside: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, value before, value now) of what differs, nested ones as "outer.inner"; what a
-    checkpoint does not record at all is free."""
-    for name in (name for name in now if inside or name in before):
-        was, value = before.get(name), now[name]
-        if isinstance(was, dict) and isinstance(value, dict):
-            yield from differences(was, value, f"{inside}{name}.")
-        elif was != value:
-            yield f"{inside}{name}", was, value
