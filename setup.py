@@ -20,6 +20,7 @@ BASE = [
     "beartype>=0.20",
     "jaxtyping>=0.3",
     "etils[epath]>=1.10",
+    "fsspec>=2024.6",  # what etils opens buckets with; mode="create" of pipe_file, for the lease
     "tensorboardX>=2.6",
     "tqdm>=4.66",
     "matplotlib>=3.9",

@@ -19,7 +19,7 @@ import sys
 import attention
 import numpy as np
 
-from tulu_jax import chips
+from tulu_jax import atomic, chips
 from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 from tulu_jax.planning.cycles import attention_cycles as counting
@@ -124,7 +124,7 @@ def main():
         table["tiles"][chip][dtype][stage] = dataclasses.asdict(best)
     table["made_on"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     if options.write:
-        tuning.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        atomic.write_text(tuning.TABLE, json.dumps(table, indent=1) + "\n")
     return 0
 
 

@@ -24,6 +24,8 @@ import time
 
 import tqdm
 
+from tulu_jax import atomic
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / "runs" / "pods"
 SHORT = [("sft_7b.gin", "v5p_64"), ("dpo_70b.gin", "v5p_512")]
@@ -67,7 +69,7 @@ def dry_run(name: str, pod: str | None, *arguments: str) -> dict:
     result |= {"file": name, "pod": pod, "process_seconds": time.perf_counter() - start}
     result |= {"process_gb": usage.ru_maxrss * 1024 / 1e9}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result))
+    atomic.write_text(path, json.dumps(result))
     return result
 
 

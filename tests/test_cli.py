@@ -347,3 +347,31 @@ def test_preflight_disk_space(monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
     assert "0.0 GB free" in problems(devices=1)
+
+
+def test_preflight_asks_no_space_for_checkpoints_that_are_there(tmp_path, monkeypatch):
+    import shutil
+
+    import builders
+    import jax.numpy as jnp
+
+    from tulu_jax.training import checkpoint
+    from tulu_jax.training.state import TrainState
+
+    config = builders.replace(builders.train_config(tmp_path), checkpoint__keep=2)
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1, 1))
+
+    def asked():
+        return [line.split("; ")[1][:20] for line in preflight._disk(config)]
+
+    assert asked() == ["3 more checkpoints o"]
+    checkpoints = checkpoint.Checkpoints(config.workdir, config.checkpoint)
+    state = TrainState(step=jnp.int32(1), params={"a": jnp.zeros(1)}, opt_state={})
+    for step, left in ((1, "2"), (2, "1"), (3, "1")):
+        checkpoints.save(step, state, {}, {})
+        checkpoints.wait()
+        assert asked() == [f"{left} more checkpoints o"]
+    checkpoints.save(config.num_steps, state, {}, {})
+    checkpoints.close()
+    assert asked() == []  # the run is at its end

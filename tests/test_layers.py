@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "tulu_jax"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # What each folder may import of tulu_jax; files at the top may import everything below them.
-ANYONE = {"validation", "strict_json", "digests", "chips"}
+ANYONE = {"validation", "strict_json", "digests", "chips", "process_identity", "atomic"}
 ALLOWED = {
     "kernels": set(),
     "quant": set(),

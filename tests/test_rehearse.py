@@ -10,7 +10,7 @@ import builders
 import gin
 import pytest
 
-from tulu_jax import cli, preflight, rehearse
+from tulu_jax import cli, preflight, rehearse, validation
 from tulu_jax.data import data_checks, tulu_tiny
 from tulu_jax.models import config as models
 from tulu_jax.models import llama
@@ -80,6 +80,17 @@ def test_rows_that_are_there_are_kept(home):
     config = builders.train_config(home, tokenizer=tulu_tiny.tokenizer())
     small = rehearse.shrink(config, processes=2, embedded=False)
     assert (small.data.train, small.data.tokenizer) == (config.data.train, config.data.tokenizer)
+
+
+def test_folders_that_no_rehearsal_made_stay(tmp_path):
+    (tmp_path / "disturbed").mkdir()
+    with pytest.raises(validation.UsageError, match="disturbed would be removed"):
+        rehearse.clear(tmp_path)
+    assert (tmp_path / "disturbed").exists()
+    rehearse.clear(tmp_path / "new")
+    (tmp_path / "new/disturbed").mkdir()
+    rehearse.clear(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [rehearse.MARK]
 
 
 @pytest.mark.slow

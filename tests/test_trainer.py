@@ -18,6 +18,7 @@ from tulu_jax import trainer, validation
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import lease
 from tulu_jax.training import metrics as metrics_lib
 
 SMALL = """
@@ -52,7 +53,7 @@ def home(tmp_path_factory):
     return folder
 
 
-def start(home, stage, workdir, **options):
+def start(home, stage, workdir, *flags, **options):
     """`python -m tulu_jax.train` on one device, in a process of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -61,7 +62,7 @@ def start(home, stage, workdir, **options):
     }
     command = [sys.executable, "-m", "tulu_jax.train", f"--gin_file=small_{stage}.gin"]
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}"],
+        [*command, f"--workdir={workdir}", *flags],
         cwd=home,
         env=environment,
         stderr=subprocess.PIPE,
@@ -89,12 +90,13 @@ def checkpoint_folders(workdir, *, complete):
     return [name for name in names if name.isdigit() == complete]
 
 
-def kill_when(process, condition):
-    """SIGKILL as soon as `condition()` holds."""
+def kill_when(process, condition, after=0.0):
+    """SIGKILL `after` seconds from when `condition()` holds."""
     deadline = time.time() + 400
     while not condition():
         assert process.poll() is None and time.time() < deadline, process.communicate()[1]
         time.sleep(0.005)
+    time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -131,6 +133,57 @@ def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
     message = finish(start(home, stage, tmp_path / "killed"))
     assert f"Resuming from step {max(left)}" in message
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole"), step
+
+
+def test_kills_early_in_a_run_leave_each_line_once(home, tmp_path):
+    """Before the first checkpoint, while the lines are written again, and soon after."""
+    workdir, pause = tmp_path / "run", random.SystemRandom().uniform
+    file = workdir / metrics_lib.FILE
+    for lines in (1, 1, 7):
+        former = file.stat().st_ino if file.exists() else None
+        process = start(home, "tulu_tiny_sft", workdir, "--gin.NUM_STEPS=12")
+
+        def written(former=former, lines=lines):
+            return (
+                file.exists()
+                and file.stat().st_ino != former
+                and file.read_text().count("\n") >= lines
+            )
+
+        kill_when(process, written, after=pause(0, 0.05))
+    finish(start(home, "tulu_tiny_sft", workdir, "--gin.NUM_STEPS=12"))
+    steps = [line["step"] for line in metrics_lib.read(str(workdir)) if "train/loss" in line]
+    evaluated = [line["step"] for line in metrics_lib.read(str(workdir)) if "eval/loss" in line]
+    assert steps == list(range(1, 13)) and evaluated == [0, 12]
+    kept = {"checkpoints", "config.gin", "tokenizer.json", metrics_lib.FILE}
+    assert {path.name for path in workdir.iterdir()} == kept
+
+
+def test_of_two_runs_in_one_workdir_one_is_refused(home, tmp_path):
+    workdir = tmp_path / "run"
+    both = [start(home, "tulu_tiny_sft", workdir) for _ in range(2)]
+    said = [process.communicate(timeout=400)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], said
+    holder = both[codes.index(0)].pid
+    assert f"{workdir} is held by process {holder} on " in said[codes.index(2)]
+    steps = [line["step"] for line in metrics_lib.read(str(workdir)) if "train/loss" in line]
+    assert steps == list(range(1, 101)) and not (workdir / lease.FILE).exists()
+
+
+def test_files_in_a_workdir_that_no_run_wrote_stay(home, tmp_path):
+    run = trainer.Run(run_config(home, tmp_path), "# Parameters for x:")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in ("tokenizer.json", "config.gin"):
+        (workdir / name).write_text("mine")
+        with pytest.raises(validation.UsageError, match=f"{name} would be replaced, and no run"):
+            run._keep()
+        assert [path.name for path in workdir.iterdir() if path.read_text() == "mine"] == [name]
+        (workdir / name).unlink()
+    run._keep()
+    run._keep()
+    assert (workdir / "config.gin").read_text() == run.config_text
 
 
 def test_a_terminated_run_saves_and_goes_on_from_there(home, tmp_path):

@@ -21,7 +21,7 @@ _DTYPE = flags.DEFINE_enum(
     "Dtype of the weights. Default: that of the base (for float16, bfloat16); of a run that began "
     "with random parameters, theirs.",
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it exists.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder, if an export made it.")
 _FROM_HF = flags.DEFINE_bool("from_hf", False, "Write the config's base as checkpoint of step 0.")
 _OUTWARD = ("out", "step", "dtype", "overwrite")
 flags.register_multi_flags_validator(

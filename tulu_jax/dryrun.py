@@ -13,7 +13,7 @@ import sys
 from absl import flags, logging
 from etils import epath
 
-from tulu_jax import cli, strict_json, validation
+from tulu_jax import atomic, cli, strict_json, validation
 from tulu_jax.recipe import TrainConfig
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -47,10 +47,11 @@ def main(config: TrainConfig) -> None:
         cli.stop_if(problem for run in runs for problem in plan.problems(*run))
         results = [plan.price(*run, held=held) for run in runs]
     print(render.table(results))
-    (out / "dryrun.json").write_text(strict_json.dumps([r.as_dict() for r in results], indent=1))
+    found = strict_json.dumps([r.as_dict() for r in results], indent=1)
+    atomic.write_text(out / "dryrun.json", found)
     render.draw(results, out / "dryrun.png")
     if results[0].step:
-        (out / "step.hlo.txt").write_text(results[0].step.text)
+        atomic.write_text(out / "step.hlo.txt", results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)
     if not any(result.fits for result in results):
         sys.exit(1)

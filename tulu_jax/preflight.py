@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 import jax
 from etils import epath
 
+from tulu_jax import atomic, validation
 from tulu_jax import base as base_lib
-from tulu_jax import validation
 from tulu_jax.data import data_checks, loader
 from tulu_jax.data.sources import readers
 from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import optim
 
 _NO_BUCKET = "gs://YOUR-BUCKET"  # what the complete files of configs/ say
@@ -128,7 +129,7 @@ def _out_of_reach(paths: dict[str, str]) -> Iterator[str]:
     for name, path in paths.items():
         if "://" not in path:
             continue
-        probe = epath.Path(path) / f".probe-{jax.process_index()}-{os.getpid()}"
+        probe = epath.Path(path) / atomic.temporary_name("probe")
         try:
             with readers.reaching(path):
                 if name in ("workdir", "data.cache_dir"):
@@ -185,14 +186,19 @@ def _disk(config: TrainConfig) -> Iterator[str]:
         for leaf in jax.tree.leaves(llama.abstract_params(config.model, config.param_dtype))
     )
     checkpoint = config.checkpoint
-    copies = checkpoint.keep + 1 + bool(checkpoint.best)
+    there = checkpoint_lib.Checkpoints(config.workdir).steps()
+    if there and config.num_steps is not None and there[-1] >= config.num_steps:
+        return  # nothing is left to be written
+    copies = checkpoint.keep + bool(checkpoint.best)
     if checkpoint.keep_every and config.num_steps:
         copies += config.num_steps // checkpoint.keep_every
+    new = max(0, copies - len(there)) + 1
     free = shutil.disk_usage(folder).free
-    if free < copies * state_bytes:
+    if free < new * state_bytes:
         yield (
-            f"{folder} has {free / 1e9:.1f} GB free; {copies} checkpoints of "
-            f"{state_bytes / 1e9:.1f} GB need {copies * state_bytes / 1e9:.1f} GB "
-            f"(keep = {checkpoint.keep}, keep_every = {checkpoint.keep_every}, and one being "
-            "written)"
+            f"{folder} has {free / 1e9:.1f} GB free; {new} more checkpoints of "
+            f"{state_bytes / 1e9:.1f} GB need {new * state_bytes / 1e9:.1f} GB "
+            f"({copies} are kept, keep = {checkpoint.keep}, keep_every = {checkpoint.keep_every}, "
+            f"of which {len(there)} are there, and one is being written); "
+            "free some space, or choose another --workdir"
         )

@@ -14,12 +14,11 @@ Examples:
 """
 
 import os
-import pathlib
 import sys
 
 from absl import flags
 
-from tulu_jax import cli, validation
+from tulu_jax import atomic, cli, validation
 
 _EVAL_DATA = flags.DEFINE_string(
     "eval_data", None, "Folder of evaluation data; the card lists its prompts in the train rows."
@@ -98,7 +97,7 @@ def _show(data) -> None:
         print(lines)
     if _HTML.value:
         page = show_html.page(facts, shown)
-        pathlib.Path(validation.expanded(_HTML.value)).write_text(page, encoding="utf-8")
+        atomic.write_text(validation.expanded(_HTML.value), page)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from tulu_jax import cli, strict_json
+from tulu_jax import atomic, cli, strict_json, validation
 from tulu_jax.data import data_checks
 from tulu_jax.parallel import lifeline
 from tulu_jax.parallel import mesh as mesh_lib
@@ -37,6 +37,7 @@ _EMBEDDED = flags.DEFINE_bool("embedded", False, "Take the embedded rows even if
 
 STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 24, 6, 12
 LENGTH = 128
+MARK = "rehearsal.txt"  # in the folder whose runs a rehearsal made
 TOLERANCE = 1e-4  # of a loss; the same program, and sums whose order is not fixed
 
 
@@ -232,6 +233,21 @@ def _without(arguments: list[str], *names: str) -> list[str]:
     return kept
 
 
+def clear(root: pathlib.Path) -> None:
+    """Removes the runs of an earlier rehearsal in `root`, and marks it as a rehearsal's. Raises
+    `UsageError` for folders of these names that no rehearsal made."""
+    there = [root / name for name in ("undisturbed", "disturbed") if (root / name).exists()]
+    if there and not (root / MARK).exists():
+        raise validation.UsageError(
+            f"{there[0]} would be removed, and no rehearsal made it; move it away, or choose "
+            "another --workdir"
+        )
+    for folder in there:
+        shutil.rmtree(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(root / MARK, "The runs of python -m tulu_jax.rehearse are removed by it.\n")
+
+
 def _last(log: pathlib.Path) -> str:
     return " ".join(log.read_text(errors="replace").split("\n")[-3:])
 
@@ -275,8 +291,7 @@ def main(config: TrainConfig) -> None:
     print(f"{_PROCESSES.value} processes, mesh {small.mesh}, {small.model}")
     name = config.workdir.rstrip("/").split("/")[-1]
     root = pathlib.Path(cli.workdir() or f"runs/{name}_rehearsal").absolute()
-    for name in ("undisturbed", "disturbed"):
-        shutil.rmtree(root / name, ignore_errors=True)
+    clear(root)
     passed = Rehearsal(small, root, arguments, _PROCESSES.value).run()
     print("PASS" if passed else f"FAIL; the output of every process lies in {root}")
     sys.exit(0 if passed else 1)

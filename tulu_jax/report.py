@@ -14,7 +14,7 @@ import jinja2
 from absl import app, flags
 from etils import epath
 
-from tulu_jax import cli, validation
+from tulu_jax import atomic, cli, validation
 from tulu_jax.evals import held_out_prompts
 from tulu_jax.training import metrics
 
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> None:
             for label, found in scores(workdir):
                 values = ", ".join(f"{n} {value:.3f}" for n, value in found["scores"].items())
                 print(f"  held-out prompts, {label}: {values}")
-        epath.Path(out).write_text(page(workdirs))
+        atomic.write_text(out, page(workdirs))
     print(f"Wrote {out}")
 
 

@@ -4,9 +4,9 @@ import jax
 from absl import logging
 from etils import epath
 
+from tulu_jax import atomic, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
-from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import sampler
@@ -49,13 +49,19 @@ def tokenizer_path(config: TrainConfig) -> str:
     return str(kept) if kept.exists() else config.data.tokenizer
 
 
-def keep_tokenizer(config: TrainConfig) -> None:
-    """Writes the tokenizer of a run into its workdir, so that the folder is whole by itself."""
+def keep_tokenizer(config: TrainConfig, *, replace: bool) -> None:
+    """Writes the tokenizer of a run into its workdir, so that the folder is whole by itself. Raises
+    `UsageError` for another one that is there, unless it may `replace` that."""
     path = config.data.tokenizer
     backend = tokenizer_files.for_plain_text(chat_lib.load_tokenizer(path).backend, path)
     kept, text = epath.Path(config.workdir) / KEPT_TOKENIZER, backend.to_str()
     if not kept.exists() or kept.read_text() != text:
-        kept.write_text(text)
+        if kept.exists() and not replace:
+            raise validation.UsageError(
+                f"{kept} would be replaced, and no run wrote it; move it away, or choose another "
+                "--workdir"
+            )
+        atomic.write_text(kept, text)
 
 
 class Generator:

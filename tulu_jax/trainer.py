@@ -12,9 +12,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from tulu_jax import atomic, trained, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
-from tulu_jax import trained, validation
 from tulu_jax.data.fields import Fields
 from tulu_jax.models.llama import Params
 from tulu_jax.objectives.objective import Batch, Feed
@@ -23,11 +23,13 @@ from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement, optim
 from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import lease as lease_lib
 from tulu_jax.training import metrics as metrics_lib
 from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import Frozen, TrainState
 
 CONFIG_FILE = "config.gin"
+WRITTEN = "# Parameters for "  # headings of an operative config, and of no file that people write
 MEANS = {"data": " (other rows, tokenizer, template, length, or versions of tasks)"}
 OF_BASE = ("base_dtype", "generation_config")
 
@@ -78,31 +80,45 @@ class Run:
     def train(self) -> dict[str, float]:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
 
-        Raises `FloatingPointError` if the loss or a gradient is not finite, and
-        `preemption.Preempted` after saving what a SIGTERM interrupts.
+        Raises `FloatingPointError` if the loss or a gradient is not finite,
+        `preemption.Preempted` after saving what a SIGTERM interrupts, and `UsageError` if another
+        run has the workdir (`lease.held`).
         """
-        self.open()
-        with jax.set_mesh(self.mesh):
-            state, frozen = self._start()
-            if jax.process_index() == 0:
-                self._keep()
-            self.feed.begin(lambda: self._initial_params(state, frozen), self.weights)
-            notice = preemption.Notice()
-            try:
-                return self._loop(state, frozen, notice)
-            finally:
-                self.checkpoints.close()
-                notice.close()
+        with lease_lib.held(self.config.workdir) as self.lease:
+            self.open()
+            with jax.set_mesh(self.mesh):
+                return self._train()
+
+    def _train(self) -> dict[str, float]:
+        state, frozen = self._start()
+        if jax.process_index() == 0:
+            self._keep()
+        self.feed.begin(lambda: self._initial_params(state, frozen), self.weights)
+        notice = preemption.Notice()
+        try:
+            return self._loop(state, frozen, notice)
+        finally:
+            self.checkpoints.close()
+            notice.close()
 
     def _keep(self) -> None:
-        """Leaves in the workdir what makes it whole by itself, beside the checkpoints."""
+        """Leaves in the workdir what makes it whole by itself, beside the checkpoints. Raises
+        `UsageError` for files of these names which no run wrote."""
+        folder = epath.Path(self.config.workdir)
+        file = folder / CONFIG_FILE
+        if self.config_text and file.exists() and WRITTEN not in file.read_text():
+            raise validation.UsageError(
+                f"{file} would be replaced, and no run wrote it; move it away, or choose another "
+                "--workdir"
+            )
+        of_a_run = file.exists() or (folder / metrics_lib.FILE).exists()
+        trained.keep_tokenizer(self.config, replace=of_a_run)
         if self.config_text:
-            (epath.Path(self.config.workdir) / CONFIG_FILE).write_text(self.config_text)
-        trained.keep_tokenizer(self.config)
+            atomic.write_text(file, self.config_text)
 
     def save_initial(self) -> None:
         """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
-        with jax.set_mesh(self.mesh):
+        with lease_lib.held(self.config.workdir), jax.set_mesh(self.mesh):
             state, _ = self._start()
             self.checkpoints.save(int(state.step), state, self._about(), {})
             self.checkpoints.close()
@@ -301,6 +317,7 @@ class Run:
         steps = range(start + 1, self.num_steps + 1)
         bar = self.progress(steps, "train", initial=start, total=self.num_steps)
         for step in bar:
+            self.lease.check()
             batch = self.put(self.feed(step, state.params))
             with jax.transfer_guard("disallow"):
                 state, measured = train_step(state, frozen, batch)

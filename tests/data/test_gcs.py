@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, read_rows, write_jsonl
 
-from tulu_jax import preflight
+from tulu_jax import preflight, process_identity, validation
 from tulu_jax.data import data_checks, encode, loader
 from tulu_jax.data.sources import readers
-from tulu_jax.training import metrics
+from tulu_jax.interop import folder
+from tulu_jax.training import lease, metrics
 
 gcsfs = pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
 pytest.importorskip("gcp_storage_emulator", reason="the extra 'test' is not installed")
@@ -308,6 +309,39 @@ def test_metrics_are_written_again_at_most_every_half_minute(bucket, monkeypatch
     monkeypatch.setattr(metrics, "BUCKET_SECONDS", 0.0)
     recorder.write(2, {"loss": 1.0})
     assert len(metrics.read(f"{bucket}/run")) == 2
+
+
+def test_a_run_in_a_bucket_has_it_alone(bucket):
+    """The emulator ignores preconditions: this is what is written and read, not a race of two."""
+    workdir = f"{bucket}/run"
+    path = readers.as_path(f"{workdir}/{lease.FILE}")
+    with lease.held(workdir) as mine:
+        assert path.exists()
+        with pytest.raises(validation.UsageError, match=f"{workdir} is held by process"):
+            lease.Lease(workdir).acquire()
+        mine.check()
+    assert not path.exists()
+    gone = dataclasses.replace(process_identity.current(), started="1")
+    record = lease.Record(id="x", process=gone, since=time.time(), beat=time.time())
+    path.write_bytes(record.encode())
+    with lease.held(workdir):
+        assert b'"id": "x"' not in path.read_bytes()
+    assert gcsfs.GCSFileSystem().find(bucket) == []
+
+
+def test_an_export_in_a_bucket_replaces_only_an_export(bucket):
+    target = readers.as_path(f"{bucket}/models/out")
+    for files in (["config.json", "a"], ["config.json", "b"]):
+        assert folder.problems(target, overwrite=True, num_bytes=1) == []
+        with folder.finished(target) as partial:
+            for name in files:
+                (partial / name).write_text(name)
+        names = {path.name for path in target.iterdir()}
+        assert names == {*files, folder.MANIFEST}
+    assert len(gcsfs.GCSFileSystem().find(bucket)) == 3
+    (target / "thesis.tex").write_text("x")
+    (problem,) = folder.problems(target, overwrite=True, num_bytes=1)
+    assert "holds thesis.tex, not listed" in problem
 
 
 def bucket_problems(config, tmp_path, **changes):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hf_models import FLOAT32, VARIANTS, assert_equal_trees, one_device, random_llama, random_params
 
+from tulu_jax import atomic, process_identity
 from tulu_jax.decode import sampler
-from tulu_jax.interop import hf
+from tulu_jax.interop import folder, hf
 
 CONFIG = hf.LlamaConfig(
     vocab_size=48, num_layers=3, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2,
@@ -23,15 +24,24 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
-def save(folder, params=None, **changes):
+def save(path, params=None, **changes):
     defaults = dict(dtype="float32", generation_config=IDS, write_tokenizer=None)
-    hf.save(
-        folder, random_params(CONFIG) if params is None else params, CONFIG, **defaults | changes
-    )
+    hf.save(path, random_params(CONFIG) if params is None else params, CONFIG, **defaults | changes)
 
 
-def reload(folder):
-    return hf.load(folder, hf.read_config(folder), shardings=one_device(), dtype="float32")
+def reload(path):
+    return hf.load(path, hf.read_config(path), shardings=one_device(), dtype="float32")
+
+
+def left_by_a_killed_export(place, name, *, marked=True):
+    """A folder in `place`, as an export to `name` by a process that is gone leaves it."""
+    me = process_identity.current()  # whose twin of that pid started at tick 1
+    left = place / f".{name}.{me.machine}-{me.pid}-1-{marked:08x}.tulu_jax_partial"
+    left.mkdir()
+    if marked:
+        (left / "model.safetensors").touch()
+        folder._list(left)
+    return left
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -120,33 +130,88 @@ def test_an_existing_folder_is_refused_unless_told(tmp_path):
 
 
 def test_a_folder_that_is_no_export_is_never_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="not a Hugging Face folder and is not overwritten"):
+    """A model of somebody else is none either, nor an export beside which something was put."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"theirs holds config\.json, not listed in its"):
+        save(theirs, overwrite=True)
+    assert (theirs / "config.json").read_text() == "{}"
+    save(ours)
+    (ours / "thesis.tex").touch()
+    (ours / "results").mkdir()
+    with pytest.raises(ValueError, match=r"ours holds results, thesis\.tex, not listed in its"):
+        save(ours, overwrite=True)
+    assert (ours / "thesis.tex").exists() and (ours / "config.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"made_by": "x"}', '{"format": 1, "files": 3}'])
+def test_a_manifest_of_others_makes_no_folder_ours(tmp_path, text):
+    (tmp_path / folder.MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"holds tulu_jax\.json, not listed"):
         save(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.tex").exists()
+    assert (tmp_path / folder.MANIFEST).read_text() == text
+
+
+def test_what_lies_beside_an_export_stays(tmp_path):
+    """Whatever its name: of it, only folders that an export marked are removed."""
+    for name in ("out.partial", "out.replaced", ".partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
+    unmarked = left_by_a_killed_export(tmp_path, "out", marked=False)
+    (unmarked / "thesis.tex").touch()
+    marked = left_by_a_killed_export(tmp_path, "out")
+    other_target = left_by_a_killed_export(tmp_path, "other")
+    save(tmp_path / "out")
+    save(tmp_path / "out", overwrite=True)
+    assert len(list(tmp_path.glob("*/thesis.tex"))) == 4 and not marked.exists()
+    assert other_target.exists()
+
+
+def test_two_exports_to_one_folder(tmp_path):
+    target = tmp_path / "out"
+    busy = f"out is being written by process {os.getpid()} of this host"
+    with folder.finished(folder.located(target)) as first:
+        (first / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match=busy):
+            save(target)
+    assert {file.name for file in target.iterdir()} == {"config.json", folder.MANIFEST}
+
+
+def test_a_folder_that_somebody_makes_meanwhile_stays(tmp_path):
+    target = tmp_path / "out"
+    with (
+        pytest.raises(ValueError, match="out was made by somebody else meanwhile"),
+        folder.finished(folder.located(target)),
+    ):
+        target.mkdir()
+        (target / "thesis.tex").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(target) == ["thesis.tex"]
 
 
 def test_a_folder_that_exists_stays_the_same_folder(tmp_path):
     """It may be a mounted disk, which has `lost+found` and cannot be renamed."""
     target = tmp_path / "out"
     (target / "lost+found").mkdir(parents=True)
-    (target / ".partial").mkdir()  # of a killed export
+    left = left_by_a_killed_export(target, "out")
     inode = target.stat().st_ino
     save(target, max_shard_bytes=2000)
     doubled = {"model": hf.jax.tree.map(lambda x: 2 * x, random_params(CONFIG)["model"])}
     save(target, doubled, overwrite=True)
     assert_equal_trees(reload(target), doubled)
     assert target.stat().st_ino == inode
-    expected = {"config.json", "generation_config.json", "model.safetensors", "lost+found"}
-    assert set(os.listdir(target)) == expected
+    files = {"config.json", "generation_config.json", "model.safetensors", folder.MANIFEST}
+    assert set(os.listdir(target)) == files | {"lost+found"} and not left.exists()
 
 
 def test_a_killed_replacement_can_be_done_again(tmp_path):
-    save(tmp_path)
-    (tmp_path / "config.json").rename(tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / ".partial").mkdir()  # files were being moved up
-    save(tmp_path, overwrite=True)
-    assert_equal_trees(reload(tmp_path), random_params(CONFIG))
+    target = tmp_path / "out"
+    save(target, max_shard_bytes=2000)
+    (target / "config.json").unlink()
+    left = left_by_a_killed_export(target, "out")  # files were being moved up
+    save(target, overwrite=True)
+    assert_equal_trees(reload(target), random_params(CONFIG))
+    assert not left.exists() and len(os.listdir(target)) == 4
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -249,13 +314,13 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path):
         env=os.environ | {"PYTHONPATH": str(REPO)},
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out.partial/model-00003-*")):
+    while not list(tmp_path.glob(".out.*/model-00003-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert os.listdir(tmp_path) == ["out.partial"]
-    assert not (tmp_path / "out.partial" / "config.json").exists()
+    (partial,) = tmp_path.iterdir()
+    assert atomic.is_temporary(partial.name) and not (partial / "config.json").exists()
     with pytest.raises(ValueError, match="does not exist"):
         hf.read_config(target)
 
@@ -306,8 +371,10 @@ def test_a_bucket_serves_as_well_as_a_disk(tmp_path, bucket):
     save(target, params, overwrite=True)
     assert set(bucket) == {
         f"/models/out/{name}"
-        for name in ("config.json", "generation_config.json", "model.safetensors")
-    }
+        for name in (
+            "config.json", "generation_config.json", "model.safetensors", folder.MANIFEST
+        )
+    }  # fmt: skip
     whole = bucket["/models/out/model.safetensors"].getvalue()
     assert whole == (tmp_path / "single" / "model.safetensors").read_bytes()
     bucket["/models/out/model.safetensors"].truncate(len(whole) - 3)

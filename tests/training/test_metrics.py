@@ -1,8 +1,13 @@
 """What a run writes of its metrics: JSON that every reader takes, and one run at W&B."""
 
 import json
+import os
+import random
 import re
+import signal
+import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -33,6 +38,58 @@ def test_what_is_not_finite_is_null_and_no_point_of_a_curve(tmp_path):
     assert lines[0] == {"step": 0, "eval/loss": None, "eval/kl": None}
     assert report.series(lines, "eval/loss") == ([1], [2.5])
     assert report.matching(lines, ("eval/*",)) == ["eval/loss"]
+
+
+RESUMER = """
+import sys
+from tulu_jax.training import metrics
+config = metrics.LoggingConfig(tensorboard=False)
+print("ready", flush=True)
+while True:
+    recorder = metrics.Recorder(config, sys.argv[1], 1000, {})
+    for step in range(1001, 1050):
+        recorder.write(step, {"train/loss": 1.0})
+    recorder.close()
+"""
+
+
+def test_a_kill_while_a_run_resumes_loses_no_line(tmp_path):
+    """Runs that do nothing but resume from step 1000 and write some lines, each killed."""
+    recorder = record(tmp_path)
+    for step in range(1001):
+        recorder.write(step, {"train/loss": 1 / (step + 1)})
+    recorder.close()
+    before = metrics.read(str(tmp_path))
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", RESUMER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(random.SystemRandom().uniform(0.1, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        after = metrics.read(str(tmp_path))
+        assert after[:1001] == before
+        assert [line["step"] for line in after] == list(range(len(after)))
+
+
+def test_a_run_that_begins_again_has_step_0_once(tmp_path):
+    for _ in range(2):
+        recorder = record(tmp_path)
+        recorder.write(0, {"eval/loss": 2.0})
+        recorder.close()
+    assert metrics.read(str(tmp_path)) == [{"step": 0, "eval/loss": 2.0}]
+
+
+@pytest.mark.parametrize("text", ["my notes", "[1, 2]\n", '{"a": 1}\n', "1.5,2\n"])
+def test_a_file_of_that_name_that_no_run_wrote_stays(tmp_path, text):
+    (tmp_path / metrics.FILE).write_text(text)
+    with pytest.raises(validation.UsageError, match=r"metrics\.jsonl has a line"):
+        record(tmp_path)
+    assert (tmp_path / metrics.FILE).read_text() == text
 
 
 def test_the_page_of_a_run_escapes_what_it_shows(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tulu_jax import strict_json
+from tulu_jax import atomic, strict_json
 from tulu_jax.audit import (
     benchmarks,
     card_markdown,
@@ -116,13 +116,13 @@ def write(card: Card, folder) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = card_plots.draw(card.numbers)
     for name, content in pictures.items():
-        (folder / name).write_bytes(content)
+        atomic.write_bytes(folder / name, content)
     page = card_markdown.render(card.numbers, card.matches, pictures=list(pictures))
-    (folder / "card.md").write_bytes(page.encode())
-    (folder / "card.json").write_bytes(strict_json.dumps(card.numbers, indent=2).encode())
+    atomic.write_text(folder / "card.md", page)
+    atomic.write_text(folder / "card.json", strict_json.dumps(card.numbers, indent=2))
     if card.matches is not None:
         lines = "".join(strict_json.dumps(match) + "\n" for match in card.matches)
-        (folder / "contamination.jsonl").write_bytes(lines.encode())
+        atomic.write_text(folder / "contamination.jsonl", lines)
     return page
 
 

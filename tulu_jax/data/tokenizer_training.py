@@ -1,9 +1,9 @@
 """A byte-level BPE tokenizer, trained in seconds on the rows of a task."""
 
-import os
 import pathlib
 from collections.abc import Iterable
 
+from tulu_jax import atomic
 from tulu_jax.data import chat, components, examples
 
 SPECIAL = [chat.UNK, chat.BOS, chat.EOS]  # ids 0, 1, 2, as in Llama
@@ -29,9 +29,7 @@ def train_tokenizer(name: str, directory: str, *, vocab_size: int) -> chat.ChatT
         texts += [text for example in loaded.examples for text in _texts(example)]
     file = pathlib.Path(directory) / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    train_bpe(texts, vocab_size=vocab_size).save(str(partial))
-    os.replace(partial, file)
+    atomic.write_text(file, train_bpe(texts, vocab_size=vocab_size).to_str(pretty=True))
     return chat.load_tokenizer(directory)
 
 

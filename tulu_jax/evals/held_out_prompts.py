@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from tulu_jax import strict_json, validation
+from tulu_jax import atomic, strict_json, validation
 from tulu_jax.data import components, loader, registry, tulu_tiny
 
 Messages = list[dict[str, str]]
@@ -34,7 +34,8 @@ def save(workdir: str, step: int | None, scores: dict, replies: list[dict]) -> N
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"step": step, "scores": scores, "replies": replies}
-    (folder / f"tulu_tiny_{name}.json").write_text(strict_json.dumps(content, indent=1))
+    file = folder / f"tulu_tiny_{name}.json"
+    atomic.write_text(file, strict_json.dumps(content, indent=1))
 
 
 def saved(workdir: str) -> list[dict]:

@@ -1,19 +1,29 @@
-"""A folder that appears only when it is complete, on a local disk or in a bucket."""
+"""A folder that appears only when it is complete, on a local disk or in a bucket.
+
+`MANIFEST` in it lists its files, and is first of all in the folder that is filled under a temporary
+name (`atomic`). So it tells what is ours: an export is replaced if its manifest lists every file in
+it, and of what lies about, only folders with such a name and a manifest are removed.
+"""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 
+from absl import logging
 from etils import epath
 
+from tulu_jax import atomic, validation
 from tulu_jax.interop.weight_files import is_remote
 
 LAST = "config.json"  # nothing opens a Hugging Face folder without it
-PARTIAL = ".partial"
-_NO_CONTENT = {PARTIAL, "lost+found"}  # what a killed export left, and what an empty disk holds
+MANIFEST = "tulu_jax.json"
+FORMAT = 1
+_EMPTY_DISK = {"lost+found"}
+_SHOWN = 5  # names in a message
 
 
 def located(path: str | os.PathLike[str]) -> epath.Path:
@@ -26,17 +36,41 @@ def problems(target: epath.Path, *, overwrite: bool, num_bytes: int) -> list[str
     """Why an export of `num_bytes` cannot be written to `target`, one line each."""
     if target.exists() and not target.is_dir():
         return [f"{target} is a file; choose another folder"]
-    found = []
-    if target.exists() and any(file.name not in _NO_CONTENT for file in target.iterdir()):
-        ours = (target / LAST).exists() or (target / PARTIAL).exists()
-        if not overwrite:
-            found.append(f"{target} exists; choose another folder, or replace it with --overwrite")
-        elif not ours:
-            found.append(
-                f"{target} has no {LAST}, so it is not a Hugging Face folder and is not "
-                "overwritten; choose another folder"
-            )
+    found, there = [], _content(target)
+    if there and not overwrite:
+        found.append(f"{target} exists; choose another folder, or replace it with --overwrite")
+    elif foreign := sorted(there - set(_listed(target) or ())):
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        found.append(
+            f"{target} holds {', '.join(foreign[:_SHOWN])}{more}, not listed in its {MANIFEST} as "
+            "part of an export, so it is not overwritten; move that away, remove the folder "
+            "yourself, or choose another"
+        )
     return found if is_remote(target) else found + _disk_problems(target, num_bytes)
+
+
+def _content(target: epath.Path) -> set[str]:
+    """The names in a folder, but for what an empty disk has and what exports fill there."""
+    names = {file.name for file in target.iterdir()} if target.exists() else set()
+    return {name for name in names - _EMPTY_DISK if not atomic.is_temporary(name)}
+
+
+def _listed(folder: epath.Path) -> list[str] | None:
+    """What the manifest in a folder lists, and itself; None where no export made the folder."""
+    try:
+        fields = json.loads((folder / MANIFEST).read_text())
+        if fields["made_by"] != "tulu_jax" or fields["format"] != FORMAT:
+            return None
+        return [str(name) for name in fields["files"]] + [MANIFEST]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _list(folder: epath.Path) -> None:
+    """Writes the manifest of what is in a folder."""
+    names = sorted({file.name for file in folder.iterdir()} - {MANIFEST})
+    fields = {"made_by": "tulu_jax", "format": FORMAT, "files": names}
+    atomic.write_text(folder / MANIFEST, json.dumps(fields, indent=2) + "\n")
 
 
 def _disk_problems(target: epath.Path, num_bytes: int) -> list[str]:
@@ -60,37 +94,82 @@ def _disk_problems(target: epath.Path, num_bytes: int) -> list[str]:
 def finished(target: epath.Path) -> Iterator[epath.Path]:
     """A folder to fill, whose files are those of `target` in the end.
 
-    It is `target.partial`, which takes the name of `target`; or, where `target` is a folder that
-    exists, which may be a mounted disk, `.partial` in it, and its files move up, `LAST` in the end.
-    What a killed export left there is removed first. After an exception it is removed as well.
+    It has a temporary name beside `target`, and takes that of `target`; or, where `target` is a
+    folder that exists, which may be a mounted disk, it lies in it, and its files move up, `LAST` in
+    the end. What a killed export to `target` left is removed first. After an exception it is
+    removed as well. Raises `UsageError` if another process of this host writes to `target`.
     """
     inside = target.is_dir() and not is_remote(target)
-    partial = target / PARTIAL if inside else target.parent / f"{target.name}{PARTIAL}"
-    if partial.exists():
-        partial.rmtree()
+    for old in _beside(target)[0]:
+        _discard(old)
+    partial = (target if inside else target.parent) / atomic.temporary_name(target.name)
     partial.mkdir(parents=True)
     try:
+        _list(partial)
+        _require_alone(target, partial)
         yield partial
+        _list(partial)
     except BaseException:
-        partial.rmtree()
+        atomic.remove(partial)
         raise
     if inside or is_remote(target):
         _move_files(partial, target)
     else:
+        _rename(partial, target)
+
+
+def _beside(target: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """Folders in which exports to `target` are filled: of processes that are gone, and others."""
+    places = [target.parent] if is_remote(target) else [target.parent, target]
+    found = [atomic.leftovers(place, target.name) for place in places if place.is_dir()]
+    return [path for gone, _ in found for path in gone], [path for _, on in found for path in on]
+
+
+def _require_alone(target: epath.Path, mine: epath.Path) -> None:
+    for other in _beside(target)[1]:
+        if other.name == mine.name:
+            continue
+        writer = atomic.writer(other.name)
+        if writer.runs():
+            raise validation.UsageError(
+                f"{target} is being written by process {writer.pid} of this host; wait for it, end "
+                "it, or choose another folder"
+            )
+        logging.warning("%s is of an export on another host; remove it if that has ended", other)
+
+
+def _discard(partial: epath.Path) -> None:
+    """Removes what a killed export filled: a folder with a manifest, or one that is empty still."""
+    with contextlib.suppress(FileNotFoundError):
+        if _listed(partial) is not None or not any(partial.iterdir()):
+            atomic.remove(partial)
+
+
+def _rename(partial: epath.Path, target: epath.Path) -> None:
+    try:
         partial.rename(target)
+    except OSError as error:
+        if not target.exists():
+            raise
+        atomic.remove(partial)
+        raise validation.UsageError(
+            f"{target} was made by somebody else meanwhile, and is left as it is; export again, to "
+            "another folder or with --overwrite"
+        ) from error
 
 
 def _move_files(partial: epath.Path, target: epath.Path) -> None:
+    """Replaces the files of an export by those in `partial`. A kill at any moment leaves only what
+    the manifest of `target` lists, and no `LAST` before all files are there."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / LAST).unlink(missing_ok=True)
-    for old in target.iterdir():
-        if old.name not in _NO_CONTENT:
-            whole_folder = old.is_dir() and not os.path.islink(old)
-            old.rmtree() if whole_folder else old.unlink()
-    for file in sorted(partial.iterdir(), key=lambda file: (file.name == LAST, file.name)):
-        file.rename(target / file.name)
+    old = _content(target) & set(_listed(target) or ()) - {MANIFEST}
+    for name in sorted(old, key=lambda name: (name != LAST, name)):
+        atomic.remove(target / name)
+    new = [file.name for file in partial.iterdir()]
+    for name in sorted(new, key=lambda name: (name == LAST, name != MANIFEST, name)):
+        atomic.move(partial / name, target / name)
     if partial.exists():  # a bucket has no empty folders
-        partial.rmtree()
+        atomic.remove(partial)
 
 
 @contextlib.contextmanager

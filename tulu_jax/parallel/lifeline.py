@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -33,6 +34,8 @@ ECHO = 1.0  # seconds for a closed connection to be noticed after the error that
 HOLD = 0.2  # seconds for a word of the fault handler, which writes some 30 at least
 PULSES = 10  # in the time after which silence is death
 CONFIG = "config"
+
+before_exit: list[Callable[[], None]] = []  # called when this process ends because of another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,6 +295,10 @@ class Lifeline:
         if code == validation.REFUSED:
             advice = "Correct that, then start every process again"
         print(f"\n{self.me} stops: {reason}. {advice}.", file=sys.stderr, flush=True)
+        for act in before_exit:
+            thread = threading.Thread(target=act, daemon=True)
+            thread.start()
+            thread.join(GRACE)  # a bucket that is out of reach must not keep it
         os._exit(code)
 
 

@@ -13,9 +13,10 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
+
+from tulu_jax import atomic
 
 FOLDER = "TULU_JAX_COMPILED"
 _PACKAGES = ("jax", "jaxlib", "libtpu")
@@ -47,9 +48,7 @@ def kept(
         return json.loads(gzip.decompress(path.read_bytes()))
     found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(gzip.compress(json.dumps(found).encode(), compresslevel=1))
-    os.replace(file.name, path)
+    atomic.write_bytes(path, gzip.compress(json.dumps(found).encode(), compresslevel=1))
     return found
 
 

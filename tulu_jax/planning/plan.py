@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tulu_jax import preflight, validation
+from tulu_jax import atomic, preflight, validation
 from tulu_jax.data import registry
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES
 from tulu_jax.parallel import mesh as mesh_lib
@@ -325,7 +325,7 @@ def search(
     results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
     if results[0].fits:
         results[0] = with_best_blocks(results[0])
-        (out / "slice.gin").write_text(fragment(results[0]))
+        atomic.write_text(out / "slice.gin", fragment(results[0]))
     return results
 
 

@@ -2,6 +2,7 @@
 
 from etils import epath
 
+from tulu_jax import atomic
 from tulu_jax.planning import plan
 
 GIB = 2**30
@@ -131,7 +132,7 @@ def draw(results: list[plan.Result], path: epath.Path) -> None:
         "predicted seconds an update",
     )
     figure.tight_layout()
-    with path.open("wb") as file:
+    with atomic.writing(path) as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
 

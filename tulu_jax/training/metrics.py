@@ -12,10 +12,15 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from tulu_jax import chips, strict_json, validation
+from tulu_jax import atomic, chips, strict_json, validation
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"  # a file of the workdir
+_BEGINNING = '{"step": '
+_NO_METRICS = (
+    "has a line without a step, expected the metrics of a run; move that file away, or choose "
+    "another --workdir"
+)
 BUCKET_SECONDS = 30.0  # between two writes of the metrics of a run in a bucket
 
 
@@ -32,8 +37,9 @@ class LoggingConfig:
 
 
 class Recorder:
-    """Writes scalars by step on process 0. Lines after `start_step` of an earlier try are removed,
-    so a resumed run has each step once.
+    """Writes scalars by step on process 0. A run that goes on from `start_step` keeps the lines of
+    an earlier try up to there, and one that begins (0) none, so it has each step once. The file is
+    replaced by a whole one (`atomic`): a kill leaves the former lines or the kept ones.
 
     Below a local `workdir` each line is on disk at once. An object in a bucket cannot grow: there
     the whole file is written again, and the TensorBoard files with it, every `BUCKET_SECONDS` and
@@ -47,14 +53,14 @@ class Recorder:
             return
         self._folder = folder = epath.Path(workdir)
         path = folder / FILE
-        lines = read(workdir) if path.exists() else []
-        kept = [strict_json.dumps(line) + "\n" for line in lines if line["step"] <= start_step]
+        lines = read(workdir) if path.exists() else []  # which refuses a file that is not ours
+        kept = [strict_json.dumps(line) + "\n" for line in lines if 0 < start_step >= line["step"]]
         if "://" in workdir:
             self._lines, self._written = kept, time.monotonic()
             self._local = tempfile.TemporaryDirectory()
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(kept))
+            atomic.write_text(path, "".join(kept))
             self._file = path.open("a")
         if config.tensorboard:
             import tensorboardX
@@ -89,11 +95,11 @@ class Recorder:
         resumed from it has the lines up to there."""
         if self._lines is None:
             return
-        (self._folder / FILE).write_text("".join(self._lines))
+        atomic.write_text(self._folder / FILE, "".join(self._lines))
         if self._tensorboard:
             self._tensorboard.flush()
             for file in epath.Path(self._local.name).iterdir():
-                (self._folder / "tensorboard" / file.name).write_bytes(file.read_bytes())
+                atomic.write_bytes(self._folder / "tensorboard" / file.name, file.read_bytes())
         self._written = time.monotonic()
 
     def close(self) -> None:
@@ -121,7 +127,7 @@ def _start_wandb(project: str, folder: epath.Path, run_config: dict):
     known = file.read_text().strip() if file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
     if not known:
-        file.write_text(run_id + "\n")
+        atomic.write_text(file, run_id + "\n")
     return wandb.init(
         project=project, name=folder.name, config=run_config, id=run_id, resume="allow"
     )
@@ -130,7 +136,7 @@ def _start_wandb(project: str, folder: epath.Path, run_config: dict):
 def read(workdir: str) -> list[dict]:
     """The lines of a run's metrics. A torn last line (a kill while writing) is left out.
 
-    Raises `UsageError` if the run has written none, and for a line that is not JSON.
+    Raises `UsageError` if the run has written none, and for a line that is none of a run.
     """
     path = epath.Path(workdir) / FILE
     if not path.exists():
@@ -139,14 +145,19 @@ def read(workdir: str) -> list[dict]:
         )
     lines = path.read_text().split("\n")
     whole, last = lines[:-1], lines[-1]
+    if last and not last.startswith(_BEGINNING[: len(last)]):
+        raise validation.UsageError(f"{path} {_NO_METRICS}")
     if last:
         logging.warning("%s/%s ends in a torn line, left out: %r", workdir, FILE, last[:80])
     try:
-        return [json.loads(line) for line in whole]
+        lines = [json.loads(line) for line in whole]
     except ValueError as error:
         raise validation.UsageError(
             f"{path} has a line that is not JSON ({error}); remove that line"
         ) from error
+    if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
+        raise validation.UsageError(f"{path} {_NO_METRICS}")
+    return lines
 
 
 def rates(
