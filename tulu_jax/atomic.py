@@ -117,9 +117,17 @@ def move(source: epath.Path, target: epath.Path) -> None:
     if "://" not in str(source):
         os.replace(source, target)
         return
-    files, _ = fsspec.core.url_to_fs(str(source))
+    files = file_system(source)
     files.cp_file(str(source), str(target))
     files.rm_file(str(source))
+
+
+def file_system(path: Path) -> fsspec.AbstractFileSystem:
+    """What reads and writes `path`; of a bucket, the very client that `epath` has, with what it
+    remembers of listings."""
+    if "://" in os.fspath(path):
+        return fsspec.filesystem("gcs", finalize_on_close=True)
+    return fsspec.filesystem("file")
 
 
 def sweep(folder: epath.Path, target: str | None = None) -> None:

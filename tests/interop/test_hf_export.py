@@ -40,7 +40,7 @@ def left_by_a_killed_export(place, name, *, marked=True):
     left.mkdir()
     if marked:
         (left / "model.safetensors").touch()
-        folder._list(left)
+        folder._list(folder.located(left))
     return left
 
 

@@ -51,8 +51,12 @@ def problems(target: epath.Path, *, overwrite: bool, num_bytes: int) -> list[str
 
 def _content(target: epath.Path) -> set[str]:
     """The names in a folder, but for what an empty disk has and what exports fill there."""
-    names = {file.name for file in target.iterdir()} if target.exists() else set()
-    return {name for name in names - _EMPTY_DISK if not atomic.is_temporary(name)}
+    return {name for name in _names(target) - _EMPTY_DISK if not atomic.is_temporary(name)}
+
+
+def _names(folder: epath.Path) -> set[str]:
+    """None for a folder that is not there, as an empty one in a bucket never is."""
+    return {file.name for file in folder.iterdir()} if folder.exists() else set()
 
 
 def _listed(folder: epath.Path) -> list[str] | None:
@@ -68,7 +72,7 @@ def _listed(folder: epath.Path) -> list[str] | None:
 
 def _list(folder: epath.Path) -> None:
     """Writes the manifest of what is in a folder."""
-    names = sorted({file.name for file in folder.iterdir()} - {MANIFEST})
+    names = sorted(_names(folder) - {MANIFEST})
     fields = {"made_by": "tulu_jax", "format": FORMAT, "files": names}
     atomic.write_text(folder / MANIFEST, json.dumps(fields, indent=2) + "\n")
 
@@ -110,7 +114,8 @@ def finished(target: epath.Path) -> Iterator[epath.Path]:
         yield partial
         _list(partial)
     except BaseException:
-        atomic.remove(partial)
+        if partial.exists():
+            atomic.remove(partial)
         raise
     if inside or is_remote(target):
         _move_files(partial, target)
@@ -141,7 +146,7 @@ def _require_alone(target: epath.Path, mine: epath.Path) -> None:
 def _discard(partial: epath.Path) -> None:
     """Removes what a killed export filled: a folder with a manifest, or one that is empty still."""
     with contextlib.suppress(FileNotFoundError):
-        if _listed(partial) is not None or not any(partial.iterdir()):
+        if _listed(partial) is not None or not _names(partial):
             atomic.remove(partial)
 
 
@@ -165,8 +170,7 @@ def _move_files(partial: epath.Path, target: epath.Path) -> None:
     old = _content(target) & set(_listed(target) or ()) - {MANIFEST}
     for name in sorted(old, key=lambda name: (name != LAST, name)):
         atomic.remove(target / name)
-    new = [file.name for file in partial.iterdir()]
-    for name in sorted(new, key=lambda name: (name == LAST, name != MANIFEST, name)):
+    for name in sorted(_names(partial), key=lambda name: (name == LAST, name != MANIFEST, name)):
         atomic.move(partial / name, target / name)
     if partial.exists():  # a bucket has no empty folders
         atomic.remove(partial)

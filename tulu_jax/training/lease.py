@@ -23,7 +23,6 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import fsspec
 import jax
 from absl import logging
 from etils import epath
@@ -95,7 +94,7 @@ class Lease:
     def __init__(self, workdir: str):
         self.folder = epath.Path(workdir)
         self.path = str(self.folder / FILE)
-        self._files, _ = fsspec.core.url_to_fs(self.path)
+        self._files = atomic.file_system(self.path)
         self._id, self._since = uuid.uuid4().hex, time.time()
         self._made_folder, self._stop = False, threading.Event()
         self._beating: threading.Thread | None = None
