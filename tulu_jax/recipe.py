@@ -13,6 +13,8 @@ from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
 from tulu_jax.training.optim import OptimizerConfig
 
+MOST_EPOCHS = 10**6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -92,6 +94,14 @@ class TrainConfig:
         for name in ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "eval_every"):
             value = getattr(self, name)
             yield value is None or value > 0, f"{name} = {value}: expected a positive number"
+        length = self.data.max_length
+        if isinstance(length, int) and length <= loader.MOST_LENGTH:  # else that is told
+            yield (
+                self.batch_size * length <= validation.MOST,
+                f"batch_size = {self.batch_size} rows of max_length = {length}: expected at most "
+                f"{validation.MOST:,} positions an update, whose tokens are counted in int32",
+            )
+        yield validation.at_most("num_epochs", self.num_epochs or 0, MOST_EPOCHS)
         micro = self.micro_batch_size or self.batch_size
         yield (
             micro > 0 and self.batch_size % micro == 0,

@@ -9,9 +9,9 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
-import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -25,6 +25,8 @@ _collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
 
 Rule = tuple[bool, str]
 HEAD = 512  # bytes that `stand_in` needs
+MOST = 2**31 - 1  # of a whole number in a config: jax counts steps, rows and ids in int32
+MOST_FLOAT = 3.4e38  # of any other: float32 holds no more
 REFUSED = 2  # exit status: the run cannot work as it is configured
 
 
@@ -159,6 +161,20 @@ def stand_in(head: bytes) -> str | None:
     return None
 
 
+def at_most(name: str, value: float, most: float) -> Rule:
+    """The rule that `value` is not absurd: `most` is more than anybody uses."""
+    return value <= most, f"{name} = {value}: expected at most {most:,}"
+
+
+def unreadable(path) -> str | None:
+    """What was found, expected and to be done if `path` is a folder, or a pipe or device, which has
+    no end. A bucket has neither. Raises `OSError` if there is nothing."""
+    if "://" in str(path) or stat.S_ISREG(mode := os.stat(path).st_mode):
+        return None
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    return f"found {kind}, expected a file; put the file there, or name another"
+
+
 def one_of(name: str, value: str, allowed: Iterable[str]) -> Rule:
     """The rule that `value` is among `allowed`; names the nearest allowed value."""
     allowed = sorted(allowed)
@@ -204,8 +220,14 @@ def _type_problems(config) -> list[str]:
                 f"{type(config).__name__}.{field.name} = {value!r} is a {type(value).__name__}; "
                 f"expected {name}"
             )
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif isinstance(value, float) and not abs(value) <= MOST_FLOAT:
             problems.append(
-                f"{type(config).__name__}.{field.name} = {value}: expected a finite number"
+                f"{type(config).__name__}.{field.name} = {value}: expected a finite number, "
+                "as float32 has it"
+            )
+        elif isinstance(value, int) and abs(value) > MOST:
+            problems.append(
+                f"{type(config).__name__}.{field.name} = {value}: expected at most "
+                f"{MOST:,}, as int32 has it"
             )
     return problems

@@ -16,9 +16,9 @@ Layout below the folder, as upstream has it; a benchmark that is not there is le
 import csv
 import dataclasses
 import gzip
-import json
 from collections.abc import Callable, Iterator
 
+from tulu_jax import strict_json
 from tulu_jax.audit import ngrams
 from tulu_jax.data.sources import readers
 
@@ -72,13 +72,13 @@ def _gsm(file) -> Iterator[Prompt]:
 
 
 def _bbh(file) -> Iterator[Prompt]:
-    for number, example in enumerate(json.loads(_text(file))["examples"]):
+    for number, example in enumerate(strict_json.loads(_text(file))["examples"]):
         yield Prompt("bbh", f"{file.stem}/{number}", example["input"])
 
 
 def _tydiqa(file) -> Iterator[Prompt]:
     split = file.stem.rpartition("_")[2]
-    for article in json.loads(_text(file))["data"]:
+    for article in strict_json.loads(_text(file))["data"]:
         for paragraph in article["paragraphs"]:
             questions = paragraph["qas"]
             for question in questions:
@@ -102,7 +102,7 @@ def _truthfulqa(file) -> Iterator[Prompt]:
 
 
 def _alpaca_eval(file) -> Iterator[Prompt]:
-    for number, row in enumerate(json.loads(_text(file))):
+    for number, row in enumerate(strict_json.loads(_text(file))):
         yield Prompt("alpaca_eval", str(number), row["instruction"])
 
 
@@ -117,7 +117,7 @@ def _text(file) -> str:
 
 
 def _json_lines(text: str) -> Iterator[dict]:
-    return (json.loads(line) for line in text.split("\n") if line.strip())
+    return (strict_json.loads(line) for line in text.split("\n") if line.strip())
 
 
 _LAYOUTS: tuple[tuple[str, Callable], ...] = (

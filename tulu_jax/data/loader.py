@@ -22,6 +22,8 @@ from tulu_jax.data import components, encode, examples, packing, registry, stats
 CHOSEN, REJECTED = 0, 1
 NO_EXAMPLE = -1
 PLANS_KEPT = 3
+MOST_LENGTH = 2**24  # positions of a row become float32 in the rotary angles, which is exact so far
+MOST_WORKERS = 1024  # threads
 
 Batch = dict[str, np.ndarray]
 
@@ -71,6 +73,8 @@ class DataConfig:
         yield validation.one_of("truncation", self.truncation, truncation.RULES)
         yield validation.one_of("chat", self.chat, chat_lib.MODES)
         yield self.max_length >= 2, f"max_length = {self.max_length}: expected 2 or more"
+        yield validation.at_most("max_length", self.max_length, MOST_LENGTH)
+        yield validation.at_most("workers", self.workers, MOST_WORKERS)
         yield self.seed >= 0, f"seed = {self.seed}: expected 0 or more"
         yield self.workers >= 0, f"workers = {self.workers}: expected 0 or more"
         every = self.holdout_every

@@ -1,10 +1,10 @@
 """Encoded examples in memory-mapped Arrow files, addressed by one index over several tasks."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
+from tulu_jax import strict_json
 from tulu_jax.data import cache_files, encode, truncation
 
 
@@ -61,7 +61,7 @@ class ExampleStore:
 
     def about(self, index: int) -> dict:
         """What the converter told about one example: texts and numbers by name."""
-        return json.loads(self._value("about", index))
+        return strict_json.loads(self._value("about", index), finite=False)
 
     def _batch_of(self, index: int) -> int:
         """The number of the batch that an example lies in, whose file has not changed."""

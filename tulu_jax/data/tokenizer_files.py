@@ -7,14 +7,13 @@ ids is refused, and naming one of the two files chooses. Tokens that `tokenizer_
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 from tulu_jax.data import sentencepiece_bpe
 from tulu_jax.data.sources import readers
 
@@ -190,8 +189,8 @@ def _from_json(file):
 
 def _content(file) -> bytes:
     with readers.reaching(file):
-        found = file.read_bytes()
-    if problem := validation.stand_in(found):
+        found = b"" if (problem := validation.unreadable(file)) else file.read_bytes()
+    if problem := problem or validation.stand_in(found):
         raise ValueError(f"{file}: {problem}")
     return found
 
@@ -203,8 +202,8 @@ def _from_model(file):
 
 def _parsed(file, text: bytes):
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return strict_json.loads(text)
+    except ValueError as error:
         whole = "empty" if not text.strip() else f"not whole JSON ({error})"
         raise ValueError(f"{file}: is {whole}; download it again") from error
 

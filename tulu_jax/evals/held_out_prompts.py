@@ -1,6 +1,5 @@
 """The embedded benchmark: held-out prompts of tulu_tiny, by exact match and by style."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 
@@ -45,7 +44,7 @@ def saved(workdir: str) -> list[dict]:
     for file in epath.Path(workdir).iterdir():
         if FILES.fullmatch(file.name):
             try:
-                found.append(json.loads(file.read_text()))
+                found.append(strict_json.loads(file.read_text()))
             except ValueError as error:
                 raise validation.UsageError(
                     f"{file} is not JSON ({error}); evaluate that step again"

@@ -4,12 +4,11 @@ Absent fields take its defaults, and what our model does not compute is refused 
 leave a Llama's numbers alone (`pretraining_tp`, which only cuts a product in parts) say nothing.
 """
 
-import json
 from typing import Any
 
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 from tulu_jax.models.config import LlamaConfig
 
 NAME = "config.json"
@@ -60,11 +59,10 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
 def read_object(file: epath.Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises `ValueError` that names it if it holds none."""
-    text = file.read_bytes()
-    if found := validation.stand_in(text):
+    if found := validation.unreadable(file) or validation.stand_in(text := file.read_bytes()):
         raise ValueError(f"{file}: {found}")
     try:
-        fields = json.loads(text)
+        fields = strict_json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -8,20 +8,21 @@ open `gs://`, so there the header (8 bytes of length, then JSON) is read here.
 
 import contextlib
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
 import safetensors
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 
+MOST_HEADER = 100_000_000  # bytes; the safetensors library takes no more
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that are read
 
 
@@ -92,19 +93,31 @@ class WeightFiles:
         return [SINGLE]
 
     def _of_index(self, *, quietly: bool = False) -> list[str]:
-        """Names of the files in the index; none for a broken one, a problem unless `quietly`."""
+        """Names of the files in the index; none for a broken one, a problem unless `quietly`.
+
+        A name is of a file of the folder. That may be a link to another place, which only who may
+        write here can have made; a path in the index comes with a download.
+        """
+        index = self._path / INDEX
         try:
-            text = (self._path / INDEX).read_bytes()
-            if found := validation.stand_in(text):
+            if found := validation.unreadable(index):
                 raise ValueError(found)
-            weight_map = json.loads(text)["weight_map"]
+            if found := validation.stand_in(text := index.read_bytes()):
+                raise ValueError(found)
+            weight_map = strict_json.loads(text)["weight_map"]
             names = sorted(set(weight_map.values()))
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError("its weight_map names no files")
+            outside = [name for name in names if re.search(r"[/\\\0]", name) or name in ("", "..")]
+            if outside:
+                raise ValueError(
+                    f"found the path {outside[0]!r}; expected names of files in its own folder; "
+                    "put the files there, or make links to them"
+                )
             return names
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if not quietly:
-                self.problems.append(f"{self._path / INDEX} is not a weight index: {error!r}")
+                self.problems.append(f"{index} is not a weight index: {error!r}")
             return []
 
     def _nothing(self) -> list[str]:
@@ -140,13 +153,16 @@ class WeightFiles:
         if not path.exists():
             self.problems.append(f"{path} is missing, although {INDEX} names it")
             return
+        if found := validation.unreadable(path):
+            self.problems.append(f"{path}: {found}")
+            return
         with path.open("rb") as start:
             if found := validation.stand_in(start.read(validation.HEAD)):
                 self.problems.append(f"{path}: {found}")
                 return
         try:
             headers = _remote_headers(path) if is_remote(path) else self._local_headers(file)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (safetensors.SafetensorError, ValueError) as error:
             self.problems.append(f"{path} is not a complete safetensors file: {error}")
             return
         for name in headers:
@@ -175,19 +191,25 @@ def _remote_headers(path: epath.Path) -> Mapping[str, Header]:
     size = path.stat().length
     with contextlib.closing(path.open("rb")) as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, MOST_HEADER):
             raise ValueError(f"its header would be {length} bytes in a file of {size}")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        entries = strict_json.loads(file.read(length))
+    try:
+        entries.pop("__metadata__", None)
+        headers = {name: _entry(path.name, 8 + length, entry) for name, entry in entries.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"its header is of another form ({error!r})") from error
     if end != size:
         raise ValueError(f"it has {size} bytes; its header describes {end}")
-    return {
-        name: Header(
-            file=path.name,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in entries.items()
-    }
+    return headers
+
+
+def _entry(file: str, data: int, entry: Mapping) -> Header:
+    """What a header says of one weight; the weights begin at byte `data`."""
+    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"found the shape {shape} at {[start, stop]}; expected whole numbers")
+    if dtype in DTYPES and stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise ValueError(f"{dtype} of shape {shape} does not fill the bytes {start} to {stop}")
+    return Header(file=file, dtype=dtype, shape=shape, start=data + start)

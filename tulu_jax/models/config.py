@@ -21,6 +21,17 @@ REMAT_POLICIES = {
     "dots_saveable": None,
 }
 KEEP_NOTHING = "nothing_saveable"
+# Twice to twenty times the largest Llama, of 405B: 126 layers, 16,384 wide. What is larger is an
+# error, and would fill the memory before it says so.
+MOST = {
+    "vocab_size": 2**20,
+    "num_layers": 1000,
+    "embed_dim": 2**16,
+    "mlp_dim": 2**18,
+    "num_heads": 1024,
+    "num_kv_heads": 1024,
+    "head_dim": 1024,
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -53,6 +64,8 @@ class LlamaConfig:
             if field.name != "tie_embeddings":
                 value = getattr(self, field.name)
                 yield value > 0, f"{field.name} = {value}: expected a positive number"
+        for name, most in MOST.items():
+            yield validation.at_most(name, getattr(self, name), most)
         yield (
             self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
             f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}",

@@ -6,12 +6,11 @@ And from a set on the Hugging Face hub, when the files are not there.
 import contextlib
 import gzip
 import io
-import json
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 from tulu_jax.data import registry
 from tulu_jax.data.sources import file_sets
 
@@ -123,6 +122,8 @@ def hub_set(files: registry.Files, *, wanted: str):
 
 
 def _rows(path: str, file, where: Mapping[str, str]) -> Iterator[tuple[str, dict]]:
+    if found := validation.unreadable(file):
+        raise ValueError(f"{path}: {found}")
     with reaching(path), file.open("rb") as raw:
         if found := validation.stand_in(raw.read(validation.HEAD)):
             raise ValueError(f"{path}: {found}")
@@ -173,8 +174,8 @@ def _kept(batch, where: Mapping[str, str]) -> Iterator[tuple[int, dict]]:
 
 def _read_json_list(path: str, content: bytes) -> Iterator[tuple[str, dict]]:
     try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        rows = strict_json.loads(content, finite=False)
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: found a {type(rows).__name__}; expected a list of objects")
@@ -201,8 +202,8 @@ def _parse_line(path: str, number: int, line: str) -> dict:
     if not line.strip():
         raise ValueError(f"{path}, line {number}: missing (the line is empty); expected an object")
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = strict_json.loads(line, finite=False)
+    except ValueError as error:
         raise ValueError(f"{path}, line {number}: malformed JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; expected an object")
