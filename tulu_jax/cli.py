@@ -32,6 +32,10 @@ _POD = flags.DEFINE_string(
     "pod", None, "The TPU slice, a name of tulu_jax/parallel/slices.py such as v6e_256, or 'any': "
     "the same as --gin.SLICE.",
 )  # fmt: skip
+_ALLOW_IMPORT = flags.DEFINE_multi_string(
+    "allow_import", [], "A module of yours, with what lies in it, that the gin file may import: "
+    "--allow_import=my_tasks. Several by commas, or by giving the flag again.",
+)  # fmt: skip
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print the whole run as it is resolved, and end."
 )
@@ -70,7 +74,12 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         verbosity = max(logging.get_verbosity(), logging.INFO)
         logging.set_verbosity(logging.FATAL)  # gin logs every place where an include is not
         with validation.refusing():
-            config = load(_GIN_FILE.value, overrides, workdir=_WORKDIR.value, pod=_POD.value)
+            config = load(
+                *(_GIN_FILE.value, overrides),
+                workdir=_WORKDIR.value,
+                pod=_POD.value,
+                allow_import=allow_import(),
+            )
         if _PRINT_CONFIG.value:
             print(on_one_screen(config))
             return
@@ -107,19 +116,25 @@ def gin_file() -> str:
     return _GIN_FILE.value
 
 
+def allow_import() -> list[str]:
+    """The modules that --allow_import names."""
+    return [name for value in _ALLOW_IMPORT.value for name in value.split(",")]
+
+
 def load(
     name: str | None,
     overrides: Sequence[str] = (),
     *,
     workdir: str | None,
     pod: str | None = None,
+    allow_import: Sequence[str] = (),
 ) -> TrainConfig:
     """The config of gin file `name`, as `gin_files.load` has it, on the slice `pod`.
 
     Raises `UsageError` that lists every problem of files, fields, types and rules.
     """
     overrides = [*overrides, f"--gin.SLICE={pod!r}"] if pod else overrides
-    return gin_files.load(name, overrides, workdir=workdir)
+    return gin_files.load(name, overrides, workdir=workdir, allow_import=allow_import)
 
 
 def operative_config() -> str:

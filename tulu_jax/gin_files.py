@@ -1,71 +1,74 @@
 """Gin files -> one frozen `TrainConfig`, and back to text. The only file that imports gin.
 
-Everything a user can misspell in them is refused here, and all at once: files, macros, fields,
-types, and values that nothing reads.
+Everything a user can misspell in them is refused here, and all at once: macros, fields, types, and
+values that nothing reads. And, before gin runs any of it, what reaches code that nobody trusts.
 """
 
 import ast
-import dataclasses
 import inspect
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 
 import gin
+from gin import config_parser
 
-from tulu_jax import validation
+from tulu_jax import gin_text, validation
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.validation import UsageError
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
 _MACRO = "gin.macro"
-_GONE = {  # of files and saved configs of before
-    "pods/": "slices are a table now (tulu_jax/parallel/slices.py): write SLICE = 'v5p_512' in the "
-    "complete file instead",
-    "recipe.under": "paths lie below recipe.TrainConfig.bucket and loader.DataConfig.bucket now: "
-    "set both to %BUCKET, base, tokenizer, data_root and cache_dir to the paths, and remove the "
-    "lines of recipe.under",
-}
+_OURS = __name__.partition(".")[0]
+_NAMED = tuple(  # what configs are made of; the rest of us starts processes, runs and removes files
+    f"{_OURS}.{part}"
+    for part in ("recipe", "data", "models", "objectives", "training", "interop.hf", "parallel")
+)
+_MOST_PROBLEMS = 20  # each is one more pass over the file
 _NO_SLICE = (
     ", for --pod to set; a config that was saved with a mesh takes another slice without its "
     "mesh.MeshConfig lines, and with SLICE = 'any' and recipe.TrainConfig.slice = %SLICE"
 )
 
 
-def config_folders() -> list[pathlib.Path]:
-    """Where gin files are looked for: here, ./configs, and the configs this package came with."""
-    folders = [pathlib.Path.cwd(), pathlib.Path.cwd() / "configs"]
-    folders += [_PACKAGE / "configs", _PACKAGE.parent / "configs"]
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-
-
-def find(name: str | None) -> pathlib.Path:
-    """The complete gin file `name`. Raises `UsageError` with the nearest known name."""
-    known = {
-        path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.gin"))
-    }
-    if not name:
-        raise UsageError(f"--gin_file is missing; complete files are {sorted(known)}")
-    for folder in config_folders():
-        if (folder / validation.expanded(name)).is_file():
-            return folder / validation.expanded(name)
-    raise UsageError(
-        f"--gin_file={name} was not found in {[str(f) for f in config_folders()]}"
-        f"{validation.nearest(name, known)}; complete files are {sorted(known)}"
-    )
-
-
-def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None) -> TrainConfig:
+def load(
+    name: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    workdir: str | None,
+    allow_import: Sequence[str] = (),
+) -> TrainConfig:
     """The config of gin file `name` with `--gin.NAME=value` overrides, and `workdir` as the output
     folder instead of the file's or the default one.
 
-    Raises `UsageError` that lists every problem of files, fields, types and rules.
+    The file may import and name what lies in this package and in the modules `allow_import`; other
+    code is refused before gin runs any. Raises `UsageError` that lists every problem of files,
+    fields, types and rules.
     """
-    path = find(name)
+    path = gin_text.find(name)
+    try:
+        return _load(path, overrides, workdir=workdir, trusted=_trusted(allow_import))
+    except UsageError as error:
+        raise UsageError(f"{path.name}: {error}") from None
+
+
+def _trusted(allow_import: Sequence[str]) -> tuple[str, ...]:
+    for name in allow_import:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+            raise UsageError(
+                f"--allow_import={name}: expected the name of a module, such as my_tasks or "
+                "my_package.tasks"
+            )
+    return (_OURS, *allow_import)
+
+
+def _load(
+    path: pathlib.Path, overrides: Sequence[str], *, workdir: str | None, trusted: tuple[str, ...]
+) -> TrainConfig:
     with gin.unlock_config():
-        lines, problems = _flatten(path)
-        problems += _parse(lines)
+        lines, problems = gin_text.flatten(path)
+        problems += _parse(lines, trusted)
         problems += _override(overrides)
         gin.parse_config(
             "from __gin__ import dynamic_registration\n"
@@ -80,10 +83,7 @@ def load(name: str | None, overrides: Sequence[str] = (), *, workdir: str | None
     problems += invalid
     if config is not None:
         problems += _unread()
-    try:
-        validation.raise_if(problems)
-    except UsageError as error:
-        raise UsageError(f"{path.name}: {error}") from None
+    validation.raise_if(problems)
     return config
 
 
@@ -102,54 +102,98 @@ def operative_config() -> str:
     return gin.operative_config_str()
 
 
-@dataclasses.dataclass
-class _Line:
-    text: str
-    origin: str  # "sft.gin, line 3"
+class _References(config_parser.ParserDelegate):
+    """The names of the references (`@name`) that a parser has come by."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        del evaluate
+        self.names.append(scoped_configurable_name.rpartition("/")[2])
+
+    def macro(self, macro_name):
+        del macro_name
 
 
-def _flatten(path: pathlib.Path) -> tuple[list[_Line], list[str]]:
-    """The lines of a file with its includes in their places, and the includes that do not exist.
+def _untrusted(text: str, trusted: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(line, why it is refused) of what leads gin to code that is not `trusted`: an import, an
+    include that `gin_text.flatten` did not take, or a name such as `cli.os.system`.
 
-    gin's own search would take a folder named `models` in the working directory for a package, and
-    stop at the first problem of an included file.
+    gin's own parser tells statements, and gin carries out none. It stops where gin will stop, at
+    the first statement that is none; of that, gin tells.
     """
-    lines, problems = [], []
-    for number, text in enumerate(path.read_text().split("\n"), 1):
-        origin = f"{path.name}, line {number}"
-        found = re.fullmatch(r"include\s+(['\"])(.+)\1\s*(#.*)?", text)
-        if not found:
-            lines.append(_Line(text, origin))
-            continue
-        wanted = found.group(2)
-        places = [folder / wanted for folder in [path.parent, *config_folders()]]
-        included = next((place for place in places if place.is_file()), None)
-        if included is None:
-            known = {str(f.relative_to(d)) for d in config_folders()[1:] for f in d.rglob("*.gin")}
-            hint = _gone(wanted) or validation.nearest(wanted, known)
-            problems.append(f"{origin}: include {wanted!r} was not found{hint}")
-            continue
-        inner, missing = _flatten(included)
-        for line in inner:
-            if line.text.startswith("from __gin__"):
-                line.text = ""
-        lines += inner
-        problems += missing
-    return lines, problems
+    seen, modules = _References(), {}
+    try:
+        for statement in config_parser.ConfigParser(text, seen):
+            line, names = statement.location.line_num, seen.names
+            seen.names = []
+            if isinstance(statement, config_parser.IncludeStatement):
+                yield line, "expected include 'FILE' at the beginning of a line of its own"
+            elif not isinstance(statement, config_parser.ImportStatement):
+                names.append(statement.selector)
+            elif not statement.module.startswith("__gin__."):
+                if not _within(statement.module, trusted):
+                    yield line, _not_allowed(statement.module)
+                    continue
+                try:
+                    fromlist = [""] if statement.is_from or statement.alias else None
+                    module = __import__(statement.module, fromlist=fromlist)
+                except Exception:  # gin meets it too
+                    continue
+                modules[statement.bound_name()] = module
+            for name in names:
+                if (home := _reached(name, modules, trusted)) is not None:
+                    yield line, f"{name} leads out: {_not_allowed(home)}"
+    except Exception:  # a SyntaxError, or one of the tokenizer, which gin raises again
+        return
 
 
-def _gone(text: str) -> str:
-    """What to write instead of what files of before said; nothing for other text."""
-    return next((f"; {instead}" for was, instead in _GONE.items() if was in text), "")
+def _not_allowed(module: str) -> str:
+    return (
+        f"{module} is no part of a config; expected parts of {_OURS} or what you allow; if you "
+        f"trust that code, give --allow_import={module.partition('.')[0]}"
+    )
 
 
-def _parse(lines: list[_Line]) -> list[str]:
-    """Parses `lines`; a statement that gin refuses is noted, blanked, and the rest is parsed."""
+def _within(module: str, trusted: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"{name}.") for name in trusted)
+
+
+def _reached(
+    name: str, modules: dict[str, types.ModuleType], trusted: tuple[str, ...]
+) -> str | None:
+    """The module that a dotted name leads into, if that is neither `_NAMED` nor, but for our
+    package, `trusted`; else None. Of `import a.b` the name begins with the package a."""
+    first, *attributes = name.split(".")
+    found = modules.get(first)
+    for attribute in attributes:
+        found = getattr(found, attribute, None)
+        if isinstance(found, types.ModuleType):
+            its_name = found.__name__
+            if not (_within(its_name, trusted) or any(_within(t, (its_name,)) for t in trusted)):
+                return its_name
+    if found is None or isinstance(found, types.ModuleType):
+        return None
+    home = getattr(found, "__module__", None) or type(found).__module__
+    return None if _within(home, (*_NAMED, *trusted[1:])) else home
+
+
+def _parse(lines: list[gin_text.Line], trusted: tuple[str, ...]) -> list[str]:
+    """Parses `lines`; a statement that gin refuses is noted, blanked, and the rest is parsed.
+
+    Raises `UsageError` before gin parses anything that is `_untrusted`.
+    """
     problems = []
-    for _ in range(len(lines)):
+    while len(problems) < _MOST_PROBLEMS:
         gin.clear_config()
+        text = "\n".join(line.text for line in lines)
+        refused = dict(_untrusted(text, trusted))
+        if refused:
+            found = [f"{lines[at - 1].origin}: {why}" for at, why in refused.items()]
+            validation.raise_if([*problems, *found])
         try:
-            gin.parse_config("\n".join(line.text for line in lines))
+            gin.parse_config(text)
             break
         except Exception as error:  # gin raises every kind, a SyntaxError or ImportError among them
             message = str(error)
@@ -160,7 +204,7 @@ def _parse(lines: list[_Line]) -> list[str]:
                 break
             said = message[: found.start()] if found else error.args[0]
             text = lines[number - 1].text
-            problems.append(f"{lines[number - 1].origin}: {_tidy(said)}{_gone(text)}")
+            problems.append(f"{lines[number - 1].origin}: {_tidy(said)}{gin_text.gone(text)}")
             lines[number - 1].text = ""
             while number < len(lines) and lines[number].text[:1].isspace():
                 lines[number].text = ""

@@ -86,7 +86,9 @@ def test_a_new_objective_is_one_file_and_one_gin_line(tmp_path, monkeypatch):
     (tmp_path / "penalised.py").write_text(OBJECTIVE)
     (tmp_path / "mine.gin").write_text(RUN)
     try:
-        config = cli.load("mine.gin", ["--gin.MAX_LENGTH=64"], workdir="run")
+        config = cli.load(
+            "mine.gin", ["--gin.MAX_LENGTH=64"], workdir="run", allow_import=["penalised"]
+        )
     finally:
         gin.clear_config()
         sys.modules.pop("penalised", None)
