@@ -78,6 +78,9 @@ export_variables() {
   [ -z "$wrong" ] || die "$1: ${wrong#; }"
 }
 
+# The token of one start, as a file of variables: its processes know each other by it.
+new_token() { printf 'TULU_JAX_TOKEN=%s\n' "$(od -An -vtx1 -N32 /dev/urandom | tr -d ' \n')"; }
+
 require_train_args() {
   case "$ACTION" in run | resume | watch) ;; *) return 0 ;; esac
   [ ${#TRAIN_ARGS[@]} -gt 0 ] || die "give the arguments of tulu_jax.train after --"

@@ -15,7 +15,9 @@
 # in its working directory. The cluster has the JobSet controller.
 # Secrets (WANDB_API_KEY, HF_TOKEN) are keys of the Kubernetes secret --secret, made from a file:
 #   kubectl create secret generic S --from-env-file=secrets.env
-# The JobSet refers to it by name. xpk would print them, so --xpk and --secret exclude one another.
+# The JobSet refers to it by name, and to NAME-token, which each run or resume makes anew: a random
+# TULU_JAX_TOKEN, by which the hosts know one another. xpk would print them, so --xpk and --secret
+# exclude one another, and a run of xpk has no token.
 # shellcheck disable=SC2154  # set_flags assigns FLAG_*
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -108,8 +110,9 @@ ${FLAG_spot:+              cloud.google.com/gke-spot: \"true\"
               - containerPort: 8482  # the coordinator
               resources:
                 limits: {google.com/tpu: $CHIPS}
-${FLAG_secret:+              envFrom:
-              - secretRef: {name: $(json "$FLAG_secret")\}
+              envFrom:
+              - secretRef: {name: $(json "$FLAG_name-token")}
+${FLAG_secret:+              - secretRef: {name: $(json "$FLAG_secret")\}
 }
 YAML
 }
@@ -134,8 +137,13 @@ start() {
     return
   fi
   require accelerator topology
-  [ -n "$FLAG_dry_run" ] && { jobset; kube apply -f -; return; }
-  jobset | kube apply -f -
+  [ -n "$FLAG_dry_run" ] && { jobset; share_token; kube apply -f -; return; }
+  share_token && jobset | kube apply -f -
+}
+
+share_token() {  # by standard input, in place of that of the last start
+  kube delete secret "$FLAG_name-token" --ignore-not-found &&
+    kube create secret generic "$FLAG_name-token" --from-env-file=/dev/stdin <<<"$(new_token)"
 }
 
 stop() {
@@ -149,6 +157,7 @@ stop() {
 
 delete() {
   stop
+  [ -n "$FLAG_xpk" ] || kube delete secret "$FLAG_name-token" --ignore-not-found
   for ((i = 0; i < SLICES; i++)); do
     run gcloud container node-pools delete "$FLAG_name-$i" --cluster="$FLAG_cluster" "${PLACE[@]}" \
       --quiet

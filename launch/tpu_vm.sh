@@ -14,6 +14,7 @@
 # What follows -- goes to `python -m tulu_jax.train`, with a gs:// workdir: disks go with the slice.
 # Secrets (WANDB_API_KEY, HF_TOKEN) stand in --env_file as NAME=value lines, values as they are, are
 # copied to the hosts by scp, readable by you alone, and appear on no command line and in no output.
+# So goes a new random TULU_JAX_TOKEN at each start, by which the hosts know one another.
 # shellcheck disable=SC2154  # set_flags assigns FLAG_*
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -112,9 +113,18 @@ bash tulu_jax/launch/worker.sh install" || return 1
   on_all 'umask 077 && touch tulu_jax/run.env' && copy_to_all "$FLAG_env_file" tulu_jax/run.env
 }
 
+share_token() {  # a file that nobody else may read stays one through scp
+  local file="${TMPDIR:-/tmp}/tulu_jax-$FLAG_name.token" failed=0
+  [ -n "$FLAG_dry_run" ] || { rm -f "$file" && (umask 077 && set -C && new_token >"$file"); } || return 1
+  copy_to_all "$file" tulu_jax/token.env || failed=1
+  rm -f "$file"
+  return $failed
+}
+
 start() {
   local quoted
   printf -v quoted ' %q' "${TRAIN_ARGS[@]}"
+  share_token || return 1
   on_all "SLICES=$SLICES bash tulu_jax/launch/worker.sh start$quoted"
 }
 

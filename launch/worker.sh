@@ -5,8 +5,8 @@
 #                                       in run.log; stops what runs there first
 #   worker.sh status                    "running", "ended CODE" or "absent"
 #   worker.sh stop                      SIGTERM: the run saves and ends
-# Secrets are read from ~/tulu_jax/run.env (NAME=value lines, see export_variables in common.sh),
-# which is never printed.
+# Secrets are read from run.env there, and the token of the start from token.env (NAME=value lines,
+# see export_variables in common.sh). Neither is ever printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -34,7 +34,9 @@ case "${1:-}" in
     ;;
   start)
     shift
-    if [ -f run.env ]; then export_variables run.env; fi
+    for file in run.env token.env; do
+      if [ -f "$file" ]; then export_variables "$file"; fi
+    done
     stop
     rm -f run.pid run.status
     . launch/tpu_env.sh

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from absl import flags
 
 from tulu_jax import atomic, cli, strict_json, validation
 from tulu_jax.data import data_checks
-from tulu_jax.parallel import lifeline
+from tulu_jax.parallel import lifeline, wire
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import metrics as metrics_lib
@@ -107,6 +108,7 @@ class Processes:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            wire.TOKEN: secrets.token_hex(32),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         folder.mkdir(parents=True, exist_ok=True)

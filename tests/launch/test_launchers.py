@@ -22,7 +22,17 @@ name, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 stdin = sys.stdin.read() if "-f" in arguments and arguments[-1] == "-" else ""
 with open("{{home}}/calls.jsonl", "a") as file:
     file.write(json.dumps([name, *arguments]) + "\\n")
-if stdin:
+for number, word in enumerate(arguments):
+    if word.endswith("t:tulu_jax/token.env"):
+        word = arguments[number - 1]
+        assert pathlib.Path(word).stat().st_mode & 0o777 == 0o600
+        stdin, name = pathlib.Path(word).read_text(), "token"
+    elif word == "--from-env-file=/dev/stdin":
+        stdin, name = sys.stdin.read(), "token"
+if name == "token":
+    with open("{{home}}/tokens", "a") as file:
+        file.write(stdin)
+elif stdin:
     pathlib.Path("{{home}}/applied.yaml").write_text(stdin)
 answers = pathlib.Path("{{home}}/answers.json")
 asks = "describe" in arguments or arguments[-1].endswith("status") or "get" in arguments
@@ -200,7 +210,8 @@ def test_values_of_flags_stay_strings_in_yaml(launch):
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     found = (jobset["metadata"]["name"], container["image"], container["envFrom"])
-    assert found == ("on", "1.50", [{"secretRef": {"name": "null"}}])
+    refers = [{"secretRef": {"name": name}} for name in ("on-token", "null")]
+    assert found == ("on", "1.50", refers)
 
 
 def exported(tmp_path, content):
@@ -266,11 +277,23 @@ def test_secrets_travel_in_a_file_only(launch):
     secrets = launch.home / "secrets.env"
     secrets.write_text(f"HF_TOKEN={SECRET}\n")
     launch("tpu_vm.sh", "run", *TPU, f"--env_file={secrets}")
-    copies = [call for call in launch.calls if call[4] == "scp"]
-    assert [call[5:7] for call in copies][-1] == [str(secrets), "t:tulu_jax/run.env"]
+    copies = [call[5:7] for call in launch.calls if call[4] == "scp"]
+    assert copies[-2] == [str(secrets), "t:tulu_jax/run.env"]
     assert any("umask 077" in call[-1] for call in launch.calls)
     launch("tpu_vm.sh", "run", *TPU, "--env_file=none", code=2)
     assert "none cannot be read" in launch.stderr and launch.calls == []
+
+
+@pytest.mark.parametrize(("script", "flags"), [("tpu_vm.sh", TPU), ("gke.sh", GKE)])
+def test_each_start_has_a_token_that_nobody_sees(launch, script, flags):
+    seen = launch(script, "run", *flags, "--dry_run")
+    assert not (launch.home / "tokens").exists()
+    for action in ("run", "resume"):
+        seen += launch(script, action, *flags) + launch.stderr + repr(launch.calls)
+    made = (launch.home / "tokens").read_text()
+    tokens = re.findall(r"^TULU_JAX_TOKEN=([0-9a-f]{64})$", made, re.MULTILINE)
+    assert len(set(tokens)) == 2 and not any(token in seen for token in tokens)
+    assert not [*launch.home.glob("*.token")]
 
 
 def test_a_secret_on_the_command_line_is_refused_unseen(launch):
@@ -319,7 +342,7 @@ def test_watch_applies_a_lost_jobset_again(launch):
     launch.answers(None, " ", "Failed ReachedMaxRestarts", "Completed ")
     output = launch("gke.sh", "watch", *GKE)
     acts = [call[2] for call in launch.calls if call[0] == "kubectl" and "get" not in call]
-    assert acts == ["delete", "apply", "delete", "apply"]
+    assert acts == ["delete", "delete", "create", "apply"] * 2  # JobSet, old token, new one
     assert output.endswith("The run is done.\n")
 
 
@@ -340,11 +363,12 @@ def test_the_jobset_refers_to_its_secret_and_restarts_what_a_restart_helps(launc
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (container,) = pod["containers"]
     assert container["command"][-3:] == TRAIN
-    assert container["envFrom"] == [{"secretRef": {"name": "s"}}]
+    refers = [{"secretRef": {"name": name}} for name in ("g-token", "s")]
+    assert container["envFrom"] == refers
     launch("gke.sh", "run", *[flag for flag in GKE if "secret" not in flag])
     jobset = yaml.safe_load((launch.home / "applied.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert "envFrom" not in pod["containers"][0]
+    assert pod["containers"][0]["envFrom"] == refers[:1]
     assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
 
 
@@ -389,10 +413,12 @@ def test_a_worker_starts_tells_and_stops(tmp_path):
     """The real worker.sh; in place of a training process a shell that takes SIGTERM as one."""
     shutil.copytree(LAUNCH, tmp_path / "launch")
     (tmp_path / "run.env").write_text(f"# token\r\nHF_TOKEN={SECRET} $(x\r\n")
+    (tmp_path / "token.env").write_text(f"TULU_JAX_TOKEN={SECRET}\n")
     stand_in = tmp_path / "python"
     stand_in.write_text(
         "#!/usr/bin/env bash\ntrap 'exit 75' TERM\n"
-        'echo "$@ ${#HF_TOKEN} $LIBTPU_INIT_ARGS"\nfor _ in {1..600}; do sleep 0.1; done\n'
+        'echo "$@ ${#HF_TOKEN} ${#TULU_JAX_TOKEN} $LIBTPU_INIT_ARGS"\n'
+        "for _ in {1..600}; do sleep 0.1; done\n"
     )
     stand_in.chmod(0o755)
 
@@ -415,7 +441,7 @@ def test_a_worker_starts_tells_and_stops(tmp_path):
             time.sleep(0.1)
 
     def started(times):
-        said = f"-m tulu_jax.train {' '.join(TRAIN)} {len(SECRET) + 4} --xla_tpu"
+        said = f"-m tulu_jax.train {' '.join(TRAIN)} {len(SECRET) + 4} {len(SECRET)} --xla_tpu"
         deadline = time.monotonic() + 30
         while not log.exists() or log.read_text().count(said) != times:
             assert time.monotonic() < deadline, log.read_text()

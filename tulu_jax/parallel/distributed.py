@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import re
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from absl import logging
 
-from tulu_jax.parallel import lifeline
+from tulu_jax.parallel import lifeline, wire
 
 PORT = 8482  # jax's own choice on TPUs; JAX_COORDINATOR_PORT overrides it
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices
@@ -228,8 +229,9 @@ def connect(
 ) -> None:
     """Joins the processes of the run; does nothing for a single one.
 
-    Raises `ValueError` if one does not come within `start_timeout` seconds, or if versions,
-    configurations or the number of processes differ. From then on this process ends when another
+    The environment's `wire.TOKEN` tells them from strangers. Raises `ValueError` if one does not
+    come within `start_timeout` seconds, if versions, configurations or the number of processes
+    differ, or for a token that is too short. From then on this process ends when another
     fails, dies, or is silent for `peer_timeout` seconds.
     """
     global _lifeline, _members
@@ -248,6 +250,7 @@ def connect(
     _members, _lifeline = lifeline.join(
         me,
         processes.coordinator_address,
+        token=wire.token_of(os.environ),
         start_timeout=start_timeout,
         peer_timeout=peer_timeout,
     )

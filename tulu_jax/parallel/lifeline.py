@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import difflib
 import faulthandler
-import json
 import os
 import queue
 import socket
@@ -22,11 +21,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import logging
 
 from tulu_jax import validation
+from tulu_jax.parallel import wire as wire_lib
 
 TRY_AGAIN = 75  # exit status: nothing is wrong with the run, start it again (EX_TEMPFAIL)
 GRACE = 3.0  # seconds for a process to tell its own error when another tells the same one
@@ -34,6 +35,7 @@ ECHO = 1.0  # seconds for a closed connection to be noticed after the error that
 HOLD = 0.2  # seconds for a word of the fault handler, which writes some 30 at least
 PULSES = 10  # in the time after which silence is death
 CONFIG = "config"
+WAITING = 64  # connections that have not said yet who they are
 
 before_exit: list[Callable[[], None]] = []  # called when this process ends because of another
 
@@ -61,7 +63,7 @@ def disagreements(members: list[Member]) -> list[str]:
     """What differs between the members, one line for each member and fact."""
     problems = []
     for name in members[0].facts:
-        for i, found, usual in unusual([member.facts.get(name) for member in members]):
+        for i, found, usual in unusual([member.facts.get(name, "") for member in members]):
             said = f"has {name} {found}; most have {usual}; install the same on all"
             if name == CONFIG:
                 lines = list(difflib.ndiff(usual.split("\n"), found.split("\n")))
@@ -74,44 +76,53 @@ def disagreements(members: list[Member]) -> list[str]:
     return problems
 
 
-class _Wire:
-    """One connection: JSON objects, one a line. A thread puts what comes into `events` as pairs of
-    this wire and a message; None once the other end is closed, or speaks something else."""
+_MEMBER = {"process_id": int, "num_processes": int, "host": str, "facts": {str: str}}
+_MESSAGES = (
+    _MEMBER,
+    {"members": [_MEMBER]},
+    {"refused": [str]},
+    {"pulse": bool},
+    {"done": bool},
+    {"failed": str, "code": int},
+    {"stop": (str, int)},
+)
 
-    def __init__(self, connection: socket.socket, events: queue.SimpleQueue):
-        self.member: Member | None = None
-        self.done = False  # whether it may close
-        self.heard = time.monotonic()
-        self._socket, self._events, self._lock = connection, events, threading.Lock()
-        threading.Thread(target=self._listen, daemon=True, name="wire").start()
 
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError), self._socket.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                self.heard = time.monotonic()
-                self._events.put((self, message))
-        self._events.put((self, None))
-        self._socket.close()
+def is_message(found: Any) -> bool:
+    """Whether `found`, of JSON, is one of the messages that processes send."""
+    return any(_has_form(found, form) for form in _MESSAGES)
 
-    def send(self, **message) -> None:
-        with contextlib.suppress(OSError), self._lock:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+def _has_form(found: Any, form: Any) -> bool:
+    """A form is a type; a list or dict of any length; a tuple, of these; a dict of just these."""
+    if isinstance(form, type):
+        return type(found) is form
+    if isinstance(form, list):
+        return type(found) is list and all(_has_form(item, form[0]) for item in found)
+    if isinstance(form, tuple):
+        same = type(found) is list and len(found) == len(form)
+        return same and all(map(_has_form, found, form))
+    if type(found) is not dict:
+        return False
+    if str in form:
+        return all(_has_form(item, form[str]) for item in found.values())
+    return found.keys() == form.keys() and all(_has_form(found[key], form[key]) for key in form)
 
 
 def join(
-    me: Member, address: str, *, start_timeout: float, peer_timeout: float
+    me: Member, address: str, *, token: bytes | None, start_timeout: float, peer_timeout: float
 ) -> tuple[list[Member], "Lifeline"]:
     """All members once all are there and agree, and the connection to them.
 
-    `address` is host:port of process 0. Raises `ValueError`, on every process, that names those
-    that did not come or that differ.
+    `address` is host:port of process 0; `token` signs what is said (`wire.token_of`). Raises
+    `ValueError`, on every process, that names those that did not come or that differ.
     """
     host, _, port = address.rpartition(":")
-    deadline, events = time.monotonic() + start_timeout, queue.SimpleQueue()
+    deadline = time.monotonic() + start_timeout
+    shared = wire_lib.Shared(token=token, fits=is_message)
     if me.process_id:
-        wire, members = _report(me, (host.strip("[]"), int(port)), deadline, events)
-        return members, Lifeline(me, [wire], events, peer_timeout)
+        wire, members = _report(me, (host.strip("[]"), int(port)), deadline, shared)
+        return members, Lifeline(me, [wire], shared.events, peer_timeout)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     both = family == socket.AF_INET6
     try:
@@ -124,14 +135,14 @@ def join(
             "host, an earlier run perhaps, or give all processes another coordinator port"
         ) from error
     with server:
-        wires = _call_roll(me, server, deadline, events)
+        wires = _call_roll(me, server, deadline, shared)
     members = [me, *(wire.member for wire in wires)]
     for wire in wires:
         wire.send(members=[dataclasses.asdict(m) | {"facts": {}} for m in members])
-    return members, Lifeline(me, wires, events, peer_timeout)
+    return members, Lifeline(me, wires, shared.events, peer_timeout)
 
 
-def _call_roll(me: Member, server, deadline: float, events: queue.SimpleQueue) -> list[_Wire]:
+def _call_roll(me: Member, server, deadline: float, shared: wire_lib.Shared) -> list[wire_lib.Wire]:
     """The wires of all others, by process id. Who does not say who it is, is passed over."""
     wires, arrived, problems = [], {}, []
     server.settimeout(0.2)
@@ -142,30 +153,48 @@ def _call_roll(me: Member, server, deadline: float, events: queue.SimpleQueue) -
             problems.append(
                 f"{len(came)} of {me.num_processes} processes came ({', '.join(came)}); processes "
                 f"{missing} did not. Start those too, look at what they print, or correct the "
-                "number of processes"
+                f"number of processes{_of_strangers(shared.dropped)}"
             )
         if problems:
             break
         if time.monotonic() > said + 15:
             said = time.monotonic()
             logging.info("Waiting for processes %s of %d", missing, me.num_processes)
+        wires = [wire for wire in wires if not wire.closed]
+        waiting = [wire for wire in wires if wire.member is None]
+        for wire in waiting:
+            if time.monotonic() > wire.begun + wire_lib.HELLO:
+                wire.close()
         with contextlib.suppress(TimeoutError):
-            wires.append(_Wire(server.accept()[0], events))
-        while not events.empty() and not problems:
-            wire, message = events.get()
-            if message is not None:
+            if len(waiting) < WAITING:
+                wires.append(wire_lib.Wire(server.accept()[0], shared))
+            else:
+                time.sleep(0.05)
+        while not shared.events.empty() and not problems:
+            wire, message = shared.events.get()
+            if message is None and wire.member:
+                del arrived[wire.member.process_id]  # it may come again
+            elif message is not None and "host" in message and wire.member is None:
                 wire.member = Member(**message)
                 problems += _misplaced(wire.member, [me, *(w.member for w in arrived.values())])
                 arrived.setdefault(wire.member.process_id, wire)
-            elif wire.member:
-                del arrived[wire.member.process_id]  # it may come again
     found = [arrived[i] for i in sorted(arrived)]
     problems = problems or disagreements([me, *(wire.member for wire in found)])
     if problems:
         for wire in wires:
-            wire.send(refused=problems)
+            if wire.member is not None:
+                wire.send(refused=problems)
         raise ValueError("\n".join(problems))
+    for wire in wires:
+        if wire.member is None:
+            wire.close()
     return found
+
+
+def _of_strangers(dropped: dict[str, str]) -> str:
+    """What to add where processes are missing and something was dropped."""
+    listed = "; ".join(f"{host} was turned away: {reason}" for host, reason in dropped.items())
+    return f". {listed[:500]}" if listed else ""
 
 
 def _misplaced(member: Member, others: list[Member]) -> list[str]:
@@ -186,8 +215,8 @@ def _misplaced(member: Member, others: list[Member]) -> list[str]:
 
 
 def _report(
-    me: Member, address: tuple[str, int], deadline: float, events: queue.SimpleQueue
-) -> tuple[_Wire, list[Member]]:
+    me: Member, address: tuple[str, int], deadline: float, shared: wire_lib.Shared
+) -> tuple[wire_lib.Wire, list[Member]]:
     """The wire to process 0 and all members."""
     problem: object = "no answer"
     while time.monotonic() < deadline:
@@ -198,28 +227,31 @@ def _report(
             time.sleep(0.5)
             continue
         connection.settimeout(None)
-        wire = _Wire(connection, events)
+        wire = wire_lib.Wire(connection, shared)
         wire.send(**dataclasses.asdict(me))
         with contextlib.suppress(queue.Empty):  # process 0's own limit comes first
-            _, message = events.get(timeout=deadline + 10 - time.monotonic())
+            _, message = shared.events.get(timeout=deadline + 10 - time.monotonic())
             if message and "refused" in message:
                 raise ValueError("\n".join(message["refused"]))
-            if message:
+            if message and "members" in message:
                 members = [Member(**member) for member in message["members"]]
                 wire.member = members[0]
                 return wire, members
-            problem = "it closed the connection"
+            problem = f"it closed the connection, perhaps for another {wire_lib.TOKEN}"
         time.sleep(0.5)
     raise ValueError(
         f"{me} cannot reach process 0 at {address[0]}:{address[1]} ({problem}). Start process 0 "
         "there, or correct the coordinator's address; the network must let that port through"
+        f"{_of_strangers(shared.dropped)}"
     )
 
 
 class Lifeline:
     """The wires of this process: of process 0 to all others, of these to process 0."""
 
-    def __init__(self, me: Member, wires: list[_Wire], events: queue.SimpleQueue, timeout: float):
+    def __init__(
+        self, me: Member, wires: list[wire_lib.Wire], events: queue.SimpleQueue, timeout: float
+    ):
         self.me, self._wires, self._events, self._timeout = me, wires, events, timeout
         self._leaving = threading.Event()
 
@@ -271,7 +303,7 @@ class Lifeline:
                 if silent > self._timeout and not wire.done:
                     self._stop(f"{wire.member} has been silent for {silent:.0f} s", TRY_AGAIN)
 
-    def _hear(self, wire: _Wire, message: dict | None) -> None:
+    def _hear(self, wire: wire_lib.Wire, message: dict | None) -> None:
         if wire not in self._wires:  # it never said who it is
             return
         if message is None:
@@ -299,7 +331,7 @@ class Lifeline:
             thread = threading.Thread(target=act, daemon=True)
             thread.start()
             thread.join(GRACE)  # a bucket that is out of reach must not keep it
-        os._exit(code)
+        os._exit(code % 256)
 
 
 def _hold_aborts() -> None:
