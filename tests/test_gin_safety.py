@@ -13,10 +13,20 @@ END = "include 'tulu_tiny_sft.gin'\n"
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('')\ndef run(): pass\n"
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working directory with the tokenizer that tulu_tiny trains, which takes seconds."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        cli.load("tulu_tiny_sft.gin", workdir=None)
+    return home
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The working directory, with modules and a package that leave a trace once they are run."""
-    monkeypatch.chdir(tmp_path)
+def folder(tmp_path, home, monkeypatch):
+    """A folder with modules and a package that leave a trace once they are run."""
+    monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "evil_package").mkdir()
@@ -28,16 +38,15 @@ def folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def load(text, *allowed):
-    with open("mine.gin", "w") as file:
-        file.write(text)
-    return cli.load("mine.gin", workdir="run", allow_import=allowed)
+def load(folder, text, *allowed):
+    (folder / "mine.gin").write_text(text)
+    return cli.load(str(folder / "mine.gin"), workdir="run", allow_import=allowed)
 
 
-def refusal(text, *allowed):
+def refusal(folder, text, *allowed):
     started = time.perf_counter()
     with pytest.raises(cli.UsageError) as error:
-        load(text, *allowed)
+        load(folder, text, *allowed)
     assert time.perf_counter() - started < 1.0
     return str(error.value)
 
@@ -65,7 +74,7 @@ def ran(folder):
 )
 def test_an_import_that_is_not_allowed_is_refused_before_it_runs(folder, statement, module):
     for text in (START + statement + "\n" + END, statement + "\n" + START + END):
-        said = refusal(text)
+        said = refusal(folder, text)
         assert module is None or f"give --allow_import={module}" in said, said
     assert not ran(folder)
 
@@ -75,13 +84,13 @@ def test_an_import_that_is_not_allowed_is_refused_before_it_runs(folder, stateme
 )
 def test_an_import_of_an_included_file_is_refused(folder, include):
     (folder / "other.gin").write_text("import evil\n")
-    said = refusal(START + include + "\n" + END)
+    said = refusal(folder, START + include + "\n" + END)
     assert "other.gin, line 1: evil is no part of a config" in said or "line of its own" in said
     assert not ran(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "home"),
+    ("name", "module"),
     [
         ("cli.os.system", "os"),
         ("cli.distributed.socket.create_server", "socket"),
@@ -90,32 +99,34 @@ def test_an_import_of_an_included_file_is_refused(folder, include):
     ],
 )
 @pytest.mark.parametrize("form", ["MIXTURE = @{}()", "MIXTURE = [@a/{}]", "{}.command = 'x'"])
-def test_a_name_leads_to_no_code_but_ours(folder, name, home, form):
-    said = refusal(f"{START}from tulu_jax import cli\n{END}{form.format(name)}\n")
-    assert f"{name} leads out: {home} is no part of a config" in said
+def test_a_name_leads_to_no_code_but_ours(folder, name, module, form):
+    said = refusal(folder, f"{START}from tulu_jax import cli\n{END}{form.format(name)}\n")
+    assert f"{name} leads out: {module} is no part of a config" in said
 
 
 def test_what_is_allowed_is_imported_and_nothing_beside_it(folder):
-    assert load(f"{START}import evil\n{END}", "evil").workdir == "./run"
+    assert load(folder, f"{START}import evil\n{END}", "evil").workdir == "run"
     assert ran(folder) == [folder / "ran"]
-    assert load(f"{START}from evil_package import inner\n{END}", "evil_package").num_steps
+    assert load(folder, f"{START}from evil_package import inner\n{END}", "evil_package").num_steps
     saved = cli.operative_config()
-    assert load(saved, "evil_package.inner").num_steps
-    assert "give --allow_import=evil_package" in refusal(saved)
-    assert "give --allow_import=evil_package" in refusal(saved, "evil", "evil_package.other")
-    assert "--allow_import=a-b: expected the name of a module" in refusal(saved, "a-b")
+    assert load(folder, saved, "evil_package.inner").num_steps
+    assert "give --allow_import=evil_package" in refusal(folder, saved)
+    assert "give --allow_import=evil_package" in refusal(
+        folder, saved, "evil", "evil_package.other"
+    )
+    assert "--allow_import=a-b: expected the name of a module" in refusal(folder, saved, "a-b")
 
 
 def test_a_file_that_includes_itself(folder):
     (folder / "a.gin").write_text("include 'b.gin'\n")
     (folder / "b.gin").write_text("\ninclude 'a.gin'\n")
-    said = refusal("include 'mine.gin'\n")
+    said = refusal(folder, "include 'mine.gin'\n")
     assert said == (
         "mine.gin: mine.gin, line 1: a file includes itself (mine.gin -> mine.gin); remove this "
         "include"
     )
     assert "b.gin, line 2: a file includes itself (mine.gin -> a.gin -> b.gin -> a.gin)" in (
-        refusal("include 'a.gin'\n")
+        refusal(folder, "include 'a.gin'\n")
     )
 
 
@@ -127,7 +138,7 @@ def test_a_file_that_is_no_gin_file(folder):
         file.truncate(1 << 40)
     for name, said in (("binary", "no text"), ("zeros", "no text"), ("huge", "more than 65,536")):
         with pytest.raises(cli.UsageError, match=said) as error:
-            cli.load(f"{name}.gin", workdir=None)
+            cli.load(str(folder / f"{name}.gin"), workdir=None)
         assert "\n" not in str(error.value)
     assert time.perf_counter() - started < 1.0
 
@@ -152,16 +163,16 @@ def test_a_file_that_is_no_gin_file(folder):
         ("mesh.MeshConfig.fsdp = 1099511627776", "MeshConfig.fsdp = 1099511627776: expected at m"),
     ],
 )
-def test_absurd_numbers(setting, said):
+def test_absurd_numbers(folder, setting, said):
     imports = "from tulu_jax.data import loader\nfrom tulu_jax.models import config\n"
     text = f"{START}{imports}from tulu_jax.parallel import mesh\n{END}{setting}\n"
-    assert said in refusal(text)
+    assert said in refusal(folder, text)
 
 
 def test_a_file_that_would_take_long(folder):
     (folder / "f0.gin").write_text("")
     for i in range(40):  # each includes the one before twice: a thousand billion of the first
         (folder / f"f{i + 1}.gin").write_text(f"include 'f{i}.gin'\n" * 2)
-    assert "or 100 includes by" in refusal("include 'f40.gin'\n")
-    assert "mine.gin, line 1: " in refusal("x y\n" * 15_000)
-    assert refusal("A = " + "[" * 100_000)
+    assert "or 100 includes by" in refusal(folder, "include 'f40.gin'\n")
+    assert "mine.gin, line 1: " in refusal(folder, "x y\n" * 15_000)
+    assert refusal(folder, "A = " + "[" * 100_000)

@@ -83,7 +83,7 @@ def flatten(
     within = (*within, path.resolve())
     for number, text in enumerate(_text(path, read).split("\n"), 1):
         origin = f"{path.name}, line {number}"
-        found = re.fullmatch(r"include\s+(['\"])(.+)\1\s*(#.*)?", text)
+        found = re.fullmatch(r"include\s+(['\"])([^'\"]+)\1\s*(#.*)?", text)
         if not found:
             lines.append(Line(text, origin))
             continue

@@ -161,7 +161,7 @@ def stand_in(head: bytes) -> str | None:
     return None
 
 
-def at_most(name: str, value: float, most: float) -> Rule:
+def at_most(name: str, value: int | float, most: int) -> Rule:
     """The rule that `value` is not absurd: `most` is more than anybody uses."""
     return value <= most, f"{name} = {value}: expected at most {most:,}"
 
