@@ -22,7 +22,18 @@ ALLOWED = {
     "decode": {"models", "parallel"},
     "audit": {"data", "interop"},
 }
-TOP = {"base", "recipe", "step", "trainer", "trained", "preflight", "cli", "gin_files", "gin_text"}
+TOP = {
+    "base",
+    "recipe",
+    "step",
+    "meter",
+    "trainer",
+    "trained",
+    "preflight",
+    "cli",
+    "gin_files",
+    "gin_text",
+}
 ENTRY_POINTS = {
     "checkpoints",
     "train",

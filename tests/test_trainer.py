@@ -13,6 +13,7 @@ import builders
 import numpy as np
 import pytest
 
+from tulu_jax import meter as meter_lib
 from tulu_jax import step as step_lib
 from tulu_jax import trainer, validation
 from tulu_jax.data import tulu_tiny
@@ -414,7 +415,7 @@ def test_a_margin_that_is_not_finite_names_its_pair(home, tmp_path):
     recorder = metrics_lib.Recorder(config.logging, config.workdir, 0, {})
     margins = np.zeros((8, run.feed.rows.pairs_per_row), np.float32)
     margins[3, 1] = np.nan
-    meter = trainer.Meter(run, recorder)
+    meter = meter_lib.Meter(run, recorder)
     scalars, examples = {"loss": np.float32(np.nan)}, {"rewards/margins": margins}
     meter.push(2, step_lib.Measured(scalars=scalars, examples=examples), None)
     named = run.feed.rows.example_ids(8 + 3)[1]

@@ -149,6 +149,7 @@ import numpy as np
 from etils import epath
 from tulu_jax.training import reference
 cache = reference.Cache(epath.Path(sys.argv[1]), {"weights": "a1"})
+print("open", flush=True)
 sys.stdin.readline()
 for start in range(0, 200, int(sys.argv[2])):
     ids = range(start, min(200, start + int(sys.argv[2])))
@@ -160,9 +161,14 @@ for start in range(0, 200, int(sys.argv[2])):
 def test_processes_that_fill_one_folder_side_by_side(folder):
     """Three real processes, two with the same shards and one with smaller ones."""
     processes = [
-        subprocess.Popen([sys.executable, "-c", FILL, folder, size], stdin=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", FILL, folder, size],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         for size in ("8", "8", "5")
     ]
+    assert [process.stdout.readline() for process in processes] == [b"open\n"] * 3
     for process in processes:
         process.stdin.write(b"\n")
         process.stdin.flush()
@@ -171,4 +177,5 @@ def test_processes_that_fill_one_folder_side_by_side(folder):
     expected = np.array([[i, -i] for i in range(200)], np.float32)
     np.testing.assert_array_equal(cache.gather([f"task/{i}" for i in range(200)]), expected)
     assert not [file for file in folder.iterdir() if file.name.startswith(".")]
-    assert len(list(folder.glob("*.npz"))) == 25 + 40
+    numbers = {int(file.name.partition("-")[0]) for file in folder.glob("*.npz")}
+    assert numbers == set(range(40))  # of each number one file or more: an archive has its second

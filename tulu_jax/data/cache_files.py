@@ -11,12 +11,10 @@ is hashed again. What a disk changes under a run without a write, only the next 
 import dataclasses
 import json
 import os
-import socket
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from tulu_jax import digests, validation
+from tulu_jax import atomic, digests, strict_json, validation
 from tulu_jax.data.sources import readers
 
 MANIFEST, ASIDE = "manifest.json", "aside.jsonl"
@@ -49,17 +47,8 @@ class Listing:
 
 def write(file, content: bytes) -> None:
     """Writes `file` so that it is there whole or not at all; other hosts may write the same one."""
-    if _is_remote(file):  # a bucket shows an object when it is complete
-        with readers.reaching(file):
-            file.write_bytes(content)
-        return
-    owner = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-    partial = file.with_name(f".{file.name}.{owner}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with readers.reaching(file):
+        atomic.write_bytes(file, content)
 
 
 def write_shard(folder, number: int, table) -> Shard:
@@ -120,9 +109,9 @@ def listing(folder) -> Listing:
     with readers.reaching(folder):
         text = file.read_bytes()
     try:
-        content = json.loads(text)
+        content = strict_json.loads(text)
         expected = content.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise _damaged(file, "no list of files", "the one that was written") from None
     if (found := _digest_of(content, folder)) != expected:
         raise _damaged(file, f"digest {found}", expected)
@@ -185,7 +174,7 @@ def aside(folder) -> list[dict]:
         content = file.read_bytes()
     if (found := digests.of_bytes(content)) != expected:
         raise _damaged(file, f"digest {found}", expected)
-    return [json.loads(line) for line in content.decode().splitlines()]
+    return [strict_json.loads(line) for line in content.decode().splitlines()]
 
 
 def _is_remote(file) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from tulu_jax import atomic, validation
+from tulu_jax import atomic, strict_json, validation
 from tulu_jax.interop.weight_files import is_remote
 
 LAST = "config.json"  # nothing opens a Hugging Face folder without it
@@ -62,7 +62,7 @@ def _names(folder: epath.Path) -> set[str]:
 def _listed(folder: epath.Path) -> list[str] | None:
     """What the manifest in a folder lists, and itself; None where no export made the folder."""
     try:
-        fields = json.loads((folder / MANIFEST).read_text())
+        fields = strict_json.loads((folder / MANIFEST).read_text())
         if fields["made_by"] != "tulu_jax" or fields["format"] != FORMAT:
             return None
         return [str(name) for name in fields["files"]] + [MANIFEST]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
 from tulu_jax.training import agreement, checkpoint_digests
@@ -357,7 +356,7 @@ def _check_metrics(folder: epath.Path) -> None:
         if not file.parent.parent.name.isdigit():
             continue
         try:
-            json.loads(file.read_text())
+            strict_json.loads(file.read_text())
         except ValueError as error:
             step = file.parent.parent
             problems.append(f"{file} is damaged ({error}); move {step} out of that folder")

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tulu_jax import digests
+from tulu_jax import digests, strict_json
 from tulu_jax.parallel import sharding
 
 Sums = tuple[jax.Array, jax.Array]
@@ -99,7 +99,7 @@ def load(folder: epath.Path) -> dict[str, Any] | None:
     """What `write` wrote; None of a checkpoint of before. Raises `ValueError` for what is not that,
     or of a later version."""
     try:
-        found = json.loads((folder / FILE).read_text())
+        found = strict_json.loads((folder / FILE).read_text())
     except FileNotFoundError:
         return None
     if not isinstance(found, dict) or found.get("version") != VERSION:

@@ -27,7 +27,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from tulu_jax import atomic, process_identity
+from tulu_jax import atomic, process_identity, strict_json
 from tulu_jax.parallel import lifeline
 from tulu_jax.process_identity import Process
 from tulu_jax.validation import UsageError
@@ -60,7 +60,7 @@ class Record:
 def _decoded(content: bytes) -> Record | None:
     """None for what was torn by a kill, in the moment between the file and its content."""
     try:
-        fields = json.loads(content)
+        fields = strict_json.loads(content)
         return Record(**fields | {"process": Process(**fields["process"])})
     except (ValueError, TypeError, KeyError):
         return None

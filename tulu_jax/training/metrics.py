@@ -1,7 +1,6 @@
 """What a run reports: JSONL always, TensorBoard, Weights & Biases if asked for; rates and MFU."""
 
 import dataclasses
-import json
 import tempfile
 import time
 import uuid
@@ -150,7 +149,7 @@ def read(workdir: str) -> list[dict]:
     if last:
         logging.warning("%s/%s ends in a torn line, left out: %r", workdir, FILE, last[:80])
     try:
-        lines = [json.loads(line) for line in whole]
+        lines = [strict_json.loads(line) for line in whole]
     except ValueError as error:
         raise validation.UsageError(
             f"{path} has a line that is not JSON ({error}); remove that line"

@@ -9,17 +9,14 @@ file twice with other content, for its name has the digest.
 
 import io
 import json
-import os
 import re
-import socket
-import uuid
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
-from tulu_jax import digests, validation
+from tulu_jax import atomic, digests, strict_json, validation
 
 KEY = "key.json"
 NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.npz")
@@ -45,7 +42,7 @@ class Cache:
             raise _damaged(folder / KEY, "no such file", "that of its shards", remove=folder)
         elif jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / KEY, json.dumps(key, indent=2).encode())
+            atomic.write_bytes(folder / KEY, json.dumps(key, indent=2).encode())
         self._next_shard = 0
         for file in files:
             number, ids, logps = _read(file, self._key)
@@ -72,7 +69,7 @@ class Cache:
             np.savez(stream, ids=np.array(ids), logps=logps, key=np.array(self._key))
             content = stream.getvalue()
             name = f"{self._next_shard:05d}-{digests.of_bytes(content)}.npz"
-            _write(self.folder / name, content)
+            atomic.write_bytes(self.folder / name, content)
         self._next_shard += 1
         self._remember(ids, logps)
 
@@ -115,7 +112,7 @@ def _named(ids: Sequence[str]) -> str:
 
 def _read_key(path: epath.Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(strict_json.loads(path.read_bytes()))
     except (ValueError, TypeError):
         raise _damaged(path, "no JSON object", "one", remove=path.parent) from None
 
@@ -139,11 +136,3 @@ def _damaged(path: epath.Path, found: str, expected: str, *, remove) -> validati
         f"{path}: found {found}, expected {expected}; remove {remove}, and what it held is "
         "computed anew"
     )
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes `path` under a temporary name, which no other run has, then renames it."""
-    owner = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-    temporary = path.parent / f".{path.name}.{owner}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
