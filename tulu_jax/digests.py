@@ -8,7 +8,7 @@ import os
 import xxhash
 from etils import epath
 
-CHUNK = 1 << 22  # bytes in memory at a time
+CHUNK = 1 << 18  # bytes in memory at a time: what stays in a core's cache is read fastest
 
 
 def of_bytes(content) -> str:
@@ -22,7 +22,13 @@ def of_file(path: str | os.PathLike) -> str:
     Raises what opening and reading it raises, such as `FileNotFoundError`.
     """
     digest = xxhash.xxh3_64()
-    with epath.Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    if "://" in os.fspath(path):
+        with epath.Path(path).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+    buffer = memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()

@@ -73,11 +73,13 @@ def _text(dtype: str, sums: Sums) -> str:
 
 def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums]]) -> None:
     """Writes `digests.json` of the checkpoint whose items lie, complete, in `folder`."""
-    local = "://" not in str(folder)
-    written = {
-        name: [file.stat().length, digests.of_file(file) if local else None]
-        for name, file in files(folder).items()
-    }
+    local, found = "://" not in str(folder), files(folder)
+
+    def entry(file: epath.Path) -> list:
+        return [file.stat().length, digests.of_file(file) if local else None]
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        written = dict(zip(found, readers.map(entry, found.values()), strict=True))
     texts = {name: _text(*found) for name, found in arrays.items()}
     content = {"version": VERSION, "arrays": texts, "files": written}
     (folder / FILE).write_text(json.dumps(content, indent=1))
