@@ -19,7 +19,7 @@ from tulu_jax import trainer, validation
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
-from tulu_jax.training import lease
+from tulu_jax.training import lease, watch
 from tulu_jax.training import metrics as metrics_lib
 
 SMALL = """
@@ -280,7 +280,7 @@ def test_not_finite_loss_stops_with_step_rows_and_checkpoint(home, tmp_path):
     config = run_config(home, tmp_path)
     config = builders.replace(config, optimizer__learning_rate=1e30, checkpoint__every=1)
     run = trainer.Run(config)
-    with pytest.raises(FloatingPointError) as error:
+    with pytest.raises(watch.UnstableError) as error:
         run.train()
     message = str(error.value)
     step = int(message.split()[1].rstrip(":"))
@@ -420,7 +420,7 @@ def test_a_margin_that_is_not_finite_names_its_pair(home, tmp_path):
     meter.push(2, step_lib.Measured(scalars=scalars, examples=examples), None)
     named = run.feed.rows.example_ids(8 + 3)[1]
     with pytest.raises(
-        FloatingPointError, match=f"Examples whose rewards/margins is not finite: {named}. Rows"
+        watch.UnstableError, match=f"Examples whose rewards/margins is not finite: {named}. Rows"
     ):
         meter.flush(None)
 

@@ -12,6 +12,7 @@ from tulu_jax.parallel.mesh import AXES, MeshConfig
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
 from tulu_jax.training.optim import OptimizerConfig
+from tulu_jax.training.watch import WatchConfig
 
 MOST_EPOCHS = 10**6
 
@@ -42,6 +43,7 @@ class TrainConfig:
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     workdir: str
     base: str | None
     reference_dir: str | None = None

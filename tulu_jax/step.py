@@ -15,8 +15,10 @@ from tulu_jax.models import llama
 from tulu_jax.objectives.objective import Batch
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training import optim
+from tulu_jax.training import optim, watch
 from tulu_jax.training.state import Frozen, TrainState
+
+Bound = float | jax.Array  # float32 []
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +33,12 @@ class Measured:
 
 def make_train_step(
     config: TrainConfig, num_steps: int
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Measured]]:
+) -> Callable[..., tuple[TrainState, Measured]]:
     """The pure function of one update, to be jitted; the state may be donated.
 
     `Measured` are the objective's metrics and counts, and the examples' values that it watches.
+    Where the run skips updates, they say with `skipped`, 0 or 1, whether this one was; `bound` is
+    above which its loss is a spike.
     """
     objective = config.objective
     forward = llama.forward(config.model, config.execution)
@@ -47,7 +51,9 @@ def make_train_step(
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Measured]:
+    def train_step(
+        state: TrainState, frozen: Frozen, batch: Batch, bound: Bound = float("inf")
+    ) -> tuple[TrainState, Measured]:
         # Weights are those of the whole update, so the shares of its pieces add up exactly.
         batch = objective.weigh(batch)
         if config.micro_batches == 1:
@@ -69,6 +75,11 @@ def make_train_step(
             **objective.counts(batch),
         }
         watched = {name: sharding.replicate(examples[name]) for name in objective.watched}
+        if config.watch.skips:
+            skip = watch.to_skip(config.watch, scalars, bound)
+            scalars["skipped"] = skip.astype(jnp.float32)
+            before = state.params, state.opt_state
+            params, opt_state = watch.kept_if(skip, before, (params, opt_state))
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
         return state, Measured(scalars=scalars, examples=watched)
 

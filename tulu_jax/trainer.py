@@ -17,10 +17,10 @@ from tulu_jax import step as step_lib
 from tulu_jax.data.fields import Fields
 from tulu_jax.models.llama import Params
 from tulu_jax.objectives.objective import Batch, Feed
-from tulu_jax.parallel import compiler, preemption, sharding
+from tulu_jax.parallel import compiler, preemption, sharding, stall
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training import agreement, optim
+from tulu_jax.training import agreement, checkpoint_folders, optim, watch
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import lease as lease_lib
 from tulu_jax.training import metrics as metrics_lib
@@ -50,6 +50,8 @@ class Run:
         self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
         self.eval_step = jax.jit(step_lib.make_eval_step(config))
         self.feed: Feed | None = None
+        self.history = watch.History(config.watch, 0)
+        self.watchdog = stall.Watchdog(None)
 
     @functools.cached_property
     def checkpoints(self) -> checkpoint_lib.Checkpoints:
@@ -79,14 +81,32 @@ class Run:
     def train(self) -> dict[str, float]:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
 
-        Raises `FloatingPointError` if the loss or a gradient is not finite,
+        Raises `watch.UnstableError` if an update goes wrong and the policy is to stop,
         `preemption.Preempted` after saving what a SIGTERM interrupts, and `UsageError` if another
-        run has the workdir (`lease.held`).
+        run has the workdir (`lease.held`), or no room is left on a disk. If an update hangs, the
+        process ends (`stall.Watchdog`).
         """
-        with lease_lib.held(self.config.workdir) as self.lease:
-            self.open()
-            with jax.set_mesh(self.mesh):
-                return self._train()
+        try:
+            with lease_lib.held(self.config.workdir) as self.lease:
+                self.open()
+                with (
+                    stall.watching(self.config.watch.hung_after) as self.watchdog,
+                    jax.set_mesh(self.mesh),
+                ):
+                    return self._train()
+        except (OSError, checkpoint_lib.CheckpointError) as error:
+            if not validation.is_full(error):
+                raise
+            raise validation.UsageError(self._no_room(error)) from error
+
+    def _no_room(self, error: Exception) -> str:
+        if isinstance(error, checkpoint_lib.CheckpointError):
+            return str(error)
+        good = checkpoint_folders.newest(self.config.workdir)
+        return (
+            f"{error}. Last good checkpoint: {good}. Free some space or raise the quota, and start "
+            "the same command again"
+        )
 
     def _train(self) -> dict[str, float]:
         state, frozen = self._start()
@@ -95,7 +115,9 @@ class Run:
         self.feed.begin(lambda: self._initial_params(state, frozen), self.weights)
         notice = preemption.Notice()
         try:
-            return self._loop(state, frozen, notice)
+            found = self._loop(state, frozen, notice)
+            self.watchdog.expect("the last checkpoint")
+            return found
         finally:
             self.checkpoints.close()
             notice.close()
@@ -149,7 +171,12 @@ class Run:
         """`items` with a progress bar called `name`, on process 0."""
         import tqdm
 
-        return tqdm.tqdm(items, desc=name, disable=jax.process_index() != 0, **options)
+        def announced():
+            for number, item in enumerate(items, options.get("initial", 0) + 1):
+                self.watchdog.expect(f"{name} {number}")
+                yield item
+
+        return tqdm.tqdm(announced(), desc=name, disable=jax.process_index() != 0, **options)
 
     def _start(self) -> tuple[TrainState, Frozen]:
         """What to go on from; with it `weights`, the fingerprint of the parameters the run began
@@ -178,6 +205,7 @@ class Run:
         self.weights = about["weights"]
         self.of_base = {name: about[name] for name in OF_BASE if name in about}
         validation.raise_if(self._resume_problems(about))
+        self.history = watch.History(self.config.watch, step, about.get("watch"))
         logging.info("Resuming from step %d in %s", step, self.checkpoints.folder)
         return self.checkpoints.restore(step, self.abstract)
 
@@ -258,6 +286,7 @@ class Run:
             "params": agreement.param_shapes(self.abstract.params),
             "frozen": agreement.param_shapes(self.abstract_frozen.base),
             "weights": self.weights,
+            "watch": self.history.as_saved(),
             **self.of_base,
             "must_match": must_match,
         }
@@ -283,7 +312,8 @@ class Run:
         if batches is None:
             return {}
         totals, count, examples = dict.fromkeys(self.config.objective.metrics, 0.0), 0.0, []
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            self.watchdog.expect(f"batch {number} of an evaluation")
             n, found = jax.device_get(self.eval_step(params, frozen, self.put(batch)))
             totals = {name: totals[name] + float(found.scalars[name]) for name in totals}
             count += float(n)
@@ -291,6 +321,14 @@ class Run:
         means = {name: total / count for name, total in totals.items()}
         means |= self.feed.groups(examples)
         return {f"eval/{name}": mean for name, mean in means.items()}
+
+    def _bound(self, step: int) -> tuple[jax.Array, ...]:
+        """What `train_step` takes to judge the loss of `step`; nothing if it does not."""
+        if self.config.watch.spikes != "skip":
+            return ()
+        bound = np.float32(self.history.bound(step))
+        whole = jax.NamedSharding(self.mesh, jax.P())
+        return (jax.make_array_from_process_local_data(whole, bound, global_shape=()),)
 
     def _loop(
         self, state: TrainState, frozen: Frozen, notice: preemption.Notice
@@ -318,8 +356,9 @@ class Run:
         for step in bar:
             self.lease.check()
             batch = self.put(self.feed(step, state.params))
+            bound = self._bound(step)
             with jax.transfer_guard("disallow"):
-                state, measured = train_step(state, frozen, batch)
+                state, measured = train_step(state, frozen, batch, *bound)
             meter.push(step, measured, bar)
             final = step == self.num_steps
             stop = not final and notice.reached(step)
@@ -333,6 +372,7 @@ class Run:
                 logging.info("step %d %s", step, meter_lib.line(last_eval))
                 meter.restart()
             if save:
+                self.watchdog.expect(f"the start of the checkpoint of step {step}")
                 measured = last_eval if evaluate else {}
                 recorder.flush()  # a resumed run has the lines before its checkpoint
                 self.checkpoints.save(step, state, self._about(), measured)

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import stat
@@ -34,6 +35,8 @@ class UsageError(ValueError):
     """A user can mend this: the message tells what was found, what was expected, what to change."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 # What the system says of a path that somebody named.
 _OF_A_PATH = (
     FileNotFoundError,
@@ -48,18 +51,37 @@ _OF_A_PATH = (
 def refusing() -> Iterator[None]:
     """Around an entry point: what a user can mend becomes its message and exit status 2.
 
-    That is `UsageError`, and what the system says of a path. All else keeps its traceback;
-    `--verbosity=1` shows that of a refusal too.
+    That is `UsageError`, what the system says of a path, and no room on a disk (`is_full`). All
+    else keeps its traceback; `--verbosity=1` shows that of a refusal too.
     """
     try:
         yield
-    except (UsageError, *_OF_A_PATH) as error:
+    except Exception as error:
+        full = is_full(error) and not isinstance(error, UsageError)
+        if not full and not isinstance(error, (UsageError, *_OF_A_PATH)):
+            raise
         logging.debug("Refused", exc_info=True)
         said = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            said = f"{error.filename}: {error.strerror}; mend that path, or give another"
+            said = f"{error.filename}: {error.strerror}"
+        if full:
+            said += "; free some space or raise the quota, or write to another folder"
+        elif not isinstance(error, UsageError):
+            said += "; mend that path, or give another"
         print(said, file=sys.stderr)
         raise SystemExit(REFUSED) from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that there is no room: a full disk, a quota, a limit
+    on the size of files. Libraries in C++ tell the system's words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if any(os.strerror(number) in str(error) for number in _NO_ROOM):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager

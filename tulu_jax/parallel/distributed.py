@@ -281,6 +281,14 @@ def together() -> Iterator[None]:
         _lifeline.done()
 
 
+def hung(reason: str) -> None:
+    """Ends all processes of the run because this one hangs; each says where its threads stand."""
+    if _lifeline is not None:
+        _lifeline.hung(reason)
+    again = "Start the same command again to go on from the last checkpoint."
+    lifeline.leave(f"The run stops: {reason}. {again}", lifeline.TRY_AGAIN, stacks=True)
+
+
 def device_problems(devices: list[jax.Device]) -> list[str]:
     """Hosts whose number or kind of devices is not that of most, one line for each."""
     kinds = [

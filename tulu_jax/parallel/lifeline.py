@@ -85,6 +85,7 @@ _MESSAGES = (
     {"done": bool},
     {"failed": str, "code": int},
     {"stop": (str, int)},
+    {"hung": str},
 )
 
 
@@ -316,6 +317,15 @@ class Lifeline:
             self._stop(f"{wire.member} failed: {message['failed']}", message["code"])
         if "stop" in message:
             self._stop(*message["stop"])
+        if "hung" in message:
+            self.hung(message["hung"])
+
+    def hung(self, reason: str) -> None:
+        """Ends every process because one hangs; each says where its threads stand, which tells the
+        one that hangs from those that wait for it."""
+        self._tell(hung=reason)
+        if not self._leaving.is_set():
+            leave(f"{self.me} stops: {reason}. {_AGAIN}", TRY_AGAIN, stacks=True)
 
     def _stop(self, reason: str, code: int) -> None:
         self._tell(stop=[reason, code])
@@ -323,15 +333,27 @@ class Lifeline:
             time.sleep(GRACE)
         if self._leaving.is_set():
             return
-        advice = "Start the same command on every process again to go on from the last checkpoint"
+        advice = _AGAIN
         if code == validation.REFUSED:
-            advice = "Correct that, then start every process again"
-        print(f"\n{self.me} stops: {reason}. {advice}.", file=sys.stderr, flush=True)
-        for act in before_exit:
-            thread = threading.Thread(target=act, daemon=True)
-            thread.start()
-            thread.join(GRACE)  # a bucket that is out of reach must not keep it
-        os._exit(code % 256)
+            advice = "Correct that, then start every process again."
+        leave(f"{self.me} stops: {reason}. {advice}", code)
+
+
+_AGAIN = "Start the same command on every process again to go on from the last checkpoint."
+
+
+def leave(said: str, code: int, *, stacks: bool = False) -> None:
+    """Ends this process at once, whatever its other threads wait for; with `stacks` it first writes
+    where these stand."""
+    if stacks:
+        print("\nWhere each thread stands:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    print(f"\n{said}", file=sys.stderr, flush=True)
+    for act in before_exit:
+        thread = threading.Thread(target=act, daemon=True)
+        thread.start()
+        thread.join(GRACE)  # a bucket that is out of reach must not keep it
+    os._exit(code % 256)
 
 
 def _hold_aborts() -> None:

@@ -13,17 +13,16 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tulu_jax import strict_json, validation
+from tulu_jax import validation
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
-from tulu_jax.training import agreement, checkpoint_digests
+from tulu_jax.training import agreement, checkpoint_digests, checkpoint_folders
 from tulu_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
+FOLDER = checkpoint_folders.FOLDER
 SAID = 300  # characters of a message of Orbax
 ON_DAMAGE = ("stop", "newest_whole")  # what a run does about a damaged checkpoint
 GO_BACK = "A run goes back to the newest whole one with train --on_damage=newest_whole."
-PARTS = ("_CHECKPOINT_METADATA", "about", "state")  # one of these makes a folder a checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class Checkpoints:
             if config.keep_every:
                 keep.append(policies.EveryNSteps(config.keep_every))
             if config.best:
-                _check_metrics(self.folder)
+                checkpoint_folders.check_metrics(self.folder)
 
                 def best(metrics):
                     return metrics[config.best]
@@ -341,26 +340,12 @@ def _only_ours(ocp):
 
         def find_all(self, base_path):
             for found in self.all.find_all(base_path):
-                if any((found.path / part).exists() for part in PARTS):
+                if checkpoint_folders.is_checkpoint(found.path):
                     yield found
                 else:
                     logging.warning("%s is left as it is: it holds no checkpoint", found.path)
 
     return Format()
-
-
-def _check_metrics(folder: epath.Path) -> None:
-    """Raises `UsageError` for metrics that cannot be read: Orbax reads them at once."""
-    problems = []
-    for file in folder.glob("*/metrics/metrics"):
-        if not file.parent.parent.name.isdigit():
-            continue
-        try:
-            strict_json.loads(file.read_text())
-        except ValueError as error:
-            step = file.parent.parent
-            problems.append(f"{file} is damaged ({error}); move {step} out of that folder")
-    validation.raise_if(problems)
 
 
 def _without_echoes(former: Callable[[Any], None], unraisable) -> None:
