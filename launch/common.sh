@@ -86,6 +86,35 @@ require_train_args() {
   [ ${#TRAIN_ARGS[@]} -gt 0 ] || die "give the arguments of tulu_jax.train after --"
 }
 
+# again WHY COMMAND...: starts the run once more, if --restarts allows, and says why.
+TRIED_AGAIN=0
+again() {
+  local why=$1
+  shift
+  if [ "$TRIED_AGAIN" -ge "$RESTARTS" ]; then
+    echo "$why. It was restarted $TRIED_AGAIN times, as --restarts=$RESTARTS allows: giving up; see its output with follow." >&2
+    exit 1
+  fi
+  TRIED_AGAIN=$((TRIED_AGAIN + 1))
+  echo "$why: restart $TRIED_AGAIN of $RESTARTS"
+  "$@" || true
+}
+
+hopeless() {
+  echo "The run cannot work as it is configured (exit status 2): a restart would end the same way; see its output with follow." >&2
+}
+
+# answer COMMAND...: what it prints; ABSENT if it says that there is no such thing, UNKNOWN if it
+# fails otherwise, when the network is down, say.
+answer() {
+  local found problem
+  problem=$(mktemp)
+  if found=$("$@" 2>"$problem"); then echo "$found"
+  elif grep -qi 'not_\?found' "$problem"; then echo ABSENT
+  else echo UNKNOWN; fi
+  rm -f "$problem"
+}
+
 # Prints a command as one could type it, and runs it unless --dry_run.
 run() {
   local quoted

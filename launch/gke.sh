@@ -5,8 +5,9 @@
 #   gke.sh run    ... --accelerator=tpu-v5p-slice --image=I -- --gin_file=sft_70b.gin
 #   gke.sh follow ...                                         the output of process 0
 #   gke.sh resume ... -- --gin_file=sft_70b.gin               delete the JobSet, apply it again
-#   gke.sh watch  ... -- --gin_file=sft_70b.gin               apply it again whenever it is gone or
-#                                                             out of restarts, until it is done
+#   gke.sh watch  ... -- --gin_file=sft_70b.gin               apply it again whenever it is gone, until
+#                                                             it is done, cannot work (status 2), or
+#                                                             --restarts
 #   gke.sh delete ...                                         JobSet and node pools
 # Flags: --name --cluster --location --project, --slices=1, --spot, --machine_type --topology,
 # --chips=4 (of a host), --accelerator --image --secret=S, --restarts=100, --namespace=default,
@@ -58,7 +59,8 @@ create() {
   done
 }
 
-# Status 75 and evictions restart all pods; 1 and 2 are errors that a restart repeats.
+# Evictions and any exit status restart all pods, at most --restarts times, but for 2: a restart would
+# end the same way.
 jobset() {
   local arguments="" argument
   for argument in "${TRAIN_ARGS[@]}"; do
@@ -89,7 +91,7 @@ spec:
         podFailurePolicy:
           rules:
           - action: FailJob
-            onExitCodes: {containerName: train, operator: In, values: [1, 2]}
+            onExitCodes: {containerName: train, operator: In, values: [2]}
         template:
           spec:
             restartPolicy: Never
@@ -168,26 +170,36 @@ follow() {
   kube logs --follow --tail=100 --selector "jobset.sigs.k8s.io/jobset-name=$FLAG_name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
 
-told() {  # "Completed", "Failed REASON", "" while it runs, or "absent"
-  kubectl --namespace="$NAMESPACE" get jobset "$FLAG_name" \
-    -o "jsonpath={.status.terminalState} {.status.conditions[?(@.type=='Failed')].reason}" \
-    2>/dev/null || echo absent
+told() {  # "Completed", "Failed REASON", "" while it runs, "ABSENT", or "UNKNOWN" if it cannot be asked
+  answer kubectl --namespace="$NAMESPACE" get jobset "$FLAG_name" \
+    -o "jsonpath={.status.terminalState} {.status.conditions[?(@.type=='Failed')].reason}"
 }
+
+apply_again() { stop && start; }
 
 watch() {
   if [ -n "$FLAG_dry_run" ]; then
-    echo "# every $EVERY s; if the JobSet is absent or out of restarts:"
+    echo "# every $EVERY s; if the JobSet is absent:"
     stop; start
     return
   fi
-  local now
+  local now begun=""
   while true; do
     now=$(told); now=${now% }
     echo "$(date -u +%H:%M:%S) JobSet ${now:-running}"
     case "$now" in
       Completed*) echo "The run is done."; return 0 ;;
-      absent | "Failed ReachedMaxRestarts") { stop && start; } || true ;;
-      Failed*) echo "The run failed; see its output with follow." >&2; return 1 ;;
+      "Failed ReachedMaxRestarts")
+        echo "The run was restarted $RESTARTS times, as --restarts=$RESTARTS allows, and failed again: giving up; see its output with follow." >&2
+        return 1 ;;
+      "Failed FailJobSetFailurePolicyAction") hopeless; return 2 ;;
+      Failed*) echo "The run failed (${now#Failed }); see its output with follow." >&2; return 1 ;;
+      ABSENT)
+        if [ -n "$begun" ]; then again "The JobSet is gone" apply_again
+        elif apply_again; then begun=1
+        else again "The first start failed" true; fi ;;
+      UNKNOWN) ;;  # look again
+      *) begun=1 ;;
     esac
     sleep "$EVERY"
   done

@@ -7,10 +7,12 @@
 #                                                                   checkpoint
 #   tpu_vm.sh watch  ... -- --gin_file=sft_70b.gin                  all of it: create, run, and again
 #                                                                   after each preemption or death,
-#                                                                   until the run is done
+#                                                                   until the run is done, cannot
+#                                                                   work (status 2), or --restarts
 #   tpu_vm.sh delete ...                                            give the slice back
 # Flags: --name --zone --type --version (the runtime, e.g. v2-alpha-tpuv5), --project, --slices=1,
-# --spot, --env_file=FILE, --every=60 (seconds between looks), --dry_run (print the commands only).
+# --spot, --env_file=FILE, --every=60 (seconds between looks), --restarts=100 (by watch), --dry_run
+# (print the commands only).
 # What follows -- goes to `python -m tulu_jax.train`, with a gs:// workdir: disks go with the slice.
 # Secrets (WANDB_API_KEY, HF_TOKEN) stand in --env_file as NAME=value lines, values as they are, are
 # copied to the hosts by scp, readable by you alone, and appear on no command line and in no output.
@@ -27,12 +29,12 @@ case "$ACTION" in
   -h | --help) help_and_exit ;;
   *) help_and_exit 2 ;;
 esac
-set_flags name zone type version project slices spot env_file every dry_run -- "$@"
+set_flags name zone type version project slices spot env_file every restarts dry_run -- "$@"
 require name zone
 check "$LABEL" name
 check "$POSITIVE" slices
-check "$NUMBER" every
-SLICES="${FLAG_slices:-1}" EVERY="${FLAG_every:-60}"
+check "$NUMBER" every restarts
+SLICES="${FLAG_slices:-1}" EVERY="${FLAG_every:-60}" RESTARTS="${FLAG_restarts:-100}"
 PLACE=(--zone="$FLAG_zone")
 [ -n "$FLAG_project" ] && PLACE+=(--project="$FLAG_project")
 [ -z "$FLAG_env_file" ] || (export_variables "$FLAG_env_file") || exit
@@ -79,9 +81,9 @@ create() {
 
 delete() { queued delete "$FLAG_name" "${PLACE[@]}" --force --quiet; }
 
-state() {  # of the queued resource; ABSENT if there is none
-  gcloud compute tpus queued-resources describe "$FLAG_name" "${PLACE[@]}" \
-    --format='value(state.state)' 2>/dev/null || echo ABSENT
+state() {  # of the queued resource; ABSENT if there is none, UNKNOWN if it cannot be asked
+  answer gcloud compute tpus queued-resources describe "$FLAG_name" "${PLACE[@]}" \
+    --format='value(state.state)'
 }
 
 wait_until_active() {
@@ -137,7 +139,6 @@ status() {  # of process 0: running, "ended CODE", absent, or nothing if it cann
 revive() {
   case "$(state)" in
     FAILED|SUSPENDED) delete && create ;;
-    SUSPENDING|DELETING) return 1 ;;  # look again later
     ABSENT) create ;;
   esac && wait_until_active && install && start
 }
@@ -150,23 +151,30 @@ watch() {
     start
     return
   fi
-  local now told
+  local now told begun=""
   while true; do
     now=$(state) told=""
     [ "$now" = ACTIVE ] && told=$(status)
     echo "$(date -u +%H:%M:%S) slice $now, run ${told:-unknown}"
     case "$now $told" in
-      "ACTIVE running") ;;
+      "ACTIVE running") begun=1 ;;
       "ACTIVE ended 0") echo "The run is done."; return 0 ;;
-      "ACTIVE ended 75" | "ACTIVE ended 13"?) start || true ;;  # asked to stop, or killed
-      "ACTIVE ended "*) echo "The run failed; see its output with follow." >&2; return 1 ;;
-      "ACTIVE absent") { install && start; } || true ;;
-      "ACTIVE ") ;;  # a host that does not answer; its slice is about to change state
-      *) revive || true ;;
+      "ACTIVE ended 2") hopeless; return 2 ;;
+      "ACTIVE ended "*) again "The run ended with status ${told#ended }" start ;;
+      # A host that does not answer, or a slice that is about to change its state: look again.
+      "ACTIVE " | "UNKNOWN " | "SUSPENDING " | "DELETING ") ;;
+      *)
+        local act=revive
+        [ "$now" = ACTIVE ] && act=install_and_start
+        if [ -n "$begun" ]; then again "The slice was $now, the run ${told:-lost}" "$act"
+        elif "$act"; then begun=1
+        else again "The first start failed (slice $now)" true; fi ;;
     esac
     sleep "$EVERY"
   done
 }
+
+install_and_start() { install && start; }
 
 case "$ACTION" in
   create) create ;;

@@ -40,7 +40,9 @@ if asks and answers.exists():
     left = json.loads(answers.read_text())
     answers.write_text(json.dumps(left[1:]))
     if left[0] is None:
-        sys.exit(1)
+        sys.exit("ERROR: NOT_FOUND: the resource was not found")
+    if left[0] == "?":
+        sys.exit("ERROR: connection reset by peer")
     print(left[0])
 elif asks:
     print("ACTIVE")
@@ -56,7 +58,7 @@ GKE = [
 @pytest.fixture
 def launch(tmp_path):
     """Runs a launcher; `.calls` are the calls since the last one, `.answers(...)` prepares what
-    the next questions for a state get (None: it fails)."""
+    the next questions for a state get (None: there is none; "?": they fail)."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("gcloud", "kubectl", "xpk"):
@@ -329,17 +331,67 @@ def test_watch_makes_a_preempted_slice_again_and_resumes(launch):
     assert json.loads((launch.home / "answers.json").read_text()) == []
 
 
-def test_watch_ends_with_a_failed_run(launch):
-    launch.answers("ACTIVE", "ended 1")
-    launch("tpu_vm.sh", "watch", *TPU, code=1)
-    assert "The run failed" in launch.stderr
+def test_watch_ends_with_a_run_that_cannot_work(launch):
+    launch.answers("ACTIVE", "ended 2")
+    launch("tpu_vm.sh", "watch", *TPU, code=2)
+    assert "cannot work as it is configured (exit status 2)" in launch.stderr
     launch.answers(" ", "Failed FailJobSetFailurePolicyAction")
-    launch("gke.sh", "watch", *GKE, code=1)
-    assert "The run failed" in launch.stderr
+    launch("gke.sh", "watch", *GKE, code=2)
+    assert "cannot work as it is configured (exit status 2)" in launch.stderr
+
+
+def starts(launch):
+    return sum("worker.sh start" in call[-1] for call in launch.calls)
+
+
+def test_watch_restarts_a_run_so_many_times_and_says_why_it_stops(launch):
+    ended = ["ended 75", "ended 1", "ended 134"]
+    launch.answers(*(x for told in ended for x in ("ACTIVE", told)))
+    output = launch("tpu_vm.sh", "watch", *TPU, "--restarts=2", code=1)
+    assert starts(launch) == 2
+    assert "The run ended with status 75: restart 1 of 2\n" in output
+    assert "The run ended with status 1: restart 2 of 2\n" in output
+    assert (
+        "The run ended with status 134. It was restarted 2 times, as --restarts=2" in launch.stderr
+    )
+    launch.answers("ACTIVE", "ended 75")
+    launch("tpu_vm.sh", "watch", *TPU, "--restarts=0", code=1)
+    assert starts(launch) == 0 and "restarted 0 times" in launch.stderr
+    launch.answers(" ", "Failed ReachedMaxRestarts")
+    launch("gke.sh", "watch", *GKE, "--restarts=7", code=1)
+    assert "restarted 7 times, as --restarts=7 allows" in launch.stderr
+    launch("tpu_vm.sh", "watch", *TPU, "--restarts=many", code=2)
+
+
+def test_watch_counts_slices_and_jobsets_that_were_lost(launch):
+    """The first start is none; each after that is a restart."""
+    launch.answers(
+        *("ACTIVE", "running"),
+        *("SUSPENDED", "SUSPENDED", "ACTIVE"),  # made again
+        "SUSPENDED",
+    )
+    output = launch("tpu_vm.sh", "watch", *TPU, "--restarts=1", code=1)
+    assert starts(launch) == 1
+    assert "The slice was SUSPENDED, the run lost: restart 1 of 1" in output
+    assert "restarted 1 times, as --restarts=1 allows: giving up" in launch.stderr
+    launch.answers(None, " ", None, None)
+    output = launch("gke.sh", "watch", *GKE, "--restarts=1", code=1)
+    assert sum("apply" in call for call in launch.calls) == 2
+    assert "The JobSet is gone: restart 1 of 1" in output
+
+
+def test_watch_looks_again_where_it_could_not_ask(launch):
+    """A question that fails is no sign that there is nothing: a run there would be replaced."""
+    launch.answers("?", "ACTIVE", "running", "?", "ACTIVE", "ended 0")
+    assert "slice UNKNOWN" in launch("tpu_vm.sh", "watch", *TPU)
+    assert starts(launch) == 0
+    launch.answers("?", " ", "?", "Completed ")
+    assert "JobSet UNKNOWN" in launch("gke.sh", "watch", *GKE)
+    assert not any("apply" in call or "delete" in call for call in launch.calls)
 
 
 def test_watch_applies_a_lost_jobset_again(launch):
-    launch.answers(None, " ", "Failed ReachedMaxRestarts", "Completed ")
+    launch.answers(None, " ", None, "Completed ")
     output = launch("gke.sh", "watch", *GKE)
     acts = [call[2] for call in launch.calls if call[0] == "kubectl" and "get" not in call]
     assert acts == ["delete", "delete", "create", "apply"] * 2  # JobSet, old token, new one
@@ -358,7 +410,7 @@ def test_the_jobset_refers_to_its_secret_and_restarts_what_a_restart_helps(launc
     job = slices["template"]["spec"]
     assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 32, 32)
     rule = job["podFailurePolicy"]["rules"][0]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (container,) = pod["containers"]
