@@ -44,6 +44,7 @@ ENTRY_POINTS = {
     "report",
     "rehearse",
     "dryrun",
+    "compare",
 }
 HOMES = {
     "gin": {"gin_files.py"},

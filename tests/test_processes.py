@@ -2,6 +2,7 @@
 SIGTERM."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,6 +173,24 @@ def test_two_processes_through_a_sigterm_to_the_second(home, one, tmp_path):
     run = dict(count=2, options=SHORT)
     terminated(home, tmp_path, 1, step=10, **run)
     goes_on_to_the_end(home, tmp_path, one, tries=2, **run)
+
+
+def test_two_processes_find_a_flipped_bit_and_go_back(home, one, tmp_path):
+    """Each reads its share of the files; both say which one, though one alone has read it."""
+    workdir = shutil.copytree(one, tmp_path / "run")
+    folder = workdir / checkpoint_lib.FOLDER / "30"
+    file = max((folder / "state").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    run = dict(count=2, options=SHORT)
+    for error in finish(start(home, workdir, **run), [2, 2]):
+        assert f"file {file.relative_to(folder)} has digest" in error and "of steps [28]" in error
+    run["options"] = [*SHORT, "--on_damage=newest_whole"]
+    assert "Resuming from step 28" in finish(start(home, workdir, **run))[0]
+    assert_same_curve(workdir, one)
+    names = {path.name for path in folder.parent.iterdir()}
+    assert names == {"28", "30", "30.damaged"}
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    message = finish(start(home, "tulu_tiny_sft", workdir, preexec_fn=limit), code=1)
+    message = finish(start(home, "tulu_tiny_sft", workdir, preexec_fn=limit), code=2)
     assert "could not be written" in message
     assert f"Last good checkpoint: step {good}" in message
     assert max(saved_steps(workdir)) == good

@@ -241,6 +241,42 @@ def test_the_command_lists_steps_and_what_is_damaged(tmp_path, capsys):
     assert "train first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"version": 2, "arrays": {}, "files": {}}', "damaged: digests.json is not of version 1"),
+        ('{"version": 1}', "damaged: digests.json does not list arrays and files"),
+        ('{"version": 1, "arrays": {}, "files": {"/etc/passwd": [1, null]}}', "does not list"),
+        ('{"version": 1, "arrays": {}, "files": {"a/../../b": [1, null]}}', "does not list"),
+        ("[" * 9999, "damaged: brackets are nested too deep"),
+        ("", "damaged: "),
+    ],
+)
+def test_digests_that_are_none_are_damage_in_a_line(folder, capsys, content, said):
+    (folder / "8" / checkpoint_digests.FILE).write_text(content)
+    for flags in ((), ("--verify",)):
+        status = commands.run("checkpoints", f"--workdir={folder.parent}/", *flags)
+        told = capsys.readouterr()
+        assert status == 1 and said in told.out.splitlines()[-1] and "Traceback" not in told.err
+    with pytest.raises(checkpoint.DamagedError, match="step 8 in"):
+        checkpoint.Checkpoints(str(folder.parent)).restore(8, abstract())
+
+
+def test_the_command_on_what_is_no_workdir(tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/7").write_text("a file that is called like a step")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("")
+    for name in ("a file", "run", "other", "none", "run/checkpoints"):
+        status = commands.run("checkpoints", f"--workdir={tmp_path / name}")
+        told = capsys.readouterr()
+        assert status == 2 and "there is no checkpoint in" in told.err, name
+        assert "Traceback" not in told.err and told.out == ""
+    assert commands.run("checkpoints") == 2
+    assert "no --workdir" in capsys.readouterr().err
+
+
 def test_a_run_stops_at_a_damaged_checkpoint_or_goes_back_to_a_whole_one(tmp_path, tokenizer_dir):
     """It names what is damaged, keeps it aside, and its losses are those of the first time."""
     config = builders.train_config(tmp_path, tokenizer=tokenizer_dir)

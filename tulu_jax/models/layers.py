@@ -127,16 +127,32 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, *, row_parts: int, **attention_inputs):
-        divides = sharding.axis_size("tensor") > 1 and x.shape[1] % row_parts == 0
-        parts = jnp.split(x, row_parts, axis=1) if divides else [x]
+        parts, cache = self._attended(_cut(x, row_parts), attention_inputs)
+        return jnp.concatenate(self._fed_forward(parts), axis=1), cache
+
+    def half(self, x, which: str, *, row_parts: int, **attention_inputs):
+        """What `x` [B, S, D] is after the attention, or what it is after the MLP alone."""
+        parts = _cut(x, row_parts)
+        if which == "attention":
+            return jnp.concatenate(self._attended(parts, attention_inputs)[0], axis=1)
+        return jnp.concatenate(self._fed_forward(parts), axis=1)
+
+    def _attended(self, parts, attention_inputs):
         with jax.named_scope("attention"):
             normed = _gathered(self.input_layernorm, parts)
             outs, cache = self.self_attn(normed, **attention_inputs)
-            parts = [checkpoint_name(part, "residual") for part in _added(parts, outs)]
+            return [checkpoint_name(part, "residual") for part in _added(parts, outs)], cache
+
+    def _fed_forward(self, parts):
         with jax.named_scope("mlp"):
             normed = _gathered(self.post_attention_layernorm, parts)
-            parts = _added(parts, self.mlp(normed))
-        return jnp.concatenate(parts, axis=1), cache
+            return _added(parts, self.mlp(normed))
+
+
+def _cut(x, row_parts: int):
+    """[B, S, D] in `row_parts` parts along S, where there is something to move beside them."""
+    divides = sharding.axis_size("tensor") > 1 and x.shape[1] % row_parts == 0
+    return jnp.split(x, row_parts, axis=1) if divides else [x]
 
 
 def _gathered(norm, parts):

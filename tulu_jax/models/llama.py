@@ -75,7 +75,21 @@ class Trunk(nnx.Module):
     def __call__(self, inputs: Inputs):
         own = sharding.own(inputs.tokens, 1, "tensor")
         x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
-        seen = dict(
+        seen = self.seen(inputs, x.dtype)
+
+        def body(x, layer):
+            block, cache = layer
+            return block(x, cache=cache, **seen)
+
+        if self.execution.remat and inputs.cache is None:
+            policy = layers.remat_policy(self.execution.remat_policy)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        x, cache = jax.lax.scan(body, x, (self.layers, inputs.cache))
+        return self.norm(x), cache
+
+    def seen(self, inputs: Inputs, dtype) -> dict[str, Any]:
+        """What every layer takes beside its activations of `dtype`."""
+        return dict(
             angles=layers.rotary_angles(
                 inputs.positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
             ),
@@ -90,29 +104,19 @@ class Trunk(nnx.Module):
                     queries=inputs.tokens.shape[1],
                     keys=inputs.kv_segment_ids.shape[1],
                     platform=attention_lib.platform(),
-                    dtype=x.dtype,
+                    dtype=dtype,
                 ),
                 heads=(
                     self.config.num_heads // sharding.axis_size("heads"),
                     self.config.num_kv_heads // sharding.axis_size("kv_heads"),
                     self.config.head_dim,
                 ),
-                dtype=x.dtype,
+                dtype=dtype,
                 block=self.execution.attention_block,
             ),
             query_offset=inputs.query_offset,
             row_parts=self.execution.row_parts or 1,
         )
-
-        def body(x, layer):
-            block, cache = layer
-            return block(x, cache=cache, **seen)
-
-        if self.execution.remat and inputs.cache is None:
-            policy = layers.remat_policy(self.execution.remat_policy)
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, cache = jax.lax.scan(body, x, (self.layers, inputs.cache))
-        return self.norm(x), cache
 
 
 class Head(nnx.Module):
@@ -148,11 +152,25 @@ def abstract_params(config: LlamaConfig, dtype: str) -> Params:
     )
 
 
-def _trunk(config, execution, params, inputs: Inputs):
+def trunk(config: LlamaConfig, execution: ExecutionConfig, params: Params) -> Trunk:
+    """The module with these parameters."""
     graphdef, state = _abstract(config, execution)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one must hold no tracer
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state).model(inputs)
+    return nnx.merge(graphdef, state).model
+
+
+def inputs_of(tokens, segment_ids, positions, branches) -> Inputs:
+    """What a device's trunk runs on, of its shards [B, T] of the rows."""
+    return Inputs(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        branches=branches,
+        kv_segment_ids=sharding.gather(segment_ids, 1, "length"),
+        kv_branches=None if branches is None else sharding.gather(branches, 1, "length"),
+        query_offset=sharding.axis_index("length") * tokens.shape[1],
+    )
 
 
 def hidden_states(
@@ -171,17 +189,8 @@ def hidden_states(
     that no segment branches.
     """
 
-    def local(params, tokens, segment_ids, positions, branches):
-        inputs = Inputs(
-            tokens=tokens,
-            segment_ids=segment_ids,
-            positions=positions,
-            branches=branches,
-            kv_segment_ids=sharding.gather(segment_ids, 1, "length"),
-            kv_branches=None if branches is None else sharding.gather(branches, 1, "length"),
-            query_offset=sharding.axis_index("length") * tokens.shape[1],
-        )
-        return _trunk(config, execution, params, inputs)[0]
+    def local(params, *rows):
+        return trunk(config, execution, params)(inputs_of(*rows))[0]
 
     rows = sharding.spec("batch", "length")
     run = sharding.per_device(
@@ -304,4 +313,4 @@ def decode(
         cache=cache,
         query_offset=slot,
     )
-    return _trunk(config, execution, params, inputs)
+    return trunk(config, execution, params)(inputs)

@@ -109,6 +109,15 @@ def load(folder: epath.Path) -> dict[str, Any] | None:
             f"{FILE} is not of version {VERSION}; restore it, or read it with the tulu_jax that "
             "wrote it"
         )
+    arrays, written = found.get("arrays"), found.get("files")
+    if not (
+        isinstance(arrays, dict)
+        and isinstance(written, dict)
+        and all(isinstance(text, str) and text for text in arrays.values())
+        and all(isinstance(entry, list) and len(entry) == 2 for entry in written.values())
+        and not any(".." in epath.Path(name).parts or name[:1] == "/" for name in written)
+    ):
+        raise ValueError(f"{FILE} does not list arrays and files as it was written to; restore it")
     return found
 
 

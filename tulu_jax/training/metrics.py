@@ -77,8 +77,11 @@ class Recorder:
         values = {name: float(value) for name, value in scalars.items()}
         line = strict_json.dumps({"step": step, **values}) + "\n"
         if self._file:
-            self._file.write(line)
-            self._file.flush()
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._file.name) from error
         else:
             self._lines.append(line)
         if self._tensorboard:
