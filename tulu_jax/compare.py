@@ -55,6 +55,8 @@ def side(config: TrainConfig, text: str) -> TrainConfig:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             values[name] = value
+        if name in _OF_MODEL and isinstance(values[name], int):
+            values[name] = float(values[name])
 
     def taken(names):
         return {name: values[name] for name in names if name in values}

@@ -76,30 +76,27 @@ class Side:
             return _loss(llama.unembedding(params), x, batch)
         return stages.run(name, self.config.model, self.config.execution, params, batch, x)
 
-    def forward(self, name: str, params, batch, x: np.ndarray | None) -> np.ndarray:
-        """What a stage makes of `x`, in float32."""
+    def run(
+        self, name: str, params, batch, x: np.ndarray | None, cotangent: np.ndarray | None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+        """What a stage makes of `x`, and for the `cotangent` of that (None: zeros) the gradients of
+        its parameters, by path, if they have any, and of `x`; all in float32."""
 
-        def run(params, batch, x):
-            return sharding.replicate(self.stage(name, params, batch, x))
-
-        x = self.placed(x, "batch", "positions", None)
-        return self._run(name, run, params, self.rows(batch), x)
-
-    def backward(self, name: str, params, batch, x, cotangent) -> tuple[dict, np.ndarray | None]:
-        """The gradients of a stage's parameters, by path, and of `x`, in float32."""
-
-        def run(params, batch, x, cotangent):
+        def both(params, batch, x, cotangent):
             out, pull = jax.vjp(lambda params, x: self.stage(name, params, batch, x), params, x)
-            return jax.tree.map(sharding.replicate, pull(cotangent.astype(out.dtype)))
+            found = out, *pull(cotangent.astype(out.dtype))
+            return jax.tree.map(sharding.replicate, found)
 
-        axes = ("batch", "positions", None) if np.ndim(cotangent) else ()
-        grads, into = self._run(
-            f"{name} backward",
-            *(run, params, self.rows(batch), self.placed(x, "batch", "positions", None)),
-            self.placed(cotangent, *axes),
+        if cotangent is None:
+            shape = (*batch["tokens"].shape, self.config.model.embed_dim)
+            cotangent = np.zeros(() if name == "loss" else shape, np.float32)
+        axes = ("batch", "positions", None)
+        out, grads, into = self._run(
+            name,
+            *(both, params, self.rows(batch), self.placed(x, *axes)),
+            self.placed(cotangent, *axes[: cotangent.ndim]),
         )
-        used = {path: grad for path, grad in named(grads).items() if np.any(grad)}
-        return used, into
+        return out, {path: grad for path, grad in named(grads).items() if np.any(grad)}, into
 
     def whole(self, batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The loss and the gradients of all parameters, by path, as an update has them."""
@@ -161,7 +158,9 @@ def compare(a: Side, b: Side, batch: dict[str, np.ndarray]) -> Iterator[Differen
     x = None
     for place in places:
         inputs[place] = x
-        outs = [side.forward(place.split("/")[-1], _of(side, place), batch, x) for side in (a, b)]
+        outs = [
+            side.run(place.split("/")[-1], _of(side, place), batch, x, None)[0] for side in (a, b)
+        ]
         yield Difference(
             place=f"{place} out", found=_apart(*outs, used), explained=explained(longest)
         )
@@ -169,7 +168,7 @@ def compare(a: Side, b: Side, batch: dict[str, np.ndarray]) -> Iterator[Differen
     cotangent = np.ones((), np.float32)
     for place in reversed(places):
         found = [
-            side.backward(place.split("/")[-1], _of(side, place), batch, inputs[place], cotangent)
+            side.run(place.split("/")[-1], _of(side, place), batch, inputs[place], cotangent)[1:]
             for side in (a, b)
         ]
         of_a, of_b = found[0][0], found[1][0]
