@@ -26,8 +26,8 @@ def works():
 
 def ends():
     watchdog.close()
-    with stall.watching(1.0) as watchdog:
-        watchdog.expect("train 1")
+    with stall.watching(1.0) as other:
+        other.expect("train 1")
     time.sleep(3)
 
 stall.LAST_RESORT = 3.0
