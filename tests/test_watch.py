@@ -19,8 +19,8 @@ from tulu_jax.data import tulu_tiny
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import lease, optim, watch
 from tulu_jax.training import metrics as metrics_lib
-from tulu_jax.training import optim, watch
 from tulu_jax.training.state import Frozen, TrainState
 
 # One batch in `nan_of` has a loss that is no number, one in `spike_of` a loss 30 times as large.
@@ -75,6 +75,38 @@ BASE = None
 NUM_STEPS = 40
 CHECKPOINT_EVERY = 5
 EVAL_EVERY = 1000
+"""
+
+
+HANGING = """
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import io_callback
+
+from tulu_jax.objectives import sft
+
+calls = []
+
+
+def third_call_never_ends(total):
+    calls.append(total)
+    if len(calls) == 3:
+        time.sleep(1000)
+    return jnp.float32(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hanging(sft.SFTConfig):
+    def compute(self, forward, params, frozen, batch):
+        found = super().compute(forward, params, frozen, batch)
+        total = jnp.sum(batch["tokens"])
+        nothing = io_callback(
+            third_call_never_ends, jax.ShapeDtypeStruct((), jnp.float32), total, ordered=False
+        )
+        return dataclasses.replace(found, value=found.value + jax.lax.stop_gradient(nothing))
 """
 
 
@@ -153,6 +185,26 @@ def test_a_killed_run_skips_the_same_updates_again(home, tmp_path):
     said = again.communicate(timeout=300)[1]
     assert again.returncode == 0 and "Resuming from step" in said, said
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_a_hung_update_ends_the_run_with_stacks_and_its_lease_is_given_up(home, tmp_path):
+    """An update whose device never answers: nothing of it fails by itself."""
+    (home / "hanging.py").write_text(HANGING)
+    text = RUN.replace("cursed.Cursed()", "hanging.Hanging()").replace("cursed", "hanging")
+    kept = [line for line in text.splitlines() if "_of" not in line]
+    (home / "hanging.gin").write_text("\n".join([*kept, "watch.WatchConfig.hung_after = 15"]))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = f"{home}:{environment.get('PYTHONPATH', '')}"
+    command = [
+        *(sys.executable, "-m", "tulu_jax.train", "--gin_file=hanging.gin"),
+        *("--allow_import=hanging", f"--workdir={tmp_path}/run"),
+    ]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert "did not end within 15 s. Start the same command again" in done.stderr
+    assert "Where each thread stands:" in done.stderr and "trainer.py" in done.stderr
+    assert "in third_call_never_ends" in done.stderr
+    assert not (tmp_path / "run" / lease.FILE).exists()
 
 
 def test_a_skipped_update_names_its_rows_and_changes_nothing(
