@@ -25,6 +25,7 @@ from tulu_jax import process_identity
 Path = str | os.PathLike[str]
 
 FORGOTTEN = 24 * 3600.0  # seconds without a change, after which the writer on another host is gone
+unfinished: set[str] = set()  # what this process fills under temporary names
 _SUFFIX = ".tulu_jax_partial"
 _NAME = re.compile(
     r"\.(?P<target>.+)\.(?P<machine>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d*)-[0-9a-f]{8}"
@@ -64,6 +65,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         pass
     target = pathlib.Path(os.path.realpath(path))
     partial = target.with_name(temporary_name(target.name))
+    unfinished.add(str(partial))
     try:
         with partial.open("wb") as file:
             yield file
@@ -75,6 +77,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or was never made
             partial.unlink()
+        unfinished.discard(str(partial))
 
 
 def temporary_name(target: str) -> str:
@@ -135,6 +138,13 @@ def sweep(folder: epath.Path, target: str | None = None) -> None:
     for path in leftovers(folder, target)[0]:
         with contextlib.suppress(FileNotFoundError):  # another sweeps too
             remove(path)
+
+
+def remove_unfinished() -> None:
+    """For a process that ends without unwinding."""
+    for path in list(unfinished):
+        with contextlib.suppress(OSError):
+            remove(epath.Path(path))
 
 
 def remove(path: epath.Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from tulu_jax import gin_files, validation
-from tulu_jax.parallel import distributed
+from tulu_jax.parallel import distributed, preemption
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.validation import UsageError
@@ -57,7 +57,7 @@ _WIDTH, _INDENT = 100, 12
 
 
 def run(main: Callable[[TrainConfig], None]) -> None:
-    """Runs `main(config)` with absl's flags.
+    """Runs `main(config)` with absl's flags; `preemption` tells what SIGTERM does.
 
     What a user can mend (`validation.refusing`) ends the process, and with several all of them,
     with its message and exit status 2.
@@ -70,6 +70,10 @@ def run(main: Callable[[TrainConfig], None]) -> None:
 
     def start(argv: Sequence[str]) -> None:
         del argv
+        with preemption.ending():
+            started()
+
+    def started() -> None:
         logging.use_absl_handler()
         verbosity = max(logging.get_verbosity(), logging.INFO)
         logging.set_verbosity(logging.FATAL)  # gin logs every place where an include is not
@@ -86,7 +90,7 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         logging.set_verbosity(verbosity)
         handler = logging.get_absl_handler()
         handler.addFilter(ours_or_serious)  # Orbax and TensorStore tell every step of a save
-        with distributed.together(), validation.refusing():
+        with distributed.together(), preemption.ending(), validation.refusing():
             main(config)
 
     app.run(start, flags_parser=parse)

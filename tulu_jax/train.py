@@ -10,12 +10,9 @@ Exit status 75 means that nothing is wrong with the run: a host was preempted or
 died, and the same command goes on from the last checkpoint.
 """
 
-import sys
-
 from absl import flags
 
 from tulu_jax import cli, strict_json
-from tulu_jax.parallel import lifeline, preemption
 from tulu_jax.training import checkpoint
 
 _ON_DAMAGE = flags.DEFINE_enum(
@@ -35,11 +32,7 @@ def main(config) -> None:
     from tulu_jax import trainer
 
     run = trainer.Run(config, cli.operative_config(), on_damage=_ON_DAMAGE.value)
-    try:
-        print(strict_json.dumps(run.train()))
-    except preemption.Preempted as stopped:
-        print(f"{stopped}. Start the same command again to go on.", file=sys.stderr)
-        sys.exit(lifeline.TRY_AGAIN)
+    print(strict_json.dumps(run.train()))
 
 
 if __name__ == "__main__":

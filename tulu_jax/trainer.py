@@ -82,12 +82,12 @@ class Run:
         """Trains from the latest checkpoint, or from the start, to the end; the last evaluation.
 
         Raises `watch.UnstableError` if an update goes wrong and the policy is to stop,
-        `preemption.Preempted` after saving what a SIGTERM interrupts, and `UsageError` if another
-        run has the workdir (`lease.held`), or no room is left on a disk. If an update hangs, the
-        process ends (`stall.Watchdog`).
+        `UsageError` if another run has the workdir (`lease.held`), or no room is left on a disk,
+        and for a SIGTERM `preemption.Preempted`, after saving. If an update hangs, the process
+        ends (`stall.Watchdog`).
         """
         try:
-            with lease_lib.held(self.config.workdir) as self.lease:
+            with preemption.listening(), lease_lib.held(self.config.workdir) as self.lease:
                 self.open()
                 with (
                     stall.watching(self.config.watch.hung_after) as self.watchdog,
@@ -141,8 +141,9 @@ class Run:
         """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state."""
         with lease_lib.held(self.config.workdir), jax.set_mesh(self.mesh):
             state, _ = self._start()
-            self.checkpoints.save(int(state.step), state, self._about(), {})
-            self.checkpoints.close()
+            with preemption.finishing():
+                self.checkpoints.save(int(state.step), state, self._about(), {})
+                self.checkpoints.close()
 
     def put(self, batch: Batch) -> Batch:
         """The global arrays of a batch from the rows that each process loads (`mesh.row_share`).
@@ -380,7 +381,7 @@ class Run:
                 recorder.close()
                 self.checkpoints.wait()
                 raise preemption.Preempted(
-                    f"Stopped and saved: {self.checkpoints.describe_latest()}"
+                    f"Stopped and saved: {self.checkpoints.describe_latest()}", together=True
                 )
         recorder.close()
         return last_eval

@@ -18,6 +18,7 @@ from etils import epath
 
 from tulu_jax import atomic, strict_json, validation
 from tulu_jax.interop.weight_files import is_remote
+from tulu_jax.parallel import preemption
 
 LAST = "config.json"  # nothing opens a Hugging Face folder without it
 MANIFEST = "tulu_jax.json"
@@ -107,8 +108,9 @@ def finished(target: epath.Path) -> Iterator[epath.Path]:
     for old in _beside(target)[0]:
         _discard(old)
     partial = (target if inside else target.parent) / atomic.temporary_name(target.name)
-    partial.mkdir(parents=True)
+    atomic.unfinished.add(str(partial))
     try:
+        partial.mkdir(parents=True)
         _list(partial)
         _require_alone(target, partial)
         yield partial
@@ -117,10 +119,12 @@ def finished(target: epath.Path) -> Iterator[epath.Path]:
         if partial.exists():
             atomic.remove(partial)
         raise
-    if inside or is_remote(target):
-        _move_files(partial, target)
-    else:
-        _rename(partial, target)
+    with preemption.later():
+        if inside or is_remote(target):
+            _move_files(partial, target)
+        else:
+            _rename(partial, target)
+    atomic.unfinished.discard(str(partial))
 
 
 def _beside(target: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:

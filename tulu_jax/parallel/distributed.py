@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from absl import logging
 
-from tulu_jax.parallel import lifeline, wire
+from tulu_jax.parallel import lifeline, preemption, wire
 
 PORT = 8482  # jax's own choice on TPUs; JAX_COORDINATOR_PORT overrides it
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices
@@ -255,6 +255,7 @@ def connect(
         peer_timeout=peer_timeout,
     )
     _lifeline.watch()
+    preemption.leave_to_us()
     jax.distributed.initialize(
         processes.coordinator_address,
         processes.num_processes,
@@ -273,7 +274,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if _lifeline is None:
             raise
-        if isinstance(error, SystemExit) and error.code in (None, 0, lifeline.TRY_AGAIN):
+        if isinstance(error, SystemExit) and _all_stop(error):
             _lifeline.done()
             raise
         _lifeline.fail(error)
@@ -287,6 +288,12 @@ def hung(reason: str) -> None:
         _lifeline.hung(reason)
     again = "Start the same command again to go on from the last checkpoint."
     lifeline.leave(f"The run stops: {reason}. {again}", lifeline.TRY_AGAIN, stacks=True)
+
+
+def _all_stop(end: SystemExit) -> bool:
+    """Whether every process of the run ends so, by itself."""
+    stopped = end.__cause__
+    return stopped.together if isinstance(stopped, preemption.Preempted) else not end.code
 
 
 def device_problems(devices: list[jax.Device]) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from tulu_jax import validation
+from tulu_jax import atomic, validation
 from tulu_jax.parallel import wire as wire_lib
 
 TRY_AGAIN = 75  # exit status: nothing is wrong with the run, start it again (EX_TEMPFAIL)
@@ -37,7 +37,7 @@ PULSES = 10  # in the time after which silence is death
 CONFIG = "config"
 WAITING = 64  # connections that have not said yet who they are
 
-before_exit: list[Callable[[], None]] = []  # called when this process ends because of another
+before_exit: list[Callable[[], None]] = []  # called when this process ends without unwinding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,11 +349,16 @@ def leave(said: str, code: int, *, stacks: bool = False) -> None:
         print("\nWhere each thread stands:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
     print(f"\n{said}", file=sys.stderr, flush=True)
-    for act in before_exit:
+    clean_up()
+    os._exit(code % 256)
+
+
+def clean_up() -> None:
+    """What a process does that ends at once, without unwinding."""
+    for act in [*before_exit, atomic.remove_unfinished]:
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
         thread.join(GRACE)  # a bucket that is out of reach must not keep it
-    os._exit(code % 256)
 
 
 def _hold_aborts() -> None:

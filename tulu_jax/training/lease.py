@@ -28,7 +28,7 @@ from absl import logging
 from etils import epath
 
 from tulu_jax import atomic, process_identity, strict_json
-from tulu_jax.parallel import lifeline
+from tulu_jax.parallel import lifeline, preemption
 from tulu_jax.process_identity import Process
 from tulu_jax.validation import UsageError
 
@@ -78,14 +78,15 @@ def held(workdir: str) -> Iterator["Lease"]:
     if jax.process_index() != 0:
         yield lease
         return
-    lease.acquire()
     lifeline.before_exit.append(lease.release)
     try:
+        lease.acquire()
         atomic.sweep(lease.folder)
         yield lease
     finally:
-        lifeline.before_exit.remove(lease.release)
-        lease.release()
+        with preemption.later():
+            lifeline.before_exit.remove(lease.release)
+            lease.release()
 
 
 class Lease:
@@ -110,7 +111,8 @@ class Lease:
         while True:
             found = self._read(self.path)
             if found is None:
-                self._make(self.path)
+                with preemption.later():
+                    self._make(self.path)
                 continue
             record = _decoded(found)
             if record and record.id == self._id:
@@ -123,7 +125,7 @@ class Lease:
                 logging.info("%s: waiting up to %.0f s for a sign of it", self._of(record), EXPIRY)
             if runs is None and time.monotonic() < looked + EXPIRY:
                 time.sleep(POLL)
-            elif self._take_over(found):
+            elif self._replaced(found):
                 logging.info("%s: it is gone, and this run goes on", self._of(record))
                 break
         self._beating = threading.Thread(target=self._beat, daemon=True, name="lease")
@@ -171,6 +173,10 @@ class Lease:
         except FileExistsError:
             return False
         return True
+
+    def _replaced(self, found: bytes) -> bool:
+        with preemption.later():
+            return self._take_over(found)
 
     def _take_over(self, found: bytes) -> bool:
         """Replaces the lease `found`, of a holder that is gone, unless another run does so."""
