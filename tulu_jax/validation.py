@@ -35,6 +35,10 @@ class UsageError(ValueError):
     """A user can mend this: the message tells what was found, what was expected, what to change."""
 
 
+class UnreachableError(UsageError, OSError):
+    """The service behind a path cannot be reached at all."""
+
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What the system says of a path that somebody named.

@@ -168,6 +168,7 @@ class Notice:
         else:
             reached = _state.received.is_set()
         if reached:
+            _state.raised = True  # by the loop, once all is saved
             logging.warning("Asked to stop (SIGTERM): saving step %d", step)
         return reached
 
@@ -182,6 +183,7 @@ class Notice:
 
     def close(self) -> None:
         self._finishing.close()
+        _state.raised |= self._begun  # the loop has stopped, or the run is at its end
 
 
 def leave_to_us() -> None:

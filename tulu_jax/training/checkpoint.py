@@ -74,7 +74,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp, self._best = ocp, config and config.best
-        self.folder = epath.Path(workdir).absolute() / FOLDER
+        root = epath.Path(workdir)
+        self.folder = (root if "://" in workdir else root.absolute()) / FOLDER
         policies, ours = ocp.checkpoint_managers, _only_ours(ocp)
         options = ocp.CheckpointManagerOptions(read_only=config is None, step_name_format=ours)
         if config is not None:

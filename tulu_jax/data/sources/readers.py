@@ -39,9 +39,10 @@ def reaching(path) -> Iterator[None]:
         raise OSError(_out_of_reach[bucket])
     try:
         yield
-    except (FileNotFoundError, ValueError):
-        raise
     except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, or it is not installed
+        unreachable = isinstance(error, validation.UnreachableError)
+        if isinstance(error, (FileNotFoundError, ValueError)) and not unreachable:
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         _out_of_reach[bucket] = (
             f"{bucket} cannot be read or written ({reason}). Check its name, the network and the "

@@ -1,0 +1,165 @@
+"""A proxy before the Cloud Storage emulator: what that lacks of the service, and faults as asked.
+
+Added is what clients rely on: the generation of an object with its content, and preconditions on
+it. A fault is one of `KINDS`, for requests ("METHOD URL") that `Fault.where` matches, so many times.
+"""
+
+import collections
+import dataclasses
+import http.client
+import http.server
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import urllib.parse
+
+KINDS = ("429", "500", "503", "cut", "reset", "lost", "stall", "flip", "403")
+_OF_ONE_WAY = ("content-length", "transfer-encoding", "connection", "date", "server")
+CONTENT = r"GET .*alt=media"  # requests for the content of an object
+
+
+@dataclasses.dataclass
+class Fault:
+    """`lost` is a request that is done, and whose answer never comes; `cut` and `flip` damage the
+    body of an answer; a share of what matches is hit, by a seeded draw."""
+
+    kind: str
+    where: str = ""
+    times: float = 1
+    share: float = 1.0
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """`address` is what stands for the service; `done` counts the faults by kind."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, emulator: str, *, seed: int = 0):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.emulator = emulator.removeprefix("http://")
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.faults: list[Fault] = []
+        self.done: collections.Counter = collections.Counter()
+        self.requests: list[str] = []
+        self.writing, self.choosing = threading.Lock(), threading.Lock()
+        self.draw = random.Random(seed)
+        self.closed = threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.shutdown()
+        self.server_close()
+
+    def fault(self, request: str) -> str | None:
+        with self.choosing:
+            self.requests.append(request)
+            for fault in self.faults:
+                hit = fault.times > 0 and re.search(fault.where, request)
+                if hit and self.draw.random() < fault.share:
+                    fault.times -= 1
+                    self.done[fault.kind] += 1
+                    return fault.kind
+        return None
+
+    def ask(self, method: str, path: str, headers: dict, body: bytes | None):
+        """(status, headers, body) of the emulator's answer."""
+        connection = http.client.HTTPConnection(self.emulator, timeout=60)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def generation(self, bucket: str, name: str) -> str:
+        """That of an object as it is now, '0' where there is none."""
+        path = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}"
+        status, _, body = self.ask("GET", path, {}, None)
+        return str(json.loads(body)["generation"]) if status == 200 else "0"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def answer(self) -> None:
+        body = self.body()
+        kind = self.server.fault(f"{self.command} {urllib.parse.unquote(self.path)}")
+        if kind and kind.isdigit():
+            said = json.dumps({"error": {"code": int(kind), "message": f"fault {kind}"}}).encode()
+            return self.send(int(kind), {"Content-Type": "application/json"}, said)
+        if kind == "stall":
+            self.server.closed.wait(600)
+        if kind in ("stall", "reset"):
+            return self.drop()
+        status, headers, content = self.forwarded(body)
+        if kind == "lost":
+            return self.drop()
+        if kind == "flip" and content:
+            place = self.server.draw.randrange(len(content))
+            content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        self.send(status, headers, content, cut=kind == "cut")
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = answer
+
+    def body(self) -> bytes | None:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        length = self.headers.get("Content-Length")
+        return self.rfile.read(int(length)) if length else None
+
+    def forwarded(self, body: bytes | None):
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        skipped = ("host", "transfer-encoding", "content-length", "accept-encoding")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in skipped}
+        found = re.search(r"/b/([^/]+)/o/?([^/]*)$", url.path)
+        bucket, name = (found[1], urllib.parse.unquote(found[2])) if found else ("", "")
+        if self.command == "GET":
+            status, sent, content = self.server.ask("GET", self.path, headers, None)
+            if query.get("alt") == "media" and status < 300:
+                sent["x-goog-generation"] = self.server.generation(bucket, name)
+            return status, sent, content
+        with self.server.writing:
+            if "ifGenerationMatch" in query:
+                name = name or query.get("name") or self.named(body)
+                if query["ifGenerationMatch"] != self.server.generation(bucket, name):
+                    said = b'{"error": {"code": 412, "message": "conditionNotMet"}}'
+                    return 412, {"Content-Type": "application/json"}, said
+            return self.server.ask(self.command, self.path, headers, body)
+
+    def named(self, body: bytes) -> str:
+        """The object that a multipart upload is of, from the JSON before its content."""
+        return json.loads(re.search(rb"\{.*?\}(?=\s*--)", body, re.DOTALL)[0])["name"]
+
+    def send(self, status: int, headers: dict, content: bytes, *, cut: bool = False) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in _OF_ONE_WAY:
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            self.drop()
+
+    def drop(self) -> None:
+        """Resets the connection."""
+        now = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        self.close_connection = True
