@@ -1,10 +1,11 @@
 """A proxy before the Cloud Storage emulator: what that lacks of the service, and faults as asked.
 
 Added is what clients rely on: the generation of an object with its content, and preconditions on
-it. A fault is one of `KINDS`, for requests ("METHOD URL") that `Fault.where` matches, so many times.
+it. A fault is one of `KINDS`, for requests ("METHOD URL") that `where` matches, so many times.
 """
 
 import collections
+import contextlib
 import dataclasses
 import http.client
 import http.server
@@ -13,8 +14,12 @@ import random
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 import urllib.parse
+from collections.abc import Iterator
 
 KINDS = ("429", "500", "503", "cut", "reset", "lost", "stall", "flip", "403")
 _OF_ONE_WAY = ("content-length", "transfer-encoding", "connection", "date", "server")
@@ -30,6 +35,30 @@ class Fault:
     where: str = ""
     times: float = 1
     share: float = 1.0
+
+
+@contextlib.contextmanager
+def emulator() -> Iterator[str]:
+    """The address of a Cloud Storage emulator: a process of its own, on this machine's loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", "--in-memory"]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", port], stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            raise TimeoutError("the emulator did not start in 20 s")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -50,10 +79,27 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.closed = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *error) -> None:
         self.closed.set()
         self.shutdown()
         self.server_close()
+
+    def environment(self) -> dict[str, str]:
+        """What sends the clients of a process here: gcsfs, and TensorStore."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.address,
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        }
+
+    def make_bucket(self, name: str) -> str:
+        """`gs://` and the name."""
+        content = {"Content-Type": "application/json"}
+        self.ask("POST", "/storage/v1/b", content, json.dumps({"name": name}).encode())
+        return f"gs://{name}"
 
     def fault(self, request: str) -> str | None:
         with self.choosing:

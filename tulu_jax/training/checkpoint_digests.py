@@ -59,11 +59,22 @@ def _sums(array: jax.Array) -> Sums:
 
 def of_arrays(tree: Any) -> dict[str, tuple[str, Sums]]:
     """{path: (dtype, sums)} of every array. The sums, two uint32 scalars, are still on the devices,
-    and nobody waits for them. All processes call this together."""
+    and nobody waits for them. All processes call this together.
+
+    They come from one program: of several, a CPU runs the collectives in any order, and two
+    processes that do so in different ones wait for each other for ever.
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    sums = _all_sums([leaf for _, leaf in leaves])
     return {
-        sharding.path_name(path): (leaf.dtype.name, _sums(leaf))
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        sharding.path_name(path): (leaf.dtype.name, found)
+        for (path, leaf), found in zip(leaves, sums, strict=True)
     }
+
+
+@jax.jit
+def _all_sums(arrays: list[jax.Array]) -> list[Sums]:
+    return [_sums(array) for array in arrays]
 
 
 def _text(dtype: str, sums: Sums) -> str:
