@@ -1,10 +1,11 @@
 """A recipe that is killed, damaged and cut off gives what an undisturbed one does.
 
-    python benchmarks/soak.py [--kills 60] [--flips 120] [--faults 200] [--seed 0]
+    python benchmarks/soak.py [--kills 60] [--terms 20] [--flips 120] [--faults 200] [--seed 0]
 
 Real processes train tulu_tiny with a tiny model: SFT, DPO from its checkpoint, and the Hugging Face
 folder of that. Each is one try after another, ended by SIGKILL at drawn moments: as it starts, as
-it encodes, computes the reference, updates, saves, or exports; then the same command goes on.
+it encodes, computes the reference, updates, saves, or exports; then the same command goes on. Some
+are ended by SIGTERM: with status 75, and nothing torn in their folder.
 
 - On the same mesh all lines of metrics.jsonl must be equal bit for bit, the exports too; on another
   mesh at every try, to the rounding of float32. No line may be lost or doubled, and the folder must
@@ -74,24 +75,37 @@ MESHES = {"whole": (1, 1), "moved": (2, 2)}  # data, tensor
 STAGES = ("sft", "dpo", "convert")
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # as two processes differ from one (tests/test_processes.py)
 LIMIT = 300  # seconds of one try
+KINDS = ("kills", "terms", "flips", "faults")
+AGAIN = 75  # the status that asks for the same command (docs/launch.md)
+MOST_TRIES = 200
 SHARES = {"sft": 0.4, "dpo": 0.4, "convert": 0.2}  # of the kills
 SHARE = 0.01  # of the requests of each kind of fault
 TRIES = 8  # in a bucket that fails, of one stage
 # When a try is killed: how long after what has come to be in its folder.
 MOMENTS = {
-    "sft": ("start", "encode", "update", "save", "any"),
-    "dpo": ("start", "encode", "reference", "update", "save", "any"),
+    "sft": ("start", "lease", "encode", "update", "save", "any"),
+    "dpo": ("start", "lease", "encode", "reference", "update", "save", "any"),
     "convert": ("start", "export", "any"),
 }
+IMPORTS = ("start", "any")  # may come before the command's own code, when SIGTERM is Python's
 SOUGHT = {
     "start": (),
+    "lease": ("{stage}/tulu_jax.lease",),
     "encode": ("cache/*/*.arrow", "cache/*/.*"),
     "reference": ("dpo/reference_*/*",),
     "update": ("{stage}/metrics.jsonl",),
     "save": ("{stage}/checkpoints/*-tmp*",),
     "export": (".hf.*", "hf/*"),
 }
-DELAY = {"start": 4.0, "encode": 0.6, "reference": 0.4, "update": 0.8, "save": 0.05, "export": 0.05}
+DELAY = {
+    "start": 4.0,
+    "lease": 0.5,
+    "encode": 0.6,
+    "reference": 0.4,
+    "update": 0.8,
+    "save": 0.05,
+    "export": 0.05,
+}
 
 
 @dataclasses.dataclass
@@ -99,6 +113,7 @@ class Tally:
     """What was done, and what was not right behind it."""
 
     kills: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    terms: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     flips: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -144,8 +159,8 @@ def ended(process: subprocess.Popen, home: pathlib.Path) -> int:
     return code
 
 
-def killed(process, home, stage: str, moment: str, draw: random.Random) -> bool:
-    """Whether SIGKILL came before the end of a try."""
+def struck(process, home, stage: str, moment: str, number: int, draw: random.Random) -> int:
+    """The exit status of a try that gets a signal."""
     patterns = [pattern.format(stage=stage) for pattern in SOUGHT.get(moment, ())]
     there = {path: path.stat().st_mtime_ns for path in found(home, patterns)}
     deadline = time.monotonic() + (draw.uniform(0, 12) if moment == "any" else 0)
@@ -155,8 +170,8 @@ def killed(process, home, stage: str, moment: str, draw: random.Random) -> bool:
             break
         time.sleep(0.002)
     time.sleep(draw.uniform(0, DELAY.get(moment, 0)))
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    return process.wait(LIMIT)
 
 
 def found(home: pathlib.Path, patterns: list[str]) -> Iterator[pathlib.Path]:
@@ -201,27 +216,38 @@ def differences(home: pathlib.Path, whole: pathlib.Path, *, exact: bool) -> Iter
                 yield f"hf/{file.name}: other content"
 
 
-def through_kills(home, whole, count: int, mesh, draw, tally: Tally, stages) -> None:
-    """The recipe in `home` with `count` kills; each try on the mesh that `mesh()` names, or all on
-    that of `whole`."""
-    exact, done = mesh is None, 0
+def through_signals(home, whole, signals: list[int], mesh, draw, tally: Tally, stages) -> None:
+    """The recipe in `home`, with these signals in their order; each try on the mesh that `mesh()`
+    names, or all on that of `whole`."""
+    exact, signals = mesh is None, collections.deque(signals)
     for number, stage in enumerate(stages):
-        left = round(count * SHARES[stage]) if number + 1 < len(stages) else count - done
-        tries = 0
-        while left > 0 and tries < 3 * count:
+        share = 1.0 if number + 1 == len(stages) else SHARES[stage] / sum(map(SHARES.get, stages))
+        left, tries = round(len(signals) * share), 0
+        while left and tries < MOST_TRIES:
             tries += 1
-            moment = draw.choice(MOMENTS[stage])
+            term = signals[0] == signal.SIGTERM
+            moment = draw.choice([m for m in MOMENTS[stage] if not (term and m in IMPORTS)])
             process = start(home, stage, mesh() if mesh else "whole")
-            if killed(process, home, stage, moment, draw):
-                tally.kills[f"{stage}, {moment}"] += 1
-                left, done = left - 1, done + 1
-            elif process.returncode != 0:
-                tally.wrong.append(f"{stage} ended with {process.returncode}")
+            code = struck(process, home, stage, moment, signals[0], draw)
+            if code == (AGAIN if term else -signal.SIGKILL):
+                (tally.terms if term else tally.kills)[f"{stage}, {moment}"] += 1
+                signals.popleft()
+                left -= 1
+            elif code:
+                tally.wrong.append(f"{stage}, {moment}: ended with {code}")
                 print((home / "said").read_text()[-3000:], file=sys.stderr)
-        code = ended(start(home, stage, mesh() if mesh else "whole"), home)
-        if code:
+            if term:
+                torn = sorted(filter(is_torn, names(home)))
+                tally.wrong += [f"{stage}, {moment}: SIGTERM left {name}" for name in torn]
+        if code := ended(start(home, stage, mesh() if mesh else "whole"), home):
             tally.wrong.append(f"{stage} ended with {code}")
     tally.wrong += [f"{home.name}: {text}" for text in differences(home, whole, exact=exact)]
+
+
+def is_torn(path: str) -> bool:
+    """Whether a file is one that something half-written or half-finished leaves."""
+    parts = path.split("/")
+    return parts[-1] == "tulu_jax.lease" or ".tulu_jax_partial" in path or "-tmp" in path
 
 
 class Reader:
@@ -326,17 +352,11 @@ def through_faults(folder, whole, count: int, draw: random.Random, tally: Tally)
             for stage in STAGES[:2]:
                 if lines(f"{bucket}/{stage}") != lines(str(whole / stage)):
                     tally.wrong.append(f"{stage} in a bucket differs")
-            tally.wrong += [f"left in the bucket: {name}" for name in temporary(bucket)]
+            torn = filter(is_torn, atomic.file_system(bucket).find(bucket))
+            tally.wrong += [f"left in the bucket: {name}" for name in torn]
 
 
-def temporary(bucket: str) -> Iterator[str]:
-    for path in atomic.file_system(bucket).find(bucket):
-        parts = path.split("/")
-        if any(map(atomic.is_temporary, parts)) or parts[-1] == "tulu_jax.lease":
-            yield path
-
-
-def soak(kills: int, flips: int, faults: int, *, seed: int, stages=STAGES) -> Tally:
+def soak(*, kills: int, terms: int, flips: int, faults: int, seed: int, stages=STAGES) -> Tally:
     """All of it in a temporary folder. Where there are enough, a third of the kills goes to a run
     on another mesh at every try."""
     draw, tally = random.Random(seed), Tally()
@@ -348,10 +368,13 @@ def soak(kills: int, flips: int, faults: int, *, seed: int, stages=STAGES) -> Ta
             if code := ended(start(whole, stage, "whole"), whole):
                 raise RuntimeError(f"the undisturbed {stage} ended with {code}")
         moved = kills // 3 if kills > 20 else 0
-        through_kills(make_home(root / "killed"), whole, kills - moved, None, draw, tally, stages)
+        signals = [signal.SIGKILL] * (kills - moved) + [signal.SIGTERM] * terms
+        draw.shuffle(signals)
+        through_signals(make_home(root / "killed"), whole, signals, None, draw, tally, stages)
         if moved:
-            home = make_home(root / "moved")
-            through_kills(home, whole, moved, lambda: draw.choice([*MESHES]), draw, tally, stages)
+            home, signals = make_home(root / "moved"), [signal.SIGKILL] * moved
+            either = lambda: draw.choice([*MESHES])  # noqa: E731
+            through_signals(home, whole, signals, either, draw, tally, stages)
         if flips:
             shutil.copytree(whole, root / "flipped")
             through_flips(root / "flipped", flips, draw, tally)
@@ -362,17 +385,17 @@ def soak(kills: int, flips: int, faults: int, *, seed: int, stages=STAGES) -> Ta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, count in (("kills", 60), ("flips", 120), ("faults", 200), ("seed", 0)):
+    for name, count in (("kills", 60), ("terms", 20), ("flips", 120), ("faults", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     arguments = parser.parse_args()
     began = time.monotonic()
     tally = soak(**vars(arguments))
     print("| what | how often |\n|---|---|")
-    for name in ("kills", "flips", "faults"):
+    for name in KINDS:
         for what, count in sorted(getattr(tally, name).items()):
             print(f"| {name}: {what} | {count} |")
     print("\n".join(tally.wrong), file=sys.stderr)
-    counts = {n: getattr(tally, n).total() for n in ("kills", "flips", "faults")}
+    counts = {n: getattr(tally, n).total() for n in KINDS}
     silent = sum(n for what, n in tally.flips.items() if "silent" in what)
     done = sum(counts.values())
     found = dict(

@@ -1,7 +1,7 @@
 """A proxy before the Cloud Storage emulator: what that lacks of the service, and faults as asked.
 
-Added is what clients rely on: the generation of an object with its content, and preconditions on
-it. A fault is one of `KINDS`, for requests ("METHOD URL") that `where` matches, so many times.
+Added is what clients rely on: generation and checksum of an object with its content, preconditions.
+ A fault is one of `KINDS`, for requests ("METHOD URL") that `where` matches, so many times.
 """
 
 import collections
@@ -122,11 +122,11 @@ class Proxy(http.server.ThreadingHTTPServer):
         finally:
             connection.close()
 
-    def generation(self, bucket: str, name: str) -> str:
-        """That of an object as it is now, '0' where there is none."""
+    def about(self, bucket: str, name: str) -> dict:
+        """What the emulator knows of an object as it is now; of none, that its generation is 0."""
         path = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}"
         status, _, body = self.ask("GET", path, {}, None)
-        return str(json.loads(body)["generation"]) if status == 200 else "0"
+        return json.loads(body) if status == 200 else {"generation": "0"}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -177,12 +177,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             status, sent, content = self.server.ask("GET", self.path, headers, None)
             if query.get("alt") == "media" and status < 300:
-                sent["x-goog-generation"] = self.server.generation(bucket, name)
+                about = self.server.about(bucket, name)
+                sent["x-goog-generation"] = about["generation"]
+                sent["x-goog-hash"] = f"crc32c={about['crc32c']}"
             return status, sent, content
         with self.server.writing:
             if "ifGenerationMatch" in query:
                 name = name or query.get("name") or self.named(body)
-                if query["ifGenerationMatch"] != self.server.generation(bucket, name):
+                if query["ifGenerationMatch"] != self.server.about(bucket, name)["generation"]:
                     said = b'{"error": {"code": 412, "message": "conditionNotMet"}}'
                     return 412, {"Content-Type": "application/json"}, said
             return self.server.ask(self.command, self.path, headers, body)

@@ -7,6 +7,8 @@ What it adds:
   and the statuses 408, 429 and 5xx are tried again, six times in half a minute, as gcsfs does.
 - What fails in the end is an `OSError` that names the object, or a `PermissionError`. Whether
   something exists is never answered with no because of it: a run would begin anew.
+- A whole object that was damaged on its way, by its checksum, is read again. A part of one has no
+  checksum: `interop/weight_files.py` reads these twice.
 - Listings are not remembered, as other processes write there too.
 
 `tulu_jax/__init__.py` registers it. TensorStore, which reads and writes the arrays of checkpoints,
@@ -14,6 +16,7 @@ has a client of its own; the same file sets its times.
 """
 
 import asyncio
+import base64
 import io
 import queue
 import re
@@ -26,6 +29,7 @@ import urllib.request
 import aiohttp
 import gcsfs.core
 import google.auth.exceptions
+import google_crc32c
 import requests.exceptions
 
 from tulu_jax import validation
@@ -33,6 +37,7 @@ from tulu_jax import validation
 SOON = 8.0  # seconds for the first connection
 WAITS = (0.0, 1.0, 2.0)  # seconds before its tries
 STALLED = 60.0  # seconds without a byte
+READS = 3  # of an object whose content is damaged
 SAID = 200  # characters of what the service says
 HEAD = 4096  # bytes of an upload that tell what it is of
 MEND = (
@@ -41,6 +46,7 @@ MEND = (
 )
 FAILURES = (
     gcsfs.retry.HttpError,
+    gcsfs.retry.ChecksumError,
     aiohttp.ClientError,
     asyncio.TimeoutError,
     requests.exceptions.RequestException,
@@ -63,7 +69,11 @@ class Client(gcsfs.core.GCSFileSystem):
 
     async def _request(self, method, path, *args, **kwargs):
         try:
-            return await super()._request(method, path, *args, **kwargs)
+            for _ in range(READS):
+                answer = await super()._request(method, path, *args, **kwargs)
+                if not _is_damaged(*answer[1::2]):
+                    return answer
+            raise gcsfs.retry.ChecksumError(f"read {READS} times, and is not what was written")
         except (*FAILURES, OSError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:SAID]
             about = f"{_named(path, args, kwargs.get('data') or kwargs.get('json'))}: {method}"
@@ -87,6 +97,17 @@ class Client(gcsfs.core.GCSFileSystem):
             return (await self._info(path))["type"]
         except FileNotFoundError:
             return None
+
+
+def _is_damaged(headers, content: bytes) -> bool:
+    """Whether `content` is a whole object and has another checksum than the service tells."""
+    told = re.search(r"crc32c=([^,\s]+)", ",".join(headers.getall("x-goog-hash", [])))
+    packed = headers.get("x-goog-stored-content-encoding", "identity") != "identity"
+    span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("content-range", ""))
+    part = span is not None and int(span[2]) - int(span[1]) + 1 != int(span[3])
+    if told is None or packed or part:
+        return False
+    return base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode() != told[1]
 
 
 def _named(path: str, args: tuple, content) -> str:

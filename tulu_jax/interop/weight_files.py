@@ -2,11 +2,11 @@
 
 Of a folder's files, those are read that `transformers` opens; a folder that could mean two sets of
 weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one
-memory-mapped copy, or one ranged request. Local files go through the safetensors library; it cannot
-open `gs://`, so there the header (8 bytes of length, then JSON) is read here.
+memory-mapped copy, or ranged requests of which two must agree. Local files go through the
+safetensors library; it cannot open `gs://`, so there the header (8 bytes of length, then JSON) is
+read here.
 """
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -23,6 +23,7 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 
 MOST_HEADER = 100_000_000  # bytes; the safetensors library takes no more
+MOST_READS = 4  # of a part of an object, until two agree
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that are read
 
 
@@ -60,9 +61,9 @@ class WeightFiles:
             return self._open[header.file].get_slice(name)[start:stop]
         dtype = np.dtype(DTYPES[header.dtype])
         row_bytes = math.prod(header.shape[1:]) * dtype.itemsize
-        with (self._path / header.file).open("rb") as file:
-            file.seek(header.start + start * row_bytes)
-            data = file.read((stop - start) * row_bytes)
+        data = _agreed(
+            self._path / header.file, header.start + start * row_bytes, (stop - start) * row_bytes
+        )
         return np.frombuffer(data, dtype).reshape(stop - start, *header.shape[1:])
 
     def _chosen(self) -> list[str]:
@@ -187,13 +188,29 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def _agreed(path: epath.Path, start: int, count: int) -> bytes:
+    """`count` bytes of an object from byte `start` on. A part of an object has no checksum, so it
+    is read until two reads agree. Raises `ValueError` if none do."""
+    reads = []
+    for _ in range(MOST_READS):
+        with path.open("rb") as file:
+            file.seek(start)
+            reads.append(file.read(count))
+        if len(reads) > 1 and reads[-1] == reads[-2]:
+            return reads[-1]
+    raise ValueError(
+        f"{path}: bytes {start} to {start + count} differ at each of {MOST_READS} reads; expected "
+        "the same. Look at the network between this host and the bucket, or copy the folder to a "
+        "disk"
+    )
+
+
 def _remote_headers(path: epath.Path) -> Mapping[str, Header]:
     size = path.stat().length
-    with contextlib.closing(path.open("rb")) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, MOST_HEADER):
-            raise ValueError(f"its header would be {length} bytes in a file of {size}")
-        entries = strict_json.loads(file.read(length))
+    length = int.from_bytes(_agreed(path, 0, 8), "little") if size > 8 else 0
+    if not 0 < length <= min(size - 8, MOST_HEADER):
+        raise ValueError(f"its header would be {length} bytes in a file of {size}")
+    entries = strict_json.loads(_agreed(path, 8, length))
     try:
         entries.pop("__metadata__", None)
         headers = {name: _entry(path.name, 8 + length, entry) for name, entry in entries.items()}

@@ -76,6 +76,7 @@ class Checkpoints:
         self._ocp, self._best = ocp, config and config.best
         root = epath.Path(workdir)
         self.folder = (root if "://" in workdir else root.absolute()) / FOLDER
+        self._rereads = "://" in workdir and jax.process_count() == 1  # several read together
         policies, ours = ocp.checkpoint_managers, _only_ours(ocp)
         options = ocp.CheckpointManagerOptions(read_only=config is None, step_name_format=ours)
         if config is not None:
@@ -89,14 +90,8 @@ class Checkpoints:
                     return metrics[config.best]
 
                 tracked = {"best_fn": best, "best_mode": "min"}  # a resumed run has the metrics too
-                keep.append(
-                    policies.BestN(
-                        get_metric_fn=best,
-                        reverse=True,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    )
-                )
+                one = dict(reverse=True, n=1, keep_checkpoints_without_metrics=False)
+                keep.append(policies.BestN(get_metric_fn=best, **one))
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 enable_async_checkpointing=True,
@@ -274,7 +269,13 @@ class Checkpoints:
         former = sys.unraisablehook
         sys.unraisablehook = functools.partial(_without_echoes, former)
         try:
-            found = read(step)
+            try:
+                found = read(step)
+            except Exception as error:  # in a bucket it may have been damaged on its way
+                if _out_of_memory(error) or not self._rereads:
+                    raise
+                logging.warning("Step %d is read again (%s)", step, _short(error))
+                found = read(step)
             sys.unraisablehook = former  # after a failure, echoes come until the end
             return found
         except Exception as error:  # of json, TensorStore, Orbax and what these read with

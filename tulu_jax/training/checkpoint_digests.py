@@ -9,8 +9,8 @@ what the other cannot:
   the mixing is one to one, every change within one element is found; a change of several escapes
   once in 2**64.
 - A file's digest is of its bytes on disk. It finds every flipped bit, of what is not restored too,
-  and names the file. Files in a bucket have their size alone: process 0 would download what was
-  just written, and an object has a checksum that its reader compares.
+  and names the file. Files in a bucket have their size alone, but for the JSON of the run: process
+  0 would download what was just written, and the digests of the arrays find what is damaged.
 """
 
 import concurrent.futures
@@ -86,14 +86,20 @@ def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums]]) -> None:
     """Writes `digests.json` of the checkpoint whose items lie, complete, in `folder`."""
     local, found = "://" not in str(folder), files(folder)
 
-    def entry(file: epath.Path) -> list:
-        return [file.stat().length, digests.of_file(file) if local else None]
+    def entry(name: str) -> list:
+        file, hashed = found[name], local or _is_small(name)
+        return [file.stat().length, digests.of_file(file) if hashed else None]
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        written = dict(zip(found, readers.map(entry, found.values()), strict=True))
+        written = dict(zip(found, readers.map(entry, found), strict=True))
     texts = {name: _text(*found) for name, found in arrays.items()}
     content = {"version": VERSION, "arrays": texts, "files": written}
     (folder / FILE).write_text(json.dumps(content, indent=1))
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file of this name is JSON of a few pages, as what the run says of itself."""
+    return name.startswith("about/")
 
 
 def files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -157,7 +163,6 @@ def file_problems(
 ) -> list[str]:
     """The files that are not those that were written, one text each; of those whose name begins
     with `below`."""
-    local = "://" not in str(folder)
 
     def problem(name: str) -> str | None:
         (size, digest), file = recorded["files"][name], folder / name
@@ -166,7 +171,9 @@ def file_problems(
         found = file.stat().length
         if found != size:
             return f"file {name} has {found} bytes, was written with {size}"
-        if local and not sizes_only and digest not in (None, found := digests.of_file(file)):
+        if digest is None or sizes_only:
+            return None
+        if (found := digests.of_file(file)) != digest:
             return f"file {name} has digest {found}, was written with {digest}"
         return None
 
