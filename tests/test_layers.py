@@ -9,7 +9,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "tulu_jax"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # What each folder may import of tulu_jax; files at the top may import everything below them.
-ANYONE = {"validation", "strict_json", "digests", "chips", "process_identity", "atomic"}
+ANYONE = {
+    "validation",
+    "strict_json",
+    "digests",
+    "chips",
+    "process_identity",
+    "atomic",
+    "bucket_client",
+}
 ALLOWED = {
     "kernels": set(),
     "quant": set(),
@@ -50,6 +58,8 @@ HOMES = {
     "gin": {"gin_files.py"},
     "flax": {"models/"},
     "orbax": {"training/checkpoint.py"},
+    "gcsfs": {"bucket_client.py"},
+    "aiohttp": {"bucket_client.py"},
     "safetensors": {"interop/"},
     "torch": {"interop/"},
     "seqio": {"data/seqio_bridge.py"},
