@@ -21,8 +21,8 @@ are ended by SIGTERM: with status 75, and nothing torn in their folder.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -53,7 +53,6 @@ from tulu_jax.data import tulu_tiny
 from tulu_jax.models import config
 from tulu_jax.parallel import mesh
 from tulu_jax.training import metrics
-
 include 'tulu_tiny_{stage}.gin'
 
 config.LlamaConfig.num_layers = 1
@@ -62,7 +61,6 @@ config.LlamaConfig.mlp_dim = 64
 config.LlamaConfig.head_dim = 8
 metrics.LoggingConfig.tensorboard = False
 mesh.MeshConfig.data = {data}
-mesh.MeshConfig.fsdp = 1
 mesh.MeshConfig.tensor = {tensor}
 MAX_LENGTH = 64
 BATCH_SIZE = 8
@@ -79,6 +77,8 @@ KINDS = ("kills", "terms", "flips", "faults")
 AGAIN = 75  # the status that asks for the same command (docs/launch.md)
 MOST_TRIES = 200
 SHARES = {"sft": 0.4, "dpo": 0.4, "convert": 0.2}  # of the kills
+FAULTS = [(kind, "") for kind in ("429", "500", "503", "cut", "reset", "lost")]
+FAULTS += [("flip", fault_proxy.CONTENT)]
 SHARE = 0.01  # of the requests of each kind of fault
 TRIES = 8  # in a bucket that fails, of one stage
 # When a try is killed: how long after what has come to be in its folder.
@@ -88,35 +88,25 @@ MOMENTS = {
     "convert": ("start", "export", "any"),
 }
 IMPORTS = ("start", "any")  # may come before the command's own code, when SIGTERM is Python's
+# Of each moment the files that tell it, and the most seconds that the signal comes after one.
 SOUGHT = {
-    "start": (),
-    "lease": ("{stage}/tulu_jax.lease",),
-    "encode": ("cache/*/*.arrow", "cache/*/.*"),
-    "reference": ("dpo/reference_*/*",),
-    "update": ("{stage}/metrics.jsonl",),
-    "save": ("{stage}/checkpoints/*-tmp*",),
-    "export": (".hf.*", "hf/*"),
-}
-DELAY = {
-    "start": 4.0,
-    "lease": 0.5,
-    "encode": 0.6,
-    "reference": 0.4,
-    "update": 0.8,
-    "save": 0.05,
-    "export": 0.05,
+    "start": (4.0, ()),
+    "any": (12.0, ()),
+    "lease": (0.5, ("{stage}/tulu_jax.lease",)),
+    "encode": (0.6, ("cache/*/*.arrow", "cache/*/.*")),
+    "reference": (0.4, ("dpo/reference_*/*",)),
+    "update": (0.8, ("{stage}/metrics.jsonl",)),
+    "save": (0.05, ("{stage}/checkpoints/*-tmp*",)),
+    "export": (0.05, (".hf.*", "hf/*")),
 }
 
 
-@dataclasses.dataclass
 class Tally:
-    """What was done, and what was not right behind it."""
+    """What was done, by kind, and what was not right behind it."""
 
-    kills: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    terms: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    flips: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    wrong: list[str] = dataclasses.field(default_factory=list)
+    def __init__(self):
+        self.kills, self.terms, self.flips, self.faults = (collections.Counter() for _ in KINDS)
+        self.wrong: list[str] = []
 
 
 def make_home(folder: pathlib.Path, bucket: str | None = None) -> pathlib.Path:
@@ -161,25 +151,26 @@ def ended(process: subprocess.Popen, home: pathlib.Path) -> int:
 
 def struck(process, home, stage: str, moment: str, number: int, draw: random.Random) -> int:
     """The exit status of a try that gets a signal."""
-    patterns = [pattern.format(stage=stage) for pattern in SOUGHT.get(moment, ())]
-    there = {path: path.stat().st_mtime_ns for path in found(home, patterns)}
-    deadline = time.monotonic() + (draw.uniform(0, 12) if moment == "any" else 0)
-    while process.poll() is None:
-        now = {path: path.stat().st_mtime_ns for path in found(home, patterns)}
-        if now.items() - there.items() or (not patterns and time.monotonic() > deadline):
-            break
+    delay, patterns = SOUGHT[moment]
+    patterns = [pattern.format(stage=stage) for pattern in patterns]
+    there = dict(found(home, patterns))
+    while (
+        patterns
+        and process.poll() is None
+        and not dict(found(home, patterns)).items() - there.items()
+    ):
         time.sleep(0.002)
-    time.sleep(draw.uniform(0, DELAY.get(moment, 0)))
+    time.sleep(draw.uniform(0, delay))
     process.send_signal(number)
     return process.wait(LIMIT)
 
 
-def found(home: pathlib.Path, patterns: list[str]) -> Iterator[pathlib.Path]:
+def found(home: pathlib.Path, patterns: list[str]) -> Iterator[tuple[pathlib.Path, int]]:
+    """The files of these patterns, and when they were written."""
     for pattern in patterns:
         with contextlib.suppress(FileNotFoundError):  # it is gone already
             for path in home.glob(pattern):
-                path.stat()
-                yield path
+                yield path, path.stat().st_mtime_ns
 
 
 def lines(workdir: str) -> list[dict]:
@@ -217,8 +208,8 @@ def differences(home: pathlib.Path, whole: pathlib.Path, *, exact: bool) -> Iter
 
 
 def through_signals(home, whole, signals: list[int], mesh, draw, tally: Tally, stages) -> None:
-    """The recipe in `home`, with these signals in their order; each try on the mesh that `mesh()`
-    names, or all on that of `whole`."""
+    """The recipe in `home`, with these signals in their order; each try on the mesh that `mesh`
+    chooses of the names, or all on that of `whole`."""
     exact, signals = mesh is None, collections.deque(signals)
     for number, stage in enumerate(stages):
         share = 1.0 if number + 1 == len(stages) else SHARES[stage] / sum(map(SHARES.get, stages))
@@ -227,7 +218,7 @@ def through_signals(home, whole, signals: list[int], mesh, draw, tally: Tally, s
             tries += 1
             term = signals[0] == signal.SIGTERM
             moment = draw.choice([m for m in MOMENTS[stage] if not (term and m in IMPORTS)])
-            process = start(home, stage, mesh() if mesh else "whole")
+            process = start(home, stage, mesh([*MESHES]) if mesh else "whole")
             code = struck(process, home, stage, moment, signals[0], draw)
             if code == (AGAIN if term else -signal.SIGKILL):
                 (tally.terms if term else tally.kills)[f"{stage}, {moment}"] += 1
@@ -239,7 +230,7 @@ def through_signals(home, whole, signals: list[int], mesh, draw, tally: Tally, s
             if term:
                 torn = sorted(filter(is_torn, names(home)))
                 tally.wrong += [f"{stage}, {moment}: SIGTERM left {name}" for name in torn]
-        if code := ended(start(home, stage, mesh() if mesh else "whole"), home):
+        if code := ended(start(home, stage, mesh([*MESHES]) if mesh else "whole"), home):
             tally.wrong.append(f"{stage} ended with {code}")
     tally.wrong += [f"{home.name}: {text}" for text in differences(home, whole, exact=exact)]
 
@@ -332,13 +323,7 @@ def through_faults(folder, whole, count: int, draw: random.Random, tally: Tally)
             bucket = proxy.make_bucket(f"soak-{number}")
             home = make_home(folder / bucket.removeprefix("gs://"), bucket)
             for stage in STAGES:
-                proxy.faults = [
-                    fault_proxy.Fault(kind, share=SHARE, times=float("inf"))
-                    for kind in ("429", "500", "503", "cut", "reset", "lost")
-                ]
-                proxy.faults.append(
-                    fault_proxy.Fault("flip", fault_proxy.CONTENT, float("inf"), SHARE)
-                )
+                proxy.faults = [fault_proxy.Fault(*fault, math.inf, SHARE) for fault in FAULTS]
                 tries = 1
                 while code := ended(start(home, stage, "whole", bucket, proxy.environment()), home):
                     tries += 1
@@ -373,8 +358,7 @@ def soak(*, kills: int, terms: int, flips: int, faults: int, seed: int, stages=S
         through_signals(make_home(root / "killed"), whole, signals, None, draw, tally, stages)
         if moved:
             home, signals = make_home(root / "moved"), [signal.SIGKILL] * moved
-            either = lambda: draw.choice([*MESHES])  # noqa: E731
-            through_signals(home, whole, signals, either, draw, tally, stages)
+            through_signals(home, whole, signals, draw.choice, draw, tally, stages)
         if flips:
             shutil.copytree(whole, root / "flipped")
             through_flips(root / "flipped", flips, draw, tally)
