@@ -5,9 +5,11 @@ TensorStore reads address and times once in a process, so the tests of this file
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import math
+import re
 import shutil
 import time
 import types
@@ -63,7 +65,7 @@ def proxy():
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     with fault_proxy.emulator() as address, fault_proxy.Proxy(address) as found:
-        times = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2"}
+        times = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "6"}
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (found.environment() | times).items():
                 patch.setenv(name, value)
@@ -75,7 +77,7 @@ def proxy():
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """The waits of gcsfs between its tries, a fiftieth as long; a stall is one after 2 s."""
+    """The waits of gcsfs between its tries, a fiftieth as long; a stall is one after 6 s."""
     wait = asyncio.sleep
 
     async def sleep(seconds):
@@ -83,7 +85,7 @@ def soon(monkeypatch):
 
     shorter = types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
     monkeypatch.setattr(gcsfs.retry, "asyncio", shorter)
-    monkeypatch.setattr(bucket_client, "STALLED", 2.0)
+    monkeypatch.setattr(bucket_client, "STALLED", 6.0)
     forget()
     yield
     forget()
@@ -191,29 +193,49 @@ def test_the_recipe_in_a_bucket_that_fails_equals_the_local_one(
     )
 
 
+@pytest.fixture(scope="module")
+def whole(home, proxy) -> str:
+    """A bucket with the SFT run."""
+    place = proxy.make_bucket(f"whole-{uuid.uuid4().hex}")
+    with contextlib.chdir(home):
+        write(home, place)
+        assert run("train", "sft", place) == 0
+    return place
+
+
 @pytest.fixture
-def trained(home, bucket, proxy, monkeypatch) -> str:
-    """A bucket with the SFT run of four updates."""
+def trained(home, whole, bucket, monkeypatch) -> str:
+    """That bucket, to be read; its gin file in the working directory."""
     monkeypatch.chdir(home)
-    write(home, bucket)
-    assert run("train", "sft", bucket) == 0
-    return bucket
+    write(home, whole)
+    return whole
 
 
-def test_flipped_bytes_are_read_again_or_named(home, trained, proxy, capfd):
+VERIFY = ("checkpoints", "--workdir={place}/my runs/sft/", "--verify")
+SHOW = ("prepare", "--gin_file=sft.gin", "--show=1")
+
+
+@pytest.mark.parametrize(
+    ("where", "command"),
+    [
+        (r"checkpoints/4/state/.*/d/", VERIFY),
+        (r"checkpoints/4/about/metadata", VERIFY),
+        (r"checkpoints/4/digests\.json", VERIFY),
+        (r"cache/.*\.arrow", SHOW),
+        (r"cache/.*manifest", SHOW),
+    ],
+)
+def test_flipped_bytes_are_read_again_or_named(where, command, trained, proxy, capfd):
     """Once on its way, then at every read."""
-    assert commands.run("checkpoints", f"--workdir={trained}/my runs/sft", "--verify") == 0
-    places = [r"checkpoints/4/state/.*/d/", r"checkpoints/4/about/", r"checkpoints/4/digests\.json",
-              r"cache/.*\.arrow", r"cache/.*manifest"]  # fmt: skip
-    for place in places:
-        proxy.done.clear()
-        proxy.faults = [Fault("flip", rf"GET .*{place}.*alt=media")]
-        assert run("train", "sft", trained) == 0, place
-        assert proxy.done["flip"] == 1, place
-        proxy.faults = [Fault("flip", rf"GET .*{place}.*alt=media", times=math.inf)]
-        capfd.readouterr()
-        assert run("train", "sft", trained) != 0, place
-        assert trained in capfd.readouterr().err
+    command = [flag.format(place=trained) for flag in command]
+    proxy.faults = [Fault("flip", rf"GET .*{where}.*alt=media")]
+    assert commands.run(*command) == 0
+    assert proxy.done["flip"] == 1
+    proxy.faults = [Fault("flip", rf"GET .*{where}.*alt=media", times=math.inf)]
+    capfd.readouterr()
+    assert commands.run(*command) != 0
+    said = "".join(capfd.readouterr())
+    assert re.search(r"damaged: .*(array|file|\.json)|gs://[^ ]*(arrow|manifest)", said)
 
 
 def test_a_part_of_a_file_of_weights_that_is_flipped_is_read_again(
@@ -254,6 +276,27 @@ def test_a_bucket_that_stays_away_ends_the_run_and_the_next_goes_on(
     proxy.faults = []
     assert run("train", "sft", bucket) == 0
     assert lines(f"{bucket}/my runs/sft") == lines(f"{local}/my runs/sft")
+
+
+def test_of_many_that_start_in_a_bucket_one_gets_it(bucket, proxy):
+    """The answer to the first that makes the lease is lost on its way."""
+    proxy.faults = [Fault("lost", "POST .*ifGenerationMatch=0")]
+    found = [lease.Lease(f"{bucket}/run") for _ in range(4)]
+
+    def acquired(one: lease.Lease) -> bool:
+        try:
+            one.acquire()
+            return True
+        except validation.UsageError as error:
+            assert "is held by process" in str(error)
+            return False
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(acquired, found))
+    assert got.count(True) == 1
+    assert proxy.done["lost"] == 1
+    found[got.index(True)].release()
+    assert atomic.file_system(bucket).find(bucket) == []
 
 
 WITH_PATHS = (

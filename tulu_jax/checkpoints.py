@@ -26,6 +26,8 @@ DAMAGED = "damaged: "
 def health(checkpoints: checkpoint.Checkpoints, step: int, *, verify: bool) -> str:
     """'verified', 'unverified' (without digests, or not asked for), or 'damaged: ' and what is."""
     found = checkpoints.damages(step, sizes_only=not verify)
+    if found and "://" in str(checkpoints.folder):  # it may have been damaged on its way
+        found = checkpoints.damages(step, sizes_only=not verify)
     if found:
         return DAMAGED + checkpoint_digests.named(found)
     if found is None:

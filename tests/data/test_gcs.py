@@ -1,26 +1,24 @@
 """Raw rows and the encode cache in a bucket: real gcsfs against an emulator that runs beside."""
 
-import asyncio
 import dataclasses
 import gzip
 import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
-import types
 import uuid
 
 import builders
+import fault_proxy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from raw_rows import chats, read_rows, write_jsonl
 
-from tulu_jax import preflight, process_identity, validation
+from tulu_jax import bucket_client, preflight, process_identity, validation
 from tulu_jax.data import data_checks, encode, loader
 from tulu_jax.data.sources import readers
 from tulu_jax.interop import folder
@@ -32,41 +30,21 @@ pytest.importorskip("gcp_storage_emulator", reason="the extra 'test' is not inst
 
 @pytest.fixture(scope="module")
 def emulator():
-    """The address of a Cloud Storage emulator: a process of its own, on this machine's loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", "--in-memory"]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", port], stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            pytest.fail("the emulator did not start in 20 s")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    with fault_proxy.emulator() as address:
+        yield address
 
 
 def fresh_client() -> None:
-    """gcsfs for `gs://`, and none of its objects from before, which keep address and listings."""
-    import fsspec
+    """No client from before, which keeps its address."""
     from etils.epath import backend
 
-    fsspec.register_implementation("gcs", gcsfs.GCSFileSystem, clobber=True)
     backend.fsspec_backend._get_filesystem.cache_clear()
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    bucket_client.Client.clear_instance_cache()
+    bucket_client._missed.clear()
 
 
 @pytest.fixture
 def client(monkeypatch):
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # needs another service
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # nobody is there
     fresh_client()
     yield
@@ -254,34 +232,26 @@ def test_missing_objects_and_buckets(config, bucket):
 
 
 def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypatch):
-    """Nobody listens. Only the waits of gcsfs between its six tries are left out."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    fresh_client()
-    tries = []
-
-    async def sleep(seconds):
-        tries.append(seconds)
-
-    fake = types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
-    monkeypatch.setattr(gcsfs.retry, "asyncio", fake)
+    """Nobody listens; only the waits between the tries are left out."""
+    monkeypatch.setattr(bucket_client, "WAITS", (0.0, 0.0))
     away = dataclasses.replace(config, data_root="gs://out-of-reach/data")
     with pytest.raises(OSError) as raised:
         local(away)
-    assert "gs://out-of-reach cannot be read or written (ClientConnectorError" in str(raised.value)
+    assert "gs://out-of-reach cannot be read or written (UnreachableError" in str(raised.value)
+    assert "127.0.0.1:9 cannot be reached (Connection refused)" in str(raised.value)
     assert "the network and the credentials" in str(raised.value)
-    assert 0 < sum(tries) < 100  # seconds, of which two requests at a time wait together
     with pytest.raises(OSError, match="gs://globs-out-of-reach cannot be read or written"):
         readers.find("gs://globs-out-of-reach/data/*.parquet")
-    tries.clear()
+    monkeypatch.setattr(bucket_client.socket, "create_connection", None)  # asked no more
     (problem,) = data_checks.problems(away, kind="sft")
-    assert problem.startswith("a (train): gs://out-of-reach cannot be read") and not tries
+    assert problem.startswith("a (train): gs://out-of-reach cannot be read")
     with pytest.raises(OSError, match="gs://cache-out-of-reach cannot be read or written"):
         local(dataclasses.replace(config, cache_dir="gs://cache-out-of-reach/cache"))
 
 
-def test_gcsfs_is_used_with_and_without_tensorflow(bucket):
+def test_our_client_is_used_with_and_without_tensorflow(bucket):
     assert os.environ["EPATH_USE_TF"] == "false"
-    assert readers.as_path(bucket)._backend.fs(bucket).__class__ is gcsfs.GCSFileSystem
+    assert readers.as_path(bucket)._backend.fs(bucket).__class__ is bucket_client.Client
 
 
 def test_metrics_in_a_bucket_survive_up_to_each_flush(bucket):
@@ -312,7 +282,8 @@ def test_metrics_are_written_again_at_most_every_half_minute(bucket, monkeypatch
 
 
 def test_a_run_in_a_bucket_has_it_alone(bucket):
-    """The emulator ignores preconditions: this is what is written and read, not a race of two."""
+    """What is written and read; a race of two is in tests/test_buckets.py, for the emulator ignores
+    preconditions."""
     workdir = f"{bucket}/run"
     path = readers.as_path(f"{workdir}/{lease.FILE}")
     with lease.held(workdir) as mine:
@@ -358,17 +329,8 @@ def test_buckets_that_cannot_be_written_are_named_before_a_run(config, bucket, t
 
 
 def test_a_bucket_out_of_reach_is_named_before_a_run(config, client, tmp_path, monkeypatch):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    fresh_client()
-    monkeypatch.setattr(gcsfs.retry, "asyncio", without_waiting())
+    monkeypatch.setattr(bucket_client, "WAITS", (0.0,))
     (problem,) = bucket_problems(config, tmp_path, base="gs://away/llama")
     assert problem.startswith("base = 'gs://away/llama' on ")
-    assert "gs://away cannot be read or written (ClientConnectorError" in problem
+    assert "gs://away cannot be read or written (UnreachableError: http://127.0.0.1:9" in problem
     assert "the network and the credentials" in problem
-
-
-def without_waiting():
-    async def sleep(seconds):
-        del seconds
-
-    return types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
