@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import numpy as np
 
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
@@ -29,6 +30,9 @@ _RULES = {
     "norm": "D -> D",
     "lm_head": "V D -> D V",
 }
+
+
+_TILE = (128, 1024)  # rows and columns that are transposed at a time, in the caches of a core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,30 @@ class Layout:
         """One layer of ours in Hugging Face's axis order."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         return x.transpose(inverse).reshape(self.hf_shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one layer of ours."""
+        return tuple(self.split[axis] for axis in self.permutation)
+
+    def host_to_ours(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """`to_ours` of an array on the host, contiguous and in `dtype`."""
+        return self._on_host(x.reshape(self.hf_shape), dtype).reshape(self.shape)
+
+    def host_to_hf(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """`to_hf` of an array on the host, contiguous and in `dtype`."""
+        rows = self.hf_shape[::-1] if self._turned else self.hf_shape
+        return self._on_host(x.reshape(rows), dtype)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether a matrix is transposed, which is all that a rule does; heads stay together."""
+        return self.permutation != tuple(range(len(self.permutation)))
+
+    def _on_host(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return (
+            _turned(x, dtype) if self._turned else np.ascontiguousarray(x.astype(dtype, copy=False))
+        )
 
 
 def layouts(config: LlamaConfig) -> dict:
@@ -102,3 +130,16 @@ def _layout(config: LlamaConfig, path: str) -> Layout:
         split=tuple(sizes[axis] for axis in flat),
         permutation=tuple(flat.index(axis) for axis in ours.split()),
     )
+
+
+def _turned(matrix: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The transposed matrix in `dtype`, tile by tile: 5 times as fast as numpy's copy of a view."""
+    bits = np.dtype(f"u{dtype.itemsize}")  # numpy copies a bfloat16 one by one
+    turned = np.empty(matrix.shape[::-1], bits)
+    rows, columns = _TILE
+    for row in range(0, matrix.shape[0], rows):
+        block = np.ascontiguousarray(matrix[row : row + rows].astype(dtype, copy=False)).view(bits)
+        for column in range(0, matrix.shape[1], columns):
+            tile = block[:, column : column + columns]
+            turned[column : column + columns, row : row + rows] = tile.T
+    return turned.view(dtype)

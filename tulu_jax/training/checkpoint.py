@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from tulu_jax import validation
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
-from tulu_jax.training import agreement, checkpoint_digests, checkpoint_folders
+from tulu_jax.training import agreement, checkpoint_arrays, checkpoint_digests, checkpoint_folders
 from tulu_jax.training.state import TrainState
 
 FOLDER = checkpoint_folders.FOLDER
@@ -77,7 +78,7 @@ class Checkpoints:
         root = epath.Path(workdir)
         self.folder = (root if "://" in workdir else root.absolute()) / FOLDER
         self._rereads = "://" in workdir and jax.process_count() == 1  # several read together
-        policies, ours = ocp.checkpoint_managers, _only_ours(ocp)
+        policies, ours = ocp.checkpoint_managers, checkpoint_folders.only_ours(ocp)
         options = ocp.CheckpointManagerOptions(read_only=config is None, step_name_format=ours)
         if config is not None:
             keep, tracked = [policies.LatestN(config.keep)], {}
@@ -120,25 +121,39 @@ class Checkpoints:
         Of the metrics, those that are finite are kept; without the one that `best` names the
         checkpoint is never the best.
         """
+        self._save(step, state, lambda: about, metrics, checkpoint_digests.of_arrays)
+
+    def save_streamed(
+        self, step: int, state: TrainState, about: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Writes a `state` of `checkpoint_arrays.Streamed` leaves, a piece at a time. `about` is
+        asked when all are written. Raises `CheckpointError`."""
+        checkpoint_arrays.write_streamed(self._ocp)
+        self._save(step, state, about, {}, checkpoint_arrays.of_streamed)
+        self.wait()
+
+    def _save(self, step, state, about, metrics, digests) -> None:
         args = self._ocp.args
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self._best not in metrics:
             metrics = {}
-        items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(dict(about)))
+        storage = checkpoint_arrays.storage(self._ocp, state)
+        items = args.Composite(state=args.StandardSave(state, storage), about=args.JsonSave({}))
         with self._explained(step):
             self._manager.wait_until_finished()
             taken = step not in self.steps() and (self.folder / str(step)).exists()
             if taken and jax.process_index() == 0:  # Orbax would delete it
                 self._set_aside(step, "foreign")
-            self._saving = step, checkpoint_digests.of_arrays(state)
+            self._saving = step, digests(state), about
             self._manager.save(step, args=items, metrics=metrics or None, force=True)
 
     def _add_digests(self) -> None:
-        """Digests of what was written, before its folder gets its name; on process 0, and not in
-        the thread of the loop."""
-        step, arrays = self._saving
+        """Says what was written, and its digests, before its folder gets its name; on process 0,
+        and not in the thread of the loop."""
+        step, arrays, about = self._saving
         unnamed = self.folder / f"{step}{self._ocp.path.step.TMP_DIR_SUFFIX}"
         folder = unnamed if unnamed.exists() else self.folder / str(step)  # buckets rename nothing
+        (folder / "about" / "metadata").write_text(json.dumps(dict(about())))
         checkpoint_digests.write(folder, arrays)
 
     def _set_aside(self, step: int, why: str) -> None:
@@ -183,6 +198,31 @@ class Checkpoints:
             return self._manager.restore(step, args=items).state
 
         return self._verified(step, abstract_state, read)
+
+    def stored_params(
+        self, step: int, params: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, checkpoint_arrays.StoredArray]:
+        """The parameters at these paths, to be read a layer at a time: `check_stored` says then
+        whether they were what was saved. Raises `DamagedError` if they cannot be opened."""
+        return self._read(
+            step, lambda step: checkpoint_arrays.stored(self.folder / str(step), params)
+        )
+
+    def check_stored(self, step: int, params: Mapping[str, checkpoint_arrays.StoredArray]) -> None:
+        """Raises `DamagedError` if what was read of `params` is not what was saved."""
+
+        def check(step: int) -> None:
+            recorded = checkpoint_digests.load(self.folder / str(step))
+            if recorded is None:
+                logging.warning(
+                    "%s cannot be verified: it was saved without digests", self.folder / str(step)
+                )
+                return
+            found = {f"params/{path}": array.text() for path, array in params.items()}
+            if problems := checkpoint_digests.differences(recorded, found):
+                raise ValueError(checkpoint_digests.named(problems))
+
+        self._read(step, check)
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """The parameters alone, without reading optimizer state. Raises `DamagedError` if they
@@ -324,30 +364,6 @@ class Checkpoints:
                 f"{self.describe_latest()}. Free some space or repair the folder and start the "
                 "same command again."
             ) from error
-
-
-def _only_ours(ocp):
-    """Orbax's names of steps, without the folders of others that are called like one: it would
-    resume from these, count them, and delete them."""
-
-    class Format(ocp.path.step.NameFormat):
-        def __init__(self):
-            self.all = ocp.path.step.standard_name_format()
-
-        def build_name(self, step):
-            return self.all.build_name(step)
-
-        def find_step(self, base_path, step):
-            return self.all.find_step(base_path, step)
-
-        def find_all(self, base_path):
-            for found in self.all.find_all(base_path):
-                if checkpoint_folders.is_checkpoint(found.path):
-                    yield found
-                else:
-                    logging.warning("%s is left as it is: it holds no checkpoint", found.path)
-
-    return Format()
 
 
 def _without_echoes(former: Callable[[Any], None], unraisable) -> None:

@@ -15,7 +15,7 @@ what the other cannot:
 
 import concurrent.futures
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,11 +37,15 @@ _READERS = 4  # files read at a time
 
 
 @jax.jit
-def _sums(array: jax.Array) -> Sums:
+def sums(array: jax.Array, first: int | jax.Array = 0) -> Sums:
     """The sum of mix(bits ^ place · 0x9E3779B1), and that weighted by odd numbers of the place;
-    `mix` is the finalizer of MurmurHash3, `place` the index in the array laid flat."""
+    `mix` is the finalizer of MurmurHash3, `place` the index in the array laid flat.
+
+    Of an array that is read in layers, the sums of all add up, modulo 2**32, to those of the whole:
+    `array` is then layer number `first`.
+    """
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
-    place = jnp.zeros(array.shape, jnp.uint32)
+    place = jnp.full(array.shape, first, jnp.uint32)
     for axis, size in enumerate(array.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         place = place * jnp.uint32(size % 2**32) + along
@@ -65,21 +69,21 @@ def of_arrays(tree: Any) -> dict[str, tuple[str, Sums]]:
     processes that do so in different ones wait for each other for ever.
     """
     leaves = jax.tree.leaves_with_path(tree)
-    sums = _all_sums([leaf for _, leaf in leaves])
+    found = _all_sums([leaf for _, leaf in leaves])
     return {
-        sharding.path_name(path): (leaf.dtype.name, found)
-        for (path, leaf), found in zip(leaves, sums, strict=True)
+        sharding.path_name(path): (leaf.dtype.name, digest)
+        for (path, leaf), digest in zip(leaves, found, strict=True)
     }
 
 
 @jax.jit
 def _all_sums(arrays: list[jax.Array]) -> list[Sums]:
-    return [_sums(array) for array in arrays]
+    return [sums(array) for array in arrays]
 
 
-def _text(dtype: str, sums: Sums) -> str:
+def text(dtype: str, found: Sums | Sequence[int]) -> str:
     """Such as 'float32 0123456789abcdef'."""
-    return f"{dtype} {''.join(f'{int(value):08x}' for value in jax.device_get(sums))}"
+    return f"{dtype} {''.join(f'{int(value):08x}' for value in jax.device_get(found))}"
 
 
 def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums]]) -> None:
@@ -92,7 +96,7 @@ def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums]]) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         written = dict(zip(found, readers.map(entry, found), strict=True))
-    texts = {name: _text(*found) for name, found in arrays.items()}
+    texts = {name: text(*found) for name, found in arrays.items()}
     content = {"version": VERSION, "arrays": texts, "files": written}
     (folder / FILE).write_text(json.dumps(content, indent=1))
 
@@ -150,11 +154,17 @@ def as_saved(recorded: Mapping[str, Any], tree: Any) -> Any:
 
 def array_problems(recorded: Mapping[str, Any], tree: Any) -> list[str]:
     """The restored arrays of `tree` that are not those that were saved, one text each."""
+    found = {name: text(*sums_) for name, sums_ in of_arrays(tree).items()}
+    return differences(recorded, found)
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, str]) -> list[str]:
+    """The arrays whose digest `found`, by name, is not the one that was saved, one text each."""
     saved = recorded["arrays"]
     return [
-        f"array {name} is {found}, was saved as {saved.get(name, 'none')}"
-        for name, (dtype, sums) in of_arrays(tree).items()
-        if (found := _text(dtype, sums)) != saved.get(name)
+        f"array {name} is {digest}, was saved as {saved.get(name, 'none')}"
+        for name, digest in found.items()
+        if digest != saved.get(name)
     ]
 
 

@@ -1,5 +1,6 @@
-"""What the folders of checkpoints say by their names and small files, without Orbax."""
+"""What the folders of checkpoints say by their names and small files."""
 
+from absl import logging
 from etils import epath
 
 from tulu_jax import strict_json, validation
@@ -15,10 +16,35 @@ def is_checkpoint(folder: epath.Path) -> bool:
 
 def newest(workdir: str) -> str:
     """'step 40 in <folder>' of the newest checkpoint that is complete, or that there is none."""
-    folder = epath.Path(workdir).absolute() / FOLDER
+    root = epath.Path(workdir)
+    folder = (root if "://" in workdir else root.absolute()) / FOLDER
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     steps = [int(path.name) for path in found if is_checkpoint(path)]
     return f"step {max(steps)} in {folder}" if steps else f"none in {folder}"
+
+
+def only_ours(ocp):
+    """Orbax's names of steps, without the folders of others that are called like one: it would
+    resume from these, count them, and delete them."""
+
+    class Format(ocp.path.step.NameFormat):
+        def __init__(self):
+            self.all = ocp.path.step.standard_name_format()
+
+        def build_name(self, step):
+            return self.all.build_name(step)
+
+        def find_step(self, base_path, step):
+            return self.all.find_step(base_path, step)
+
+        def find_all(self, base_path):
+            for found in self.all.find_all(base_path):
+                if is_checkpoint(found.path):
+                    yield found
+                else:
+                    logging.warning("%s is left as it is: it holds no checkpoint", found.path)
+
+    return Format()
 
 
 def check_metrics(folder: epath.Path) -> None:

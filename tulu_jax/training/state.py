@@ -71,18 +71,25 @@ def fingerprint(params: dict) -> str:
     weighted by position; integer sums do not depend on the order of reduction.
     """
 
-    def digest(leaf):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
-        bits = bits.astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis in range(leaf.ndim):
-            place = place * jnp.uint32(leaf.shape[axis]) + jax.lax.broadcasted_iota(
-                jnp.uint32, leaf.shape, axis
-            )
-        return jnp.sum(bits), jnp.sum(bits * (2 * place + 1))
+    return fingerprint_of(jax.jit(lambda tree: jax.tree.map(leaf_sums, tree))(params))
 
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(digest, tree))(params))
+
+def leaf_sums(leaf: jax.Array, first: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
+    """The two sums of a leaf, uint32. Those of its layers add up to those of the whole: `leaf` is
+    then layer number `first`."""
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
+    bits = bits.astype(jnp.uint32)
+    place = jnp.full(leaf.shape, first, jnp.uint32)
+    for axis in range(leaf.ndim):
+        place = place * jnp.uint32(leaf.shape[axis]) + jax.lax.broadcasted_iota(
+            jnp.uint32, leaf.shape, axis
+        )
+    return jnp.sum(bits), jnp.sum(bits * (2 * place + 1))
+
+
+def fingerprint_of(sums: dict) -> str:
+    """The fingerprint of parameters of whose leaves these are the sums."""
     result = hashlib.sha256()
-    for path, value in jax.tree.leaves_with_path(sums):
+    for path, value in jax.tree.leaves_with_path(jax.device_get(sums)):
         result.update(f"{sharding.path_name(path)}={np.uint32(value)};".encode())
     return result.hexdigest()[:16]

@@ -1,0 +1,196 @@
+"""Arrays of a checkpoint a layer at a time, on one host and without devices: read, and written.
+
+They lie as Orbax lays them: zarr arrays in one OCDBT store. Whoever reads a layer gets its part of
+the digest that was saved with the array, so what is read whole is known to be what was saved.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from tulu_jax.parallel import sharding
+from tulu_jax.training import checkpoint_digests, state
+
+BLOCKS = 4_000_000_000  # bytes of layers that are kept where chunks reach over many of them
+CHUNK = 64 << 20  # bytes of a chunk that is written, at most
+_AT_A_TIME = 2  # pieces that are made and written
+_READS = {"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}}
+
+
+class StoredArray:
+    """An array of a checkpoint: `array[layer]` of a stacked one, `numpy.asarray(array)` of another.
+
+    `sums` has, by layer, the part of the array's digest of what was read (0 for one that is not
+    stacked); `depth` layers are read at a time. Threads may read.
+    """
+
+    def __init__(self, store, *, depth: int):
+        self._store, self._depth = store, depth
+        self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
+        self.sums: dict[int, list[int]] = {}
+        self._first, self._block, self._lock = 0, None, threading.Lock()
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        if self._depth == 1:
+            found = self._store[layer].read().result()
+        else:
+            with self._lock:
+                first = layer - layer % self._depth
+                if self._block is None or self._first != first:
+                    self._block = None  # before the next one is there
+                    last = min(first + self._depth, self.shape[0])
+                    self._first, self._block = first, self._store[first:last].read().result()
+                found = self._block[layer - first]
+        self.sums[layer] = _ints(checkpoint_digests.sums(found, layer))
+        return found
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        found = self._store.read().result()
+        self.sums[0] = _ints(checkpoint_digests.sums(found))
+        return found if dtype is None else found.astype(dtype)
+
+    def text(self) -> str:
+        """The digest of what was read, such as 'float32 0123456789abcdef'."""
+        total = np.array(list(self.sums.values()), np.uint64).sum(axis=0) % 2**32
+        return checkpoint_digests.text(self.dtype.name, total)
+
+
+def stored(folder: epath.Path, params: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """{path: `StoredArray`} of the parameters at these paths of the checkpoint in `folder`. What
+    cannot be opened raises `ValueError`, or what TensorStore says."""
+    import tensorstore as ts
+
+    context = ts.Context(_READS)
+    opened = {
+        path: ts.open(_spec(folder / "state", f"params.{path.replace('/', '.')}/"), context=context)
+        for path in params
+    }
+    stores = {path: future.result() for path, future in opened.items()}
+    of_a_layer = sum(
+        store.size * store.dtype.numpy_dtype.itemsize // store.shape[0]
+        for path, store in stores.items()
+        if path.startswith(state.STACKED)
+    )
+
+    def depth(path, store) -> int:
+        if not path.startswith(state.STACKED):
+            return 1
+        return max(1, min(store.chunk_layout.read_chunk.shape[0], BLOCKS // of_a_layer))
+
+    return {path: StoredArray(store, depth=depth(path, store)) for path, store in stores.items()}
+
+
+def _spec(folder: epath.Path, path: str) -> dict[str, Any]:
+    where = str(folder)
+    if "://" in where:
+        bucket, _, inside = where.partition("://")[2].partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{inside}/"}
+    else:
+        base = {"driver": "file", "path": f"{where}/"}
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": path},
+        "fill_missing_data_reads": False,  # a chunk that is gone is no zeros
+    }
+
+
+class Streamed(np.ndarray):
+    """Stands in a tree that is saved for an array that is made while it is written.
+
+    `pieces` gives the index of each piece and a function that makes it: layers of a stacked array,
+    or all of it under the index (). `sums` add up, and `weights`, as those of
+    `checkpoint_digests.sums` and `state.leaf_sums`.
+    """
+
+    pieces: Callable[[], Iterator[tuple[tuple[int, ...], Callable[[], np.ndarray]]]]
+
+    @staticmethod
+    def of(shape: Sequence[int], dtype, pieces) -> "Streamed":
+        array = np.broadcast_to(np.zeros((), dtype), shape).view(Streamed)
+        array.pieces, array.constant = pieces, False
+        array.sums, array.weights = [0, 0], [0, 0]
+        return array
+
+    @staticmethod
+    def filled(shape: Sequence[int], value: np.ndarray, *, stacked: bool) -> "Streamed":
+        """An array of one value everywhere."""
+        piece = np.broadcast_to(value, shape[1:] if stacked else shape)
+        indices = [(layer,) for layer in range(shape[0])] if stacked else [()]
+        array = Streamed.of(
+            shape, value.dtype, lambda: ((index, lambda: piece) for index in indices)
+        )
+        array.constant = True
+        return array
+
+    def note(self, index: tuple[int, ...], piece: np.ndarray) -> None:
+        """Adds a piece to the sums."""
+        found = jax.device_get(_measured(piece, index[0] if index else 0))
+        for total, of_piece in zip((self.sums, self.weights), found, strict=True):
+            total[:] = [(a + int(b)) % 2**32 for a, b in zip(total, of_piece, strict=True)]
+
+
+def of_streamed(tree: Any) -> dict[str, tuple[str, list[int]]]:
+    """{path: (dtype, sums)} of `Streamed` arrays, as `checkpoint_digests.of_arrays` has them; the
+    sums are there when the arrays are written."""
+    return {
+        sharding.path_name(path): (leaf.dtype.name, leaf.sums)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def storage(ocp, tree: Any) -> Any:
+    """How Orbax cuts the arrays of a state: a chunk reaches over one layer of a stacked array, so
+    that a layer is read without the others; of `Streamed` ones, over `CHUNK` bytes at most."""
+
+    def cut(path, leaf):
+        stacked = state.STACKED in sharding.path_name(path)
+        size = CHUNK if isinstance(leaf, Streamed) else None
+        return ocp.SaveArgs(shard_axes=(0,) if stacked else (), chunk_byte_size=size)
+
+    return jax.tree.map_with_path(cut, tree)
+
+
+@jax.jit
+def _measured(piece, first):
+    return checkpoint_digests.sums(piece, first), state.leaf_sums(piece, first)
+
+
+def _ints(sums) -> list[int]:
+    return [int(value) for value in jax.device_get(sums)]
+
+
+def write_streamed(ocp) -> None:
+    """Makes Orbax write `Streamed` arrays piece by piece, of which few are in memory at a time.
+
+    Weights are written as they are: zstd would take off a fifth, in three times the time.
+    """
+
+    class Handler(ocp.type_handlers.NumpyHandler):
+        def __init__(self):
+            super().__init__(deepcopy_host_arrays=False)
+            self._slots: asyncio.Semaphore | None = None
+
+        async def _background_serialize(self, values, infos, args=None):
+            self._slots = asyncio.Semaphore(_AT_A_TIME)  # of the event loop of this save
+            await super()._background_serialize(values, infos, args)
+
+        async def _open_and_write(self, value, tspec, ts_context):
+            if not isinstance(value, Streamed):
+                return await super()._open_and_write(value, tspec, ts_context)
+            import tensorstore as ts
+
+            if not value.constant:
+                tspec["metadata"]["compressor"] = None
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for index, make in value.pieces():
+                async with self._slots:
+                    piece = await asyncio.to_thread(make)
+                    await asyncio.to_thread(value.note, index, piece)
+                    await store[index].write(piece, can_reference_source_data_indefinitely=True)
+
+    ocp.type_handlers.register_type_handler(np.ndarray, Handler(), override=True)
