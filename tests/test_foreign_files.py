@@ -131,7 +131,7 @@ def test_a_header_that_is_read_here_is_not_believed(tmp_path, header, said):
     text = DEEP if header is None else json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
     with pytest.raises(ValueError, match=said):
-        weight_files._remote_headers(epath.Path(tmp_path / "x.safetensors"))
+        weight_files._headers(epath.Path(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize(

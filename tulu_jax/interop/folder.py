@@ -2,7 +2,8 @@
 
 `MANIFEST` in it lists its files, and is first of all in the folder that is filled under a temporary
 name (`atomic`). So it tells what is ours: an export is replaced if its manifest lists every file in
-it, and of what lies about, only folders with such a name and a manifest are removed.
+it, and of what lies about, only folders with such a name and a manifest are removed. An export that
+says what it is made of goes on in the folder that a killed one of the same left.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -23,6 +25,8 @@ from tulu_jax.parallel import preemption
 LAST = "config.json"  # nothing opens a Hugging Face folder without it
 MANIFEST = "tulu_jax.json"
 FORMAT = 1
+UNFINISHED = "unfinished"  # what of the manifest matters as long as a folder is filled
+_OF_A_LIST = ("made_by", "format", "files")
 _EMPTY_DISK = {"lost+found"}
 _SHOWN = 5  # names in a message
 
@@ -73,9 +77,32 @@ def _listed(folder: epath.Path) -> list[str] | None:
 
 def _list(folder: epath.Path) -> None:
     """Writes the manifest of what is in a folder."""
-    names = sorted(_names(folder) - {MANIFEST})
-    fields = {"made_by": "tulu_jax", "format": FORMAT, "files": names}
-    atomic.write_text(folder / MANIFEST, json.dumps(fields, indent=2) + "\n")
+    _write(folder, {name: noted(folder)[name] for name in noted(folder) if name != UNFINISHED})
+
+
+def noted(folder: epath.Path) -> dict[str, Any]:
+    """What `note` wrote of a folder that is filled."""
+    try:
+        fields = strict_json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in fields.items() if name not in _OF_A_LIST}
+
+
+def note(folder: epath.Path, fields: dict[str, Any]) -> None:
+    """Adds `fields` to the manifest of a folder that is filled; what stands under `UNFINISHED` is
+    left out when it is complete."""
+    _write(folder, noted(folder) | fields)
+
+
+def _write(folder: epath.Path, fields: dict[str, Any]) -> None:
+    names = sorted(name for name in _names(folder) if not _passing(name))
+    listed = dict(zip(_OF_A_LIST, ("tulu_jax", FORMAT, names), strict=True))
+    atomic.write_text(folder / MANIFEST, json.dumps(listed | fields, indent=2) + "\n")
+
+
+def _passing(name: str) -> bool:
+    return name == MANIFEST or atomic.is_temporary(name)
 
 
 def _disk_problems(target: epath.Path, num_bytes: int) -> list[str]:
@@ -96,22 +123,30 @@ def _disk_problems(target: epath.Path, num_bytes: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def finished(target: epath.Path) -> Iterator[epath.Path]:
+def finished(target: epath.Path, *, made_of: str | None = None) -> Iterator[epath.Path]:
     """A folder to fill, whose files are those of `target` in the end.
 
     It has a temporary name beside `target`, and takes that of `target`; or, where `target` is a
     folder that exists, which may be a mounted disk, it lies in it, and its files move up, `LAST` in
-    the end. What a killed export to `target` left is removed first. After an exception it is
-    removed as well. Raises `UsageError` if another process of this host writes to `target`.
+    the end. What a killed export to `target` left is removed first; but if that was `made_of` the
+    same, it is the folder to go on with, and `noted` tells what was noted there. After an exception
+    it is removed as well. Raises `UsageError` if another process of this host writes to `target`.
     """
     inside = target.is_dir() and not is_remote(target)
-    for old in _beside(target)[0]:
-        _discard(old)
     partial = (target if inside else target.parent) / atomic.temporary_name(target.name)
     atomic.unfinished.add(str(partial))
+    for old in _beside(target)[0]:
+        unfinished = noted(old).get(UNFINISHED)
+        if made_of and isinstance(unfinished, dict) and unfinished.get("made_of") == made_of:
+            _take_over(old, partial)
+        else:
+            _discard(old)
     try:
-        partial.mkdir(parents=True)
-        _list(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        if made_of and UNFINISHED not in noted(partial):
+            note(partial, {UNFINISHED: {"made_of": made_of}})
+        elif not made_of:
+            _list(partial)
         _require_alone(target, partial)
         yield partial
         _list(partial)
@@ -145,6 +180,19 @@ def _require_alone(target: epath.Path, mine: epath.Path) -> None:
                 "it, or choose another folder"
             )
         logging.warning("%s is of an export on another host; remove it if that has ended", other)
+
+
+def _take_over(old: epath.Path, partial: epath.Path) -> None:
+    """Gives a folder that a killed export left the name `partial`, unless there is one already."""
+    if partial.exists():
+        _discard(old)
+    elif is_remote(old):
+        for name in sorted(_names(old), key=lambda name: name == MANIFEST):
+            atomic.move(old / name, partial / name)
+    else:
+        with contextlib.suppress(FileNotFoundError):  # another export took it
+            old.rename(partial)
+            atomic.sweep(partial)
 
 
 def _discard(partial: epath.Path) -> None:

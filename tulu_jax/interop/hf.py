@@ -5,28 +5,29 @@ does not compute is refused by name. Paths may be local or `gs://`; weights are 
 host holds a few layers of one parameter on the way in and one shard on the way out.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import tqdm
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from tulu_jax import validation
-from tulu_jax.interop import config_file, folder, placement, weight_files
+from tulu_jax.interop import config_file, folder, placement, shards, weight_files
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
@@ -40,6 +41,8 @@ Params = llama.Params
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD_BYTES = 5_000_000_000
+READERS = 2  # weights that are brought into their form while another is written
+CARD = "README.md"
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a constant
@@ -134,6 +137,22 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
         )
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Weights that are read one by one, and known when all were read to be what was saved."""
+
+    made_of: str  # what an export depends on; one that was killed goes on if it is the same
+
+    def learnt(self) -> dict[str, Any]:
+        """What is known of the weights read so far, JSON-serialisable."""
+
+    def know(self, learnt: dict[str, Any]) -> None:
+        """Takes what a killed export had learnt."""
+
+    def check(self) -> None:
+        """Raises `UsageError` if what was read is not what was saved."""
+
+
 def target_problems(path: Path, config: LlamaConfig, *, dtype: str, overwrite: bool) -> list[str]:
     """Why `save` could not write a `config` in `dtype` to `path`, one line each."""
     num_bytes = config.num_params * DTYPES[dtype].itemsize
@@ -148,6 +167,8 @@ def save(
     dtype: str,
     generation_config: dict[str, Any],
     write_tokenizer: Callable[[pathlib.Path], None] | None,
+    card: str | None = None,
+    source: Source | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -155,11 +176,14 @@ def save(
 
     `generation_config` becomes generation_config.json; its bos, eos and pad ids go into config.json
     as well. `write_tokenizer` puts the tokenizer's files, chat template included, into the local
-    folder it is given. The leaves of `params` may be anything `placement.gather` reads. Every
-    process of a multi-host run calls this; process 0 writes. The folder appears when it is
-    complete (`folder.finished`). An id that is none of the vocabulary is left out with a word in
-    the log: `transformers` does not open a model whose padding is not in its embedding. Raises
-    `ValueError` for what `target_problems` finds, and for parameters that are not a `config`.
+    folder it is given; `card` is the text of README.md. The leaves of `params` may be anything
+    `placement.gather` reads; with a `source` they are read by threads, an export that was killed
+    goes on behind its last whole file, and nothing appears unless `source.check` finds no fault.
+    The manifest has the digest of every weight. Every process of a multi-host run calls this;
+    process 0 writes. The folder appears when it is complete (`folder.finished`). An id that is none
+    of the vocabulary is left out with a word in the log: `transformers` does not open a model whose
+    padding is not in its embedding. Raises `ValueError` for what `target_problems` finds, and for
+    parameters that are not a `config`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {sorted(DTYPES)}")
@@ -168,21 +192,27 @@ def save(
         raise ValueError("\n".join(problems))
     target = folder.located(path)
     _check_params(params, config)
-    shards = _shards(config, DTYPES[dtype].itemsize, max_shard_bytes)
-    weights = _gathered(params, config, DTYPES[dtype])
+    weights = layout_lib.expected_weights(config)
+    files = shards.plan(weights, DTYPES[dtype], max_shard_bytes)
+    get = _getter(params, config, DTYPES[dtype])
     if jax.process_index() != 0:
-        for _ in weights:
-            pass
+        for name in weights:
+            get(name)
     else:
         generation_config = _within(generation_config, config.vocab_size)
         fields = write_config(config) | {"torch_dtype": dtype}
         fields |= {
             name: generation_config[name] for name in _TOKEN_IDS if name in generation_config
         }
-        with folder.finished(target) as partial:
-            _write_weights(partial, shards, weights)
+        made_of = source and f"{source.made_of}, {dtype}, files of {max_shard_bytes} bytes"
+        with folder.finished(target, made_of=made_of) as partial:
+            _write_weights(partial, files, get, DTYPES[dtype], source)
+            if len(files) > 1:
+                _write_json(partial / weight_files.INDEX, shards.index(files, DTYPES[dtype]))
             _write_json(partial / "generation_config.json", generation_config)
             _write_json(partial / "config.json", fields)
+            if card is not None:
+                (partial / CARD).write_text(card)
             if write_tokenizer is not None:
                 with folder.local_folder(partial) as local:
                     write_tokenizer(local)
@@ -284,47 +314,83 @@ def _check_params(params: Params, config: LlamaConfig) -> None:
         raise ValueError(_listed("the parameters do not fit the model", problems))
 
 
-def _shards(config: LlamaConfig, itemsize: int, max_bytes: int) -> list[dict[str, int]]:
-    """Weights and their bytes, file by file; a weight larger than `max_bytes` has its own file."""
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in layout_lib.expected_weights(config).items():
-        size = math.prod(shape) * itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > max_bytes:
-            shards.append({})
-        shards[-1][name] = size
-    return shards
-
-
-def _gathered(params, config: LlamaConfig, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight by its Hugging Face name, in the order of `expected_weights`."""
+def _getter(params, config: LlamaConfig, dtype: np.dtype) -> Callable[[str], np.ndarray]:
+    """What gives a weight by its Hugging Face name."""
     layouts = jax.tree.leaves(layout_lib.layouts(config))
     source: dict[str, tuple[Layout, Any, int]] = {}
     for layout, parameter in zip(layouts, jax.tree.leaves(params), strict=True):
         for layer, name in enumerate(layout.names):
             source[name] = (layout, parameter, layer)
-    for name in layout_lib.expected_weights(config):
+
+    def get(name: str) -> np.ndarray:
         layout, parameter, layer = source[name]
-        yield name, placement.gather(parameter, layout, layer=layer, dtype=dtype)
+        return placement.gather(parameter, layout, layer=layer, dtype=dtype)
+
+    return get
 
 
-def _write_weights(target: epath.Path, shards: list[dict[str, int]], weights) -> None:
-    """Fills one file after the other from `weights`, and writes the index if there are several."""
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = weight_files.SINGLE
-        tensors = dict(itertools.islice(weights, len(shard)))
-        weight_map |= dict.fromkeys(tensors, file)
-        with folder.local_folder(target) as local:
-            (local / file).touch()
-            mode = (local / file).stat().st_mode  # the usual one; the library makes a private file
-            safetensors.numpy.save_file(tensors, local / file, metadata={"format": "pt"})
-            (local / file).chmod(mode)
-    if len(shards) > 1:
-        size = sum(sum(shard.values()) for shard in shards)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(target / weight_files.INDEX, index)
+def _write_weights(
+    partial: epath.Path,
+    files: list[shards.Shard],
+    get: Callable[[str], np.ndarray],
+    dtype: np.dtype,
+    source: Source | None,
+) -> None:
+    """Fills one file after the other, those apart that a killed export left whole, and notes what
+    was written."""
+    before = folder.noted(partial).get(folder.UNFINISHED, {})
+    said = dict(before.get("files", {}))
+    todo = [file for file in files if not shards.is_whole(partial, file, said.get(file.file))]
+    if source and before.get("learnt"):
+        source.know(before["learnt"])
+    total = sum(file.num_bytes(dtype) for file in files)
+    left = sum(file.num_bytes(dtype) for file in todo)
+    names = (name for file in todo for name in file.weights)
+    with (
+        tqdm.tqdm(
+            total=total, initial=total - left, unit="B", unit_scale=True, desc="write"
+        ) as bar,
+        _ahead(names, get, READERS if source else 0) as weights,
+    ):
+        for file in todo:
+            said[file.file] = shards.write(partial, file, weights, dtype, bar)
+            if source:
+                now = before | {"files": said, "learnt": source.learnt()}
+                folder.note(partial, {folder.UNFINISHED: now})
+    if source:
+        source.check()
+    digests = [said[file.file]["weights"] for file in files]
+    folder.note(partial, {"weights": {name: one[name] for one in digests for name in one}})
+
+
+@contextlib.contextmanager
+def _ahead(
+    names: Iterable[str], get: Callable[[str], np.ndarray], readers: int
+) -> Iterator[Iterator[tuple[str, np.ndarray]]]:
+    """(name, `get(name)`) of each, `readers` of them made by threads while another is taken; 0: one
+    after the other, in this thread."""
+    if not readers:
+        yield ((name, get(name)) for name in names)
+        return
+    with concurrent.futures.ThreadPoolExecutor(readers) as pool:
+        rest, queue = iter(names), collections.deque()
+
+        def more(count: int) -> None:
+            queue.extend((name, pool.submit(get, name)) for name in itertools.islice(rest, count))
+
+        def taken() -> Iterator[tuple[str, np.ndarray]]:
+            more(readers)
+            while queue:
+                name, future = queue.popleft()
+                weight = future.result()
+                del future
+                more(1)
+                yield name, weight
+
+        try:
+            yield taken()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_json(file: epath.Path, value: dict[str, Any]) -> None:

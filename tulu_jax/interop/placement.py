@@ -74,7 +74,7 @@ def gather(parameter, layout: Layout, *, layer: int, dtype: np.dtype) -> np.ndar
     """
     if not isinstance(parameter, jax.Array):
         weight = np.asarray(parameter[layer] if layout.stacked else parameter)
-        return np.ascontiguousarray(layout.to_hf(weight).astype(dtype))
+        return layout.host_to_hf(weight, dtype)
     weight = _take(layout, dtype)(parameter, layer)
     if not weight.is_fully_addressable:
         weight = multihost_utils.process_allgather(weight, tiled=True)

@@ -1,10 +1,9 @@
 """Reading rows of weights from safetensors files, local or in a bucket.
 
 Of a folder's files, those are read that `transformers` opens; a folder that could mean two sets of
-weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one
-memory-mapped copy, or ranged requests of which two must agree. Local files go through the
-safetensors library; it cannot open `gs://`, so there the header (8 bytes of length, then JSON) is
-read here.
+weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one read
+of a file, or ranged requests of which two must agree. The safetensors library opens neither `gs://`
+nor lets go of what it mapped, so the header (8 bytes of length, then JSON) is read here.
 """
 
 import dataclasses
@@ -12,8 +11,8 @@ import math
 import re
 from collections.abc import Mapping
 
+import ml_dtypes  # noqa: F401 -- gives numpy its bfloat16
 import numpy as np
-import safetensors
 from etils import epath
 
 from tulu_jax import strict_json, validation
@@ -34,7 +33,7 @@ class Header:
     file: str
     dtype: str
     shape: tuple[int, ...]
-    start: int | None  # of its first byte, for files read by range
+    start: int  # of its first byte in the file
 
 
 class WeightFiles:
@@ -45,7 +44,6 @@ class WeightFiles:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self._open: dict[str, safetensors.safe_open] = {}
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
         self.files = self._chosen()
@@ -56,15 +54,7 @@ class WeightFiles:
     def rows(self, name: str, rows: slice) -> np.ndarray:
         """Rows `rows` (over axis 0) of weight `name`, in the dtype of the file."""
         header = self.headers[name]
-        start, stop, _ = rows.indices(header.shape[0])
-        if header.start is None:
-            return self._open[header.file].get_slice(name)[start:stop]
-        dtype = np.dtype(DTYPES[header.dtype])
-        row_bytes = math.prod(header.shape[1:]) * dtype.itemsize
-        data = _agreed(
-            self._path / header.file, header.start + start * row_bytes, (stop - start) * row_bytes
-        )
-        return np.frombuffer(data, dtype).reshape(stop - start, *header.shape[1:])
+        return read_rows(self._path / header.file, header, rows)
 
     def _chosen(self) -> list[str]:
         """Names of the files to read; none where an entry in `problems` says why."""
@@ -162,25 +152,14 @@ class WeightFiles:
                 self.problems.append(f"{path}: {found}")
                 return
         try:
-            headers = _remote_headers(path) if is_remote(path) else self._local_headers(file)
-        except (safetensors.SafetensorError, ValueError) as error:
+            headers = _headers(path)
+        except ValueError as error:
             self.problems.append(f"{path} is not a complete safetensors file: {error}")
             return
         for name in headers:
             if name in self.headers:
                 self.problems.append(f"{name} is in {self.headers[name].file} and in {file}")
         self.headers |= headers
-
-    def _local_headers(self, file: str) -> Mapping[str, Header]:
-        handle = safetensors.safe_open(str(self._path / file), framework="numpy")
-        self._open[file] = handle
-        headers = {}
-        for name in handle.keys():  # noqa: SIM118 -- not a mapping
-            weight = handle.get_slice(name)
-            headers[name] = Header(
-                file=file, dtype=weight.get_dtype(), shape=tuple(weight.get_shape()), start=None
-            )
-        return headers
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -205,16 +184,51 @@ def _agreed(path: epath.Path, start: int, count: int) -> bytes:
     )
 
 
-def _remote_headers(path: epath.Path) -> Mapping[str, Header]:
+def read_rows(path: epath.Path, header: Header, rows: slice) -> np.ndarray:
+    """Rows `rows` of the weight of which `header` tells, in the file `path`. Raises `ValueError` if
+    the file ends before."""
+    start, stop, _ = rows.indices(header.shape[0])
+    dtype = np.dtype(DTYPES[header.dtype])
+    found = np.empty((stop - start, *header.shape[1:]), dtype)
+    place = header.start + start * math.prod(header.shape[1:]) * dtype.itemsize
+    if is_remote(path):
+        content = _agreed(path, place, found.nbytes)
+        if len(content) < found.nbytes:
+            raise ValueError(f"{path} ends before the weight that begins at {header.start}")
+        return np.frombuffer(content, dtype).reshape(found.shape)
+    left = found.reshape(-1).view(np.uint8).data
+    with open(path, "rb", buffering=0) as file:
+        file.seek(place)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise ValueError(f"{path} ends before the weight that begins at {header.start}")
+            left = left[count:]
+    return found
+
+
+def _beginning(path: epath.Path, start: int, count: int) -> bytes:
+    if is_remote(path):
+        return _agreed(path, start, count)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def _headers(path: epath.Path) -> Mapping[str, Header]:
     size = path.stat().length
-    length = int.from_bytes(_agreed(path, 0, 8), "little") if size > 8 else 0
+    length = int.from_bytes(_beginning(path, 0, 8), "little") if size > 8 else 0
     if not 0 < length <= min(size - 8, MOST_HEADER):
         raise ValueError(f"its header would be {length} bytes in a file of {size}")
-    entries = strict_json.loads(_agreed(path, 8, length))
+    entries = strict_json.loads(_beginning(path, 8, length))
     try:
         entries.pop("__metadata__", None)
         headers = {name: _entry(path.name, 8 + length, entry) for name, entry in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = 8 + length
+        for start, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+            if not 8 + length + start == end <= 8 + length + stop:
+                raise ValueError(f"its weights leave holes or overlap at byte {start}")
+            end = 8 + length + stop
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"its header is of another form ({error!r})") from error
     if end != size:
