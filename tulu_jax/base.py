@@ -5,8 +5,7 @@ from absl import logging
 from etils import epath
 
 from tulu_jax import validation
-from tulu_jax.interop import hf, layout
-from tulu_jax.interop.weight_files import WeightFiles
+from tulu_jax.interop import hf, layout, sources
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
@@ -49,14 +48,14 @@ def problems(config: TrainConfig) -> list[str]:
         return []
     folder, name = config.base, f"base = {config.base!r}"
     if not epath.Path(folder).exists():
-        return [f"{name} does not exist; expected a Hugging Face folder or a run's workdir"]
-    if (epath.Path(folder) / "config.json").exists():
+        return [f"{name} does not exist; expected published weights or a run's workdir"]
+    if sources.is_published(folder):
         found = hf.config_problems(folder, config.model) + hf.check_weights(folder, config.model)
         return [f"{name}: {problem}" for problem in found]
     checkpoints = checkpoint_lib.Checkpoints(folder)
     step = checkpoints.latest_step()
     if step is None:
-        return [f"{name} has neither config.json nor a checkpoint"]
+        return [f"{name} has neither config.json nor params.json nor a checkpoint"]
     params = llama.abstract_params(config.model, config.param_dtype)
     found = agreement.model_problems(
         checkpoints.about(step), checkpoints.folder / str(step), config.model, params
@@ -78,7 +77,7 @@ def first_step_problems(config: TrainConfig) -> list[str]:
 def about(config: TrainConfig) -> dict:
     """What exports need to know of the base, kept with each checkpoint: `base_dtype`, that of the
     weights where they were published or made, and its `generation_config`."""
-    if config.base is None or (epath.Path(config.base) / "config.json").exists():
+    if config.base is None or sources.is_published(config.base):
         return {
             "base_dtype": _weights_dtype(config),
             "generation_config": generation_config(config),
@@ -99,7 +98,7 @@ def generation_config(config: TrainConfig) -> dict:
 
 def _weights_dtype(config: TrainConfig) -> str:
     with validation.reading():
-        return hf.weights_dtype(config.base) if config.base else config.param_dtype
+        return hf.weights_dtype(config.base, config.model) if config.base else config.param_dtype
 
 
 def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
@@ -107,7 +106,7 @@ def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
 
     Raises `UsageError` if they do not fit the model, cannot be read, or are not all finite.
     """
-    published = (epath.Path(folder) / "config.json").exists()
+    published = sources.is_published(folder)
     if published:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
         dtype = jax.tree.leaves(abstract_params)[0].dtype
@@ -133,6 +132,6 @@ def _weights_in_files(folder: str, model: LlamaConfig, bad: dict[str, list[int]]
     """The weights of a Hugging Face folder, "name in file", that parameters and their
     layers are read from."""
     names = {found.path: found.names for found in jax.tree.leaves(layout.layouts(model))}
-    headers = WeightFiles(epath.Path(folder)).headers
+    headers = sources.opened(folder, model).headers
     weights = [names[path][layer] for path, layers in bad.items() for layer in layers or [0]]
     return [f"{weight} in {headers[weight].file}" for weight in weights]

@@ -33,16 +33,20 @@ flags.register_multi_flags_validator(
 
 def main(config) -> None:
     """Writes the folder, or the checkpoint of step 0 that `train` goes on from."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a run may hold the chips
     from tulu_jax import preflight
 
-    cli.check(config, preflight.to_start if _FROM_HF.value else preflight.to_read)
-    from tulu_jax import trained, trainer
+    needs = preflight.to_start if _FROM_HF.value else preflight.to_read
+    cli.stop_if(needs(config, num_devices=1))
+    from tulu_jax import conversion
 
     if _FROM_HF.value:
-        trainer.Run(config, cli.operative_config()).save_initial()
+        conversion.write_first_step(config, cli.operative_config())
         return
     out = validation.expanded(_OUT.value or f"{config.workdir}/hf")
-    trained.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
+    conversion.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
     logging.info("Wrote %s", out)
 
 

@@ -1,16 +1,14 @@
-"""What a run trained: its parameters, its replies, its Hugging Face folder."""
+"""What a run trained: its parameters, its tokenizer, its replies."""
 
 import jax
-from absl import logging
 from etils import epath
 
-from tulu_jax import atomic, validation
+from tulu_jax import atomic, digests, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import sampler
-from tulu_jax.interop import hf, tokenizer_export
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
@@ -49,12 +47,20 @@ def tokenizer_path(config: TrainConfig) -> str:
     return str(kept) if kept.exists() else config.data.tokenizer
 
 
+def tokenizer_digest(path: str) -> str:
+    """A digest of all that the tokenizer at `path` does to a plain text; that which a run keeps has
+    the same as that which it was given."""
+    return digests.of_bytes(_tokenizer_text(path).encode())
+
+
+def _tokenizer_text(path: str) -> str:
+    return tokenizer_files.for_plain_text(chat_lib.load_tokenizer(path).backend, path).to_str()
+
+
 def keep_tokenizer(config: TrainConfig, *, replace: bool) -> None:
     """Writes the tokenizer of a run into its workdir, so that the folder is whole by itself. Raises
     `UsageError` for another one that is there, unless it may `replace` that."""
-    path = config.data.tokenizer
-    backend = tokenizer_files.for_plain_text(chat_lib.load_tokenizer(path).backend, path)
-    kept, text = epath.Path(config.workdir) / KEPT_TOKENIZER, backend.to_str()
+    kept, text = epath.Path(config.workdir) / KEPT_TOKENIZER, _tokenizer_text(config.data.tokenizer)
     if not kept.exists() or kept.read_text() != text:
         if kept.exists() and not replace:
             raise validation.UsageError(
@@ -108,57 +114,3 @@ class Generator:
                 **self.settings,
             )
         return [self.tokenizer.decode(ids).strip() for ids in new_tokens]
-
-
-def export(
-    config: TrainConfig, out: str, *, step: int | None, dtype: str | None, overwrite: bool
-) -> None:
-    """Writes the checkpoint of `step` (default: the latest) as the Hugging Face folder `out`.
-
-    The folder has the tokenizer with a chat template that makes exactly the training ids, and the
-    generation config of what the run began from. `dtype` None is that of the base, where it is
-    float32, else bfloat16. The rows of the run are not asked for, nor its base, unless the
-    objective keeps it frozen. Raises `UsageError`, before the parameters are loaded, if there is no
-    such checkpoint or `out` cannot be written.
-    """
-    step = saved_step(config, step)
-    about = checkpoint_lib.Checkpoints(config.workdir).about(step)
-    dtype = dtype or _dtype_of_base(config, about)
-    problems = hf.target_problems(out, config.model, dtype=dtype, overwrite=overwrite)
-    if problems:
-        raise validation.UsageError("\n".join(problems))
-    with validation.reading():
-        path = tokenizer_path(config)
-        tokenizer = chat_lib.load_tokenizer(path)
-        backend = tokenizer_files.for_plain_text(tokenizer.backend, path)
-        generation = about.get("generation_config")  # checkpoints of before have none
-        if generation is None:
-            generation = base_lib.generation_config(config)
-    mesh, params = load(config, step=step)
-    with jax.set_mesh(mesh):
-        hf.save(
-            out,
-            params,
-            config.model,
-            dtype=dtype,
-            generation_config=generation
-            | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
-            overwrite=overwrite,
-            write_tokenizer=lambda folder: tokenizer_export.save(
-                backend,
-                str(folder),
-                max_length=config.data.max_length,
-                mode=config.data.chat,
-            ),
-        )
-
-
-def _dtype_of_base(config: TrainConfig, about: dict) -> str:
-    base = about.get("base_dtype", config.param_dtype)
-    dtype = base if base in hf.DTYPES else "bfloat16"  # float16 is read, never written
-    logging.info(
-        "Weights are written in %s: what the run began from is %s, the parameters are %s; "
-        "--dtype chooses",
-        *(dtype, base, config.param_dtype),
-    )
-    return dtype

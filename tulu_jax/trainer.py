@@ -29,8 +29,30 @@ from tulu_jax.training.state import Frozen, TrainState
 
 CONFIG_FILE = "config.gin"
 WRITTEN = "# Parameters for "  # headings of an operative config, and of no file that people write
-MEANS = {"data": " (other rows, tokenizer, template, length, or versions of tasks)"}
+MEANS = {
+    "data": " (other rows, tokenizer, template, length, or versions of tasks)",
+    "tokenizer": " (digests; another text has the same ids)",
+}
 OF_BASE = ("base_dtype", "generation_config")
+
+
+def about(
+    config: TrainConfig, params: Params, frozen: Frozen, *, weights: str, of_base: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of any run of `config`, `params` being what trains of the model that
+    began with `weights`, `of_base` what exports need to know of the base."""
+    return {
+        "params": agreement.param_shapes(params),
+        "frozen": agreement.param_shapes(frozen.base),
+        "weights": weights,
+        **of_base,
+        "must_match": {
+            "model": dataclasses.asdict(config.model),
+            "objective": config.objective.identity(),
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "param_dtype": config.param_dtype,
+        },
+    }
 
 
 class Run:
@@ -56,6 +78,11 @@ class Run:
     @functools.cached_property
     def checkpoints(self) -> checkpoint_lib.Checkpoints:
         return checkpoint_lib.Checkpoints(self.config.workdir, self.config.checkpoint)
+
+    @functools.cached_property
+    def tokenizer(self) -> str:
+        """The digest of the tokenizer (`trained.tokenizer_digest`)."""
+        return trained.tokenizer_digest(self.config.data.tokenizer)
 
     def open(self) -> None:
         """Opens the data, encoding what is not yet encoded, and counts the updates."""
@@ -269,28 +296,22 @@ class Run:
     def _about(self) -> dict[str, Any]:
         """What a checkpoint says of the run, and what a resumed run must agree with; before the
         data is opened, the first update is still free to choose it."""
-        config = self.config
-        must_match = {
-            "model": dataclasses.asdict(config.model),
-            "objective": config.objective.identity(),
-            "optimizer": dataclasses.asdict(config.optimizer),
-            "param_dtype": config.param_dtype,
-        }
+        found = about(
+            self.config,
+            self.abstract.params,
+            self.abstract_frozen,
+            weights=self.weights,
+            of_base=self.of_base,
+        )
         if self.feed is not None:
-            must_match |= {
+            found["must_match"] |= {
                 "data": self.feed.rows.fingerprint,
-                "data_seed": config.data.seed,
-                "batch_size": config.batch_size,
+                "data_seed": self.config.data.seed,
+                "batch_size": self.config.batch_size,
                 "num_steps": self.num_steps,
+                "tokenizer": self.tokenizer,
             }
-        return {
-            "params": agreement.param_shapes(self.abstract.params),
-            "frozen": agreement.param_shapes(self.abstract_frozen.base),
-            "weights": self.weights,
-            "watch": self.history.as_saved(),
-            **self.of_base,
-            "must_match": must_match,
-        }
+        return found | {"watch": self.history.as_saved()}
 
     def _resume_problems(self, about: dict) -> list[str]:
         theirs, ours = about["must_match"], self._about()["must_match"]

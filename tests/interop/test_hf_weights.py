@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from hf_models import FLOAT32, VARIANTS, assert_equal_trees, one_device, random_llama, random_params
 
-from tulu_jax.interop import hf
+from tulu_jax.interop import hf, weight_files
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding as sharding_lib
@@ -177,14 +177,14 @@ def test_every_row_of_a_file_is_read_once(checkpoint, monkeypatch):
     """Even where the parameter is replicated over all 8 devices."""
     config = hf.read_config(checkpoint)
     read = []
-    rows = hf.WeightFiles.rows
+    rows = weight_files.WeightFiles.rows
 
     def counting(self, name, index):
         block = rows(self, name, index)
         read.append(block.size)
         return block
 
-    monkeypatch.setattr(hf.WeightFiles, "rows", counting)
+    monkeypatch.setattr(weight_files.WeightFiles, "rows", counting)
     mesh = mesh_lib.make(mesh_lib.MeshConfig(data=8, fsdp=1))
     shardings = sharding_lib.param_shardings(mesh, llama.abstract_params(config, "float32"))
     hf.load(checkpoint, config, shardings=shardings, dtype="float32")

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from hf_models import one_device
 
-from tulu_jax import base, trained, validation
+from tulu_jax import base, conversion, validation
 from tulu_jax.interop import hf
 from tulu_jax.training import agreement, checkpoint
 from tulu_jax.training.state import TrainState
@@ -47,7 +47,10 @@ def run(tmp_path_factory, shared_data, request):
         "params": agreement.param_shapes(params),
         "weights": "w",
         **base.about(config),
-        "must_match": {"model": dataclasses.asdict(model)},
+        "must_match": {
+            "model": dataclasses.asdict(model),
+            "objective": config.objective.identity(),
+        },
     }
     saved = checkpoint.Checkpoints(config.workdir, checkpoint.CheckpointConfig(every=4))
     saved.save(4, TrainState(step=jnp.int32(4), params=params, opt_state={}), about, {})
@@ -56,7 +59,7 @@ def run(tmp_path_factory, shared_data, request):
 
 
 def export(config, out, **options):
-    trained.export(config, str(out), **(dict(step=None, dtype=None, overwrite=False) | options))
+    conversion.export(config, str(out), **(dict(step=None, dtype=None, overwrite=False) | options))
     return out
 
 
@@ -64,10 +67,11 @@ def test_the_dtype_is_that_of_the_base_and_is_said(run, tmp_path, caplog):
     dtype, config = run
     with caplog.at_level(logging.INFO):
         out = export(config, tmp_path / "out")
-    assert hf.weights_dtype(out) == dtype
+    assert hf.weights_dtype(out, config.model) == dtype
     assert f"Weights are written in {dtype}" in caplog.text
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
-    assert hf.weights_dtype(export(config, tmp_path / "other", dtype=other)) == other
+    exported = export(config, tmp_path / "other", dtype=other)
+    assert hf.weights_dtype(exported, config.model) == other
 
 
 def test_plain_text_and_chats_have_the_ids_of_the_base(run, tmp_path, shared_data):
@@ -107,7 +111,9 @@ def test_what_cannot_be_written_is_told_before_parameters_are_read(run, tmp_path
     _, config = run
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text("{}")
-    monkeypatch.setattr(trained, "load", None)  # reading them would be an error of another type
+    monkeypatch.setattr(
+        conversion, "StoredSource", None
+    )  # reading them would be an error of another type
     with pytest.raises(validation.UsageError, match=r"out exists; .* replace it with --overwrite"):
         export(config, tmp_path / "out")
     with pytest.raises(validation.UsageError, match=r"no checkpoint of step 5 .* steps \[4\]"):

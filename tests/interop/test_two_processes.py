@@ -22,16 +22,16 @@ sys.path.insert(0, "tests/interop")
 from test_hf_export import CONFIG, IDS
 from hf_models import FLOAT32
 from tulu_jax.decode import sampler
-from tulu_jax.interop import hf
+from tulu_jax.interop import hf, weight_files
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib, sharding as sharding_lib
 
 read = []
-rows = hf.WeightFiles.rows
+rows = weight_files.WeightFiles.rows
 def counting(self, *arguments):
     read.append(rows(self, *arguments))
     return read[-1]
-hf.WeightFiles.rows = counting
+weight_files.WeightFiles.rows = counting
 
 with jax.set_mesh(mesh_lib.make(mesh_lib.MeshConfig(fsdp=2, tensor=2))) as mesh:
     shardings = sharding_lib.param_shardings(

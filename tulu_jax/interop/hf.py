@@ -8,7 +8,6 @@ host holds a few layers of one parameter on the way in and one shard on the way 
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -27,11 +26,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from tulu_jax import validation
-from tulu_jax.interop import config_file, folder, placement, shards, weight_files
+from tulu_jax.interop import config_file, folder, placement, shards, sources, weight_files
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
-from tulu_jax.interop.weight_files import WeightFiles
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel.sharding import path_name
@@ -73,6 +71,8 @@ def config_problems(path: Path, config: LlamaConfig) -> list[str]:
     `max_position_embeddings` is not compared: nothing is computed from it.
     """
     folder_ = epath.Path(path).expanduser()
+    if sources.is_meta(folder_) or sources.is_easylm(folder_):
+        return []  # the former's fields are compared when it is opened, the latter has none
     try:
         fields = config_file.read(folder_)
         problems = config_file.unsupported(fields)
@@ -92,19 +92,34 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     return config_file.read_object(file) if file.exists() else {}
 
 
-def weights_dtype(path: Path) -> str:
+def weights_dtype(path: Path, config: LlamaConfig) -> str:
     """What `config.json` in `path` says the dtype of the weights is; else that of the embedding."""
     folder_ = epath.Path(path).expanduser()
-    fields = config_file.read(folder_)
-    said = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
-    if said in weight_files.DTYPES.values():
-        return said
-    return weight_files.DTYPES[WeightFiles(folder_).headers[_EMBEDDING].dtype]
+    if not (sources.is_meta(folder_) or sources.is_easylm(folder_)):
+        fields = config_file.read(folder_)
+        said = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
+        if said in weight_files.DTYPES.values():
+            return said
+    return weight_files.DTYPES[sources.opened(path, config).headers[_EMBEDDING].dtype]
 
 
 def check_weights(path: Path, config: LlamaConfig) -> list[str]:
     """What keeps the weights in `path` from being a `config`, from the file headers alone."""
-    return _weight_problems(WeightFiles(epath.Path(path).expanduser()), config)
+    return _weight_problems(sources.opened(path, config), config)
+
+
+def opened(path: Path, config: LlamaConfig) -> sources.Weights:
+    """The weights in `path`, to be read one by one. Raises `ValueError` for what `load` does."""
+    files = sources.opened(path, config)
+    problems = config_problems(path, config) + _weight_problems(files, config)
+    if problems:
+        raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
+    logging.info("Reading %s in %s", ", ".join(files.files), path)
+    if files.unread:
+        logging.warning("Not read, as transformers does not: %s in %s", files.unread, path)
+    if config.tie_embeddings and _HEAD in files.headers:
+        _check_tied(files)
+    return files
 
 
 def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
@@ -114,20 +129,11 @@ def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
     all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape,
     and each field of `config.json` by which the folder's model computes another function.
     """
-    files = WeightFiles(epath.Path(path).expanduser())
-    problems = config_problems(path, config) + _weight_problems(files, config)
-    if problems:
-        raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
-    logging.info("Reading %s in %s", ", ".join(files.files), path)
-    if files.unread:
-        logging.warning("Not read, as transformers does not: %s in %s", files.unread, path)
-    layouts = layout_lib.layouts(config)
+    files, layouts = opened(path, config), layout_lib.layouts(config)
     if isinstance(shardings, Sharding):
         everywhere = shardings
         shardings = jax.tree.map(lambda _: everywhere, layouts)
     with concurrent.futures.ThreadPoolExecutor(placement.READ_AHEAD) as pool:
-        if config.tie_embeddings and _HEAD in files.headers:
-            _check_tied(files, layouts, shardings, pool)
         return jax.tree.map(
             lambda layout, sharding: placement.load(
                 files, layout, sharding=sharding, dtype=dtype, pool=pool
@@ -224,7 +230,7 @@ def _listed(heading: str, problems: list[str]) -> str:
     return f"{heading}:\n" + "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
 
 
-def _weight_problems(files: WeightFiles, config: LlamaConfig) -> list[str]:
+def _weight_problems(files: sources.Weights, config: LlamaConfig) -> list[str]:
     if not files.headers:
         return files.problems
     expected = layout_lib.expected_weights(config)
@@ -263,15 +269,10 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
 
 
-def _check_tied(files: WeightFiles, layouts, shardings, pool) -> None:
+def _check_tied(files: sources.Weights) -> None:
     """Raises `ValueError` if a file of a tied model carries a head that is not its embedding."""
-    layout = layouts["model"]["embed_tokens"]["embedding"]
-    sharding = shardings["model"]["embed_tokens"]["embedding"]
-    embedding, head = (
-        next(placement.read(files, weight, sharding=sharding, pool=pool))
-        for weight in (layout, dataclasses.replace(layout, names=(_HEAD,)))
-    )
-    if not jax.jit(lambda a, b: (a == b).all())(embedding, head):
+    embedding, head = (files.rows(name, slice(None)) for name in (_EMBEDDING, _HEAD))
+    if not np.array_equal(embedding, head):
         raise ValueError(
             f"{_HEAD} differs from {_EMBEDDING} although the model ties them; set "
             "tie_word_embeddings to false in config.json, or remove the weight"

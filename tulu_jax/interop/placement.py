@@ -19,13 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from tulu_jax.interop.layout import Layout
-from tulu_jax.interop.weight_files import WeightFiles
+from tulu_jax.interop.sources import Weights
 
 READ_AHEAD = 4  # layers of one parameter on the host at a time
 
 
 def read(
-    files: WeightFiles, layout: Layout, *, sharding: Sharding, pool: Executor
+    files: Weights, layout: Layout, *, sharding: Sharding, pool: Executor
 ) -> Iterator[jax.Array]:
     """The weights of a parameter as they are in the files, in layer order, cut by rows."""
     shape = layout.hf_shape
@@ -52,7 +52,7 @@ def read(
 
 
 def load(
-    files: WeightFiles, layout: Layout, *, sharding: Sharding, dtype: str, pool: Executor
+    files: Weights, layout: Layout, *, sharding: Sharding, dtype: str, pool: Executor
 ) -> jax.Array:
     """A parameter in our layout, `dtype` and `sharding`."""
     pieces = read(files, layout, sharding=sharding, pool=pool)

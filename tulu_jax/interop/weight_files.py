@@ -1,4 +1,4 @@
-"""Reading rows of weights from safetensors files, local or in a bucket.
+"""Reading rows of weights from safetensors files or torch archives, local or in a bucket.
 
 Of a folder's files, those are read that `transformers` opens; a folder that could mean two sets of
 weights is refused. Only whole rows of a weight are read, which are contiguous in the file: one read
@@ -16,9 +16,11 @@ import numpy as np
 from etils import epath
 
 from tulu_jax import strict_json, validation
+from tulu_jax.interop import torch_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # without safetensors
 ADAPTER = "adapter_config.json"
 
 MOST_HEADER = 100_000_000  # bytes; the safetensors library takes no more
@@ -72,8 +74,8 @@ class WeightFiles:
             return []
         single, index = self._path / SINGLE, self._path / INDEX
         if not single.exists():
-            return self._of_index() if index.exists() else self._nothing()
-        shards = self._of_index(quietly=True) if index.exists() else []
+            return self._of_index(INDEX) if index.exists() else self._of_torch()
+        shards = self._of_index(INDEX, quietly=True) if index.exists() else []
         if shards and shards != [SINGLE] and all((self._path / name).exists() for name in shards):
             self.problems.append(
                 f"{single} and the {len(shards)} files of {index} are both whole, and one may be "
@@ -83,13 +85,25 @@ class WeightFiles:
             return []
         return [SINGLE]
 
-    def _of_index(self, *, quietly: bool = False) -> list[str]:
+    def _of_torch(self) -> list[str]:
+        if (self._path / TORCH).exists():
+            return [TORCH]
+        if (self._path / TORCH_INDEX).exists():
+            return self._of_index(TORCH_INDEX)
+        found = sorted(file.name for file in self._path.iterdir())
+        self.problems.append(
+            f"{self._path} has neither {SINGLE} nor {INDEX}, nor {TORCH}; found "
+            f"{found or 'nothing'}"
+        )
+        return []
+
+    def _of_index(self, name: str, *, quietly: bool = False) -> list[str]:
         """Names of the files in the index; none for a broken one, a problem unless `quietly`.
 
         A name is of a file of the folder. That may be a link to another place, which only who may
         write here can have made; a path in the index comes with a download.
         """
-        index = self._path / INDEX
+        index = self._path / name
         try:
             if found := validation.unreadable(index):
                 raise ValueError(found)
@@ -111,20 +125,6 @@ class WeightFiles:
                 self.problems.append(f"{index} is not a weight index: {error!r}")
             return []
 
-    def _nothing(self) -> list[str]:
-        found = sorted(file.name for file in self._path.iterdir())
-        if any(name.startswith("pytorch_model") for name in found):
-            self.problems.append(
-                f"{self._path} holds only pytorch_model*.bin, which is not read (unpickling runs "
-                f"code); convert it once where torch is installed: AutoModelForCausalLM"
-                f".from_pretrained({str(self._path)!r}).save_pretrained(new_folder)"
-            )
-        else:
-            self.problems.append(
-                f"{self._path} has neither {SINGLE} nor {INDEX}; found {found or 'nothing'}"
-            )
-        return []
-
     def _others(self) -> list[str]:
         if not self.files:
             return []
@@ -142,7 +142,7 @@ class WeightFiles:
     def _read_headers(self, file: str) -> None:
         path = self._path / file
         if not path.exists():
-            self.problems.append(f"{path} is missing, although {INDEX} names it")
+            self.problems.append(f"{path} is missing, although the index names it")
             return
         if found := validation.unreadable(path):
             self.problems.append(f"{path}: {found}")
@@ -152,9 +152,10 @@ class WeightFiles:
                 self.problems.append(f"{path}: {found}")
                 return
         try:
-            headers = _headers(path)
+            headers = _of_archive(path) if path.suffix == ".bin" else _headers(path)
         except ValueError as error:
-            self.problems.append(f"{path} is not a complete safetensors file: {error}")
+            kind = "torch archive" if path.suffix == ".bin" else "safetensors file"
+            self.problems.append(f"{path} is not a complete {kind}: {error}")
             return
         for name in headers:
             if name in self.headers:
@@ -213,6 +214,13 @@ def _beginning(path: epath.Path, start: int, count: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         return file.read(count)
+
+
+def _of_archive(path: epath.Path) -> Mapping[str, Header]:
+    return {
+        name: Header(file=path.name, dtype=tensor.dtype, shape=tensor.shape, start=tensor.start)
+        for name, tensor in torch_files.tensors(path).items()
+    }
 
 
 def _headers(path: epath.Path) -> Mapping[str, Header]:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from tulu_jax import validation
 from tulu_jax.parallel import sharding
 from tulu_jax.training import checkpoint_digests, state
 
@@ -56,7 +58,7 @@ class StoredArray:
 
     def text(self) -> str:
         """The digest of what was read, such as 'float32 0123456789abcdef'."""
-        total = np.array(list(self.sums.values()), np.uint64).sum(axis=0) % 2**32
+        total = [sum(part) % 2**32 for part in zip(*self.sums.values(), strict=True)]
         return checkpoint_digests.text(self.dtype.name, total)
 
 
@@ -103,16 +105,16 @@ class Streamed(np.ndarray):
     """Stands in a tree that is saved for an array that is made while it is written.
 
     `pieces` gives the index of each piece and a function that makes it: layers of a stacked array,
-    or all of it under the index (). `sums` add up, and `weights`, as those of
-    `checkpoint_digests.sums` and `state.leaf_sums`.
+    or all of it under the index (); `named` tells what a piece is, in a refusal. `sums` add up, and
+    `weights`, as those of `checkpoint_digests.sums` and `state.leaf_sums`.
     """
 
     pieces: Callable[[], Iterator[tuple[tuple[int, ...], Callable[[], np.ndarray]]]]
 
     @staticmethod
-    def of(shape: Sequence[int], dtype, pieces) -> "Streamed":
+    def of(shape: Sequence[int], dtype, pieces, named) -> "Streamed":
         array = np.broadcast_to(np.zeros((), dtype), shape).view(Streamed)
-        array.pieces, array.constant = pieces, False
+        array.pieces, array.named, array.constant = pieces, named, False
         array.sums, array.weights = [0, 0], [0, 0]
         return array
 
@@ -122,14 +124,19 @@ class Streamed(np.ndarray):
         piece = np.broadcast_to(value, shape[1:] if stacked else shape)
         indices = [(layer,) for layer in range(shape[0])] if stacked else [()]
         array = Streamed.of(
-            shape, value.dtype, lambda: ((index, lambda: piece) for index in indices)
+            shape, value.dtype, lambda: ((index, lambda: piece) for index in indices), str
         )
         array.constant = True
         return array
 
     def note(self, index: tuple[int, ...], piece: np.ndarray) -> None:
-        """Adds a piece to the sums."""
-        found = jax.device_get(_measured(piece, index[0] if index else 0))
+        """Adds a piece to the sums. Raises `UsageError` for one that is not finite."""
+        finite, *found = jax.device_get(_measured(piece, index[0] if index else 0))
+        if not finite:
+            raise validation.UsageError(
+                f"{self.named(index)} is not finite; expected numbers. Get these files again, or "
+                "choose another base"
+            )
         for total, of_piece in zip((self.sums, self.weights), found, strict=True):
             total[:] = [(a + int(b)) % 2**32 for a, b in zip(total, of_piece, strict=True)]
 
@@ -157,7 +164,8 @@ def storage(ocp, tree: Any) -> Any:
 
 @jax.jit
 def _measured(piece, first):
-    return checkpoint_digests.sums(piece, first), state.leaf_sums(piece, first)
+    finite = jnp.isfinite(piece).all()
+    return finite, checkpoint_digests.sums(piece, first), state.leaf_sums(piece, first)
 
 
 def _ints(sums) -> list[int]:
