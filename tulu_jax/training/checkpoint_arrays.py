@@ -5,18 +5,18 @@ the digest that was saved with the array, so what is read whole is known to be w
 """
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from tulu_jax import validation
 from tulu_jax.parallel import sharding
-from tulu_jax.training import checkpoint_digests, state
+from tulu_jax.training import checkpoint_digests, host_sums, state
 
 BLOCKS = 4_000_000_000  # bytes of layers that are kept where chunks reach over many of them
 CHUNK = 64 << 20  # bytes of a chunk that is written, at most
@@ -48,12 +48,12 @@ class StoredArray:
                     last = min(first + self._depth, self.shape[0])
                     self._first, self._block = first, self._store[first:last].read().result()
                 found = self._block[layer - first]
-        self.sums[layer] = _ints(checkpoint_digests.sums(found, layer))
+        self.sums[layer] = list(host_sums.of(found, layer).digest)
         return found
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         found = self._store.read().result()
-        self.sums[0] = _ints(checkpoint_digests.sums(found))
+        self.sums[0] = list(host_sums.of(found).digest)
         return found if dtype is None else found.astype(dtype)
 
     def text(self) -> str:
@@ -120,25 +120,34 @@ class Streamed(np.ndarray):
 
     @staticmethod
     def filled(shape: Sequence[int], value: np.ndarray, *, stacked: bool) -> "Streamed":
-        """An array of one value everywhere."""
+        """An array of one value everywhere; it is finite."""
         piece = np.broadcast_to(value, shape[1:] if stacked else shape)
         indices = [(layer,) for layer in range(shape[0])] if stacked else [()]
-        array = Streamed.of(
-            shape, value.dtype, lambda: ((index, lambda: piece) for index in indices), str
-        )
+        pieces = [(index, lambda: piece) for index in indices]
+        array = Streamed.of(shape, value.dtype, lambda: pieces, str)
         array.constant = True
         return array
 
     def note(self, index: tuple[int, ...], piece: np.ndarray) -> None:
         """Adds a piece to the sums. Raises `UsageError` for one that is not finite."""
-        finite, *found = jax.device_get(_measured(piece, index[0] if index else 0))
-        if not finite:
+        layer = index[0] if index else 0
+        if self.constant:
+            found = _of_constant(piece.dtype, piece.reshape(-1)[:1].item(), piece.size, layer)
+        else:
+            found = host_sums.of(piece, layer)
+        if not found.finite:
             raise validation.UsageError(
                 f"{self.named(index)} is not finite; expected numbers. Get these files again, or "
                 "choose another base"
             )
-        for total, of_piece in zip((self.sums, self.weights), found, strict=True):
-            total[:] = [(a + int(b)) % 2**32 for a, b in zip(total, of_piece, strict=True)]
+        for total, part in ((self.sums, found.digest), (self.weights, found.weights)):
+            total[:] = [(a + b) % 2**32 for a, b in zip(total, part, strict=True)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_constant(dtype: np.dtype, value: float | int, size: int, layer: int) -> host_sums.Sums:
+    """Sums ask for places in the array laid flat, so moments of one size have the same."""
+    return host_sums.of(np.broadcast_to(np.asarray(value, dtype), size), layer)
 
 
 def of_streamed(tree: Any) -> dict[str, tuple[str, list[int]]]:
@@ -162,14 +171,18 @@ def storage(ocp, tree: Any) -> Any:
     return jax.tree.map_with_path(cut, tree)
 
 
-@jax.jit
-def _measured(piece, first):
-    finite = jnp.isfinite(piece).all()
-    return finite, checkpoint_digests.sums(piece, first), state.leaf_sums(piece, first)
+async def _fill(store, value: np.ndarray) -> None:
+    """Gives every chunk of a new zarr array one content, which is compressed once."""
+    chunk = store.chunk_layout.write_chunk.shape or ()  # of a scalar it is None
+    grid = [length // size for length, size in zip(store.shape, chunk, strict=True)]
+    first = tuple(slice(0, size) for size in chunk)
+    await store[first].write(np.broadcast_to(value.reshape(()), chunk))
 
+    def key(place: Sequence[int]) -> str:
+        return ".".join(map(str, place)) or "0"
 
-def _ints(sums) -> list[int]:
-    return [int(value) for value in jax.device_get(sums)]
+    content = (await store.kvstore.read(key([0] * len(grid)))).value
+    await asyncio.gather(*(store.kvstore.write(key(at), content) for at in np.ndindex(*grid)))
 
 
 def write_streamed(ocp) -> None:
@@ -195,6 +208,12 @@ def write_streamed(ocp) -> None:
             if not value.constant:
                 tspec["metadata"]["compressor"] = None
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            if value.constant:
+                async with self._slots:
+                    for index, make in value.pieces():
+                        await asyncio.to_thread(value.note, index, make())
+                    await _fill(store, make().reshape(-1)[:1])
+                return
             for index, make in value.pieces():
                 async with self._slots:
                     piece = await asyncio.to_thread(make)

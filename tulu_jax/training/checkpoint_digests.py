@@ -37,15 +37,12 @@ _READERS = 4  # files read at a time
 
 
 @jax.jit
-def sums(array: jax.Array, first: int | jax.Array = 0) -> Sums:
+def sums(array: jax.Array) -> Sums:
     """The sum of mix(bits ^ place · 0x9E3779B1), and that weighted by odd numbers of the place;
-    `mix` is the finalizer of MurmurHash3, `place` the index in the array laid flat.
-
-    Of an array that is read in layers, the sums of all add up, modulo 2**32, to those of the whole:
-    `array` is then layer number `first`.
-    """
+    `mix` is the finalizer of MurmurHash3, `place` the index in the array laid flat. So the sums of
+    layers that know their places add up to those of the whole (`host_sums`)."""
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
-    place = jnp.full(array.shape, first, jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
         place = place * jnp.uint32(size % 2**32) + along
@@ -86,7 +83,7 @@ def text(dtype: str, found: Sums | Sequence[int]) -> str:
     return f"{dtype} {''.join(f'{int(value):08x}' for value in jax.device_get(found))}"
 
 
-def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums]]) -> None:
+def write(folder: epath.Path, arrays: Mapping[str, tuple[str, Sums | Sequence[int]]]) -> None:
     """Writes `digests.json` of the checkpoint whose items lie, complete, in `folder`."""
     local, found = "://" not in str(folder), files(folder)
 

@@ -74,12 +74,11 @@ def fingerprint(params: dict) -> str:
     return fingerprint_of(jax.jit(lambda tree: jax.tree.map(leaf_sums, tree))(params))
 
 
-def leaf_sums(leaf: jax.Array, first: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
-    """The two sums of a leaf, uint32. Those of its layers add up to those of the whole: `leaf` is
-    then layer number `first`."""
+def leaf_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two sums of a leaf, uint32."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
     bits = bits.astype(jnp.uint32)
-    place = jnp.full(leaf.shape, first, jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis in range(leaf.ndim):
         place = place * jnp.uint32(leaf.shape[axis]) + jax.lax.broadcasted_iota(
             jnp.uint32, leaf.shape, axis
