@@ -39,6 +39,7 @@ TOP = {
     "trained",
     "conversion",
     "model_card",
+    "verification",
     "preflight",
     "cli",
     "gin_files",

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from tulu_jax import base as base_lib
-from tulu_jax import digests, model_card, trained, trainer, validation
+from tulu_jax import digests, model_card, trained, trainer, validation, verification
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.interop import hf, sources, tokenizer_export
@@ -157,6 +157,21 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
                 raise _usage_error(error) or error from None
             finally:
                 checkpoints.close()
+
+
+def verify(config: TrainConfig, published: str, *, step: int | None) -> None:
+    """Compares the logits of a checkpoint with those that `transformers` computes of the weights
+    `published`, an export of it or the base it began with. Raises `UsageError` if they differ."""
+    checkpoints = checkpoint_lib.Checkpoints(config.workdir)
+    step = checkpoints.require(step)
+    dtype = hf.weights_dtype(published, config.model)
+    if checkpoints.about(step).get("frozen"):
+        mesh, params = trained.load(config, step=step)
+        with jax.set_mesh(mesh):
+            params = jax.tree.map(np.asarray, params)
+    else:
+        params = StoredSource(config, checkpoints, step).params
+    verification.check(params, published, config.model, dtype=dtype)
 
 
 def _usage_error(error: BaseException) -> validation.UsageError | None:

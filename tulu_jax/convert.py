@@ -4,6 +4,11 @@ Examples:
   python -m tulu_jax.convert --gin_file=tulu_tiny_dpo.gin --out=runs/tulu_tiny_dpo/hf
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --step=40 --dtype=bfloat16 --out=hf
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --from_hf   # step 0 from its BASE
+  python -m tulu_jax.convert --gin_file=runs/sft_70b/config.gin --out=hf --verify
+
+It takes one host without accelerators, whatever the size of the model: a layer of a parameter is in
+memory at a time. BASE may also be a folder with pytorch_model.bin, one of Meta's, or a streamed
+file of EasyLM. An export that was killed goes on when the same command is given again.
 """
 
 from absl import flags, logging
@@ -23,6 +28,11 @@ _DTYPE = flags.DEFINE_enum(
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder, if an export made it.")
 _FROM_HF = flags.DEFINE_bool("from_hf", False, "Write the config's base as checkpoint of step 0.")
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Compare logits with those of transformers, layer by layer, when all is written. Needs torch.",
+)
 _OUTWARD = ("out", "step", "dtype", "overwrite")
 flags.register_multi_flags_validator(
     ["from_hf", *_OUTWARD],
@@ -44,10 +54,14 @@ def main(config) -> None:
 
     if _FROM_HF.value:
         conversion.write_first_step(config, cli.operative_config())
+        if _VERIFY.value:
+            conversion.verify(config, config.base, step=0)
         return
     out = validation.expanded(_OUT.value or f"{config.workdir}/hf")
     conversion.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
     logging.info("Wrote %s", out)
+    if _VERIFY.value:
+        conversion.verify(config, out, step=_STEP.value)
 
 
 if __name__ == "__main__":

@@ -201,3 +201,22 @@ def test_a_killed_export_goes_on_behind_its_last_whole_file(run, tmp_path, monke
         assert (tmp_path / "out" / file.name).stat().st_mtime_ns == times[file.name]
     exported = hf.load(tmp_path / "out", MODEL, shardings=one_device(), dtype="float32")
     assert_equal_trees(exported, params)
+
+
+def test_logits_are_compared_layer_by_layer(run, tmp_path):
+    """An export and the base; and what is not the same model is found."""
+    pytest.importorskip("torch")
+    config, params = run
+    conversion.verify(config, config.base, step=0)
+    export(config, tmp_path / "out", dtype="bfloat16")
+    conversion.verify(config, str(tmp_path / "out"), step=None)
+    layers = params["model"]["layers"]["mlp"]
+    kernel = layers["up_proj"]["kernel"]
+    other = jax.tree.map(lambda leaf: leaf, params)
+    other["model"]["layers"]["mlp"]["up_proj"]["kernel"] = kernel.at[1, 0].set(kernel[1, 1])
+    hf.save(
+        tmp_path / "other", other, MODEL, dtype="float32", generation_config={},
+        write_tokenizer=None,
+    )  # fmt: skip
+    with pytest.raises(validation.UsageError, match="differ by up to"):
+        conversion.verify(config, str(tmp_path / "other"), step=0)

@@ -75,6 +75,11 @@ class Trunk(nnx.Module):
     def __call__(self, inputs: Inputs):
         own = sharding.own(inputs.tokens, 1, "tensor")
         x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
+        x, cache = self.through(x, inputs)
+        return self.norm(x), cache
+
+    def through(self, x, inputs: Inputs):
+        """Hidden states behind the layers, and the new cache."""
         seen = self.seen(inputs, x.dtype)
 
         def body(x, layer):
@@ -84,8 +89,7 @@ class Trunk(nnx.Module):
         if self.execution.remat and inputs.cache is None:
             policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, cache = jax.lax.scan(body, x, (self.layers, inputs.cache))
-        return self.norm(x), cache
+        return jax.lax.scan(body, x, (self.layers, inputs.cache))
 
     def seen(self, inputs: Inputs, dtype) -> dict[str, Any]:
         """What every layer takes beside its activations of `dtype`."""
@@ -171,6 +175,35 @@ def inputs_of(tokens, segment_ids, positions, branches) -> Inputs:
         kv_branches=None if branches is None else sharding.gather(branches, 1, "length"),
         query_offset=sharding.axis_index("length") * tokens.shape[1],
     )
+
+
+def through_layer(
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    layer: Params,
+    hidden: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+    """Hidden states of whole rows behind one layer, whose parameters are those of
+    `params["model"]["layers"]` without axis 0: a model runs so, layer by layer, where it does not
+    fit."""
+    rows = jnp.ones(hidden.shape[:2], jnp.int32)
+    inputs = Inputs(
+        tokens=rows,
+        segment_ids=rows,
+        positions=jnp.cumsum(rows, axis=1) - 1,
+        kv_segment_ids=rows,
+        query_offset=0,
+    )
+    one = dataclasses.replace(config, num_layers=1)
+    params = {"model": {"layers": jax.tree.map(lambda leaf: leaf[None], layer)}}
+    return trunk(one, execution, params).through(hidden, inputs)[0]
+
+
+def last_norm(config: LlamaConfig, scale: jax.Array, hidden: Float[Array, "B T D"]) -> jax.Array:
+    """Normalised hidden states, as the output projection takes them; `scale` is [D]."""
+    norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
+    norm.scale = nnx.Param(scale)
+    return norm(hidden)
 
 
 def hidden_states(
