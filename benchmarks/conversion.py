@@ -4,9 +4,10 @@
     python benchmarks/conversion.py --thirteen_b [--layers=40]
 
 Each conversion is a process of its own, which tells its seconds, without imports, and its peak of
-memory. They take turns. `theirs` opens the folder with `from_pretrained` and writes it with
-`save_pretrained`; `out` exports a checkpoint of these parameters, as training saves it, and compares
-the digests of arrays; `in` makes the checkpoint of step 0 of the folder, moments of AdamW included.
+resident memory. They take turns. `theirs` opens the folder with `from_pretrained` and writes it
+with `save_pretrained`; `out` exports a checkpoint of these parameters, as training saves it, and
+compares the digests of arrays; `in` makes the checkpoint of step 0 of the folder, moments of AdamW
+included.
 A rate is bytes of the weights over seconds. `--thirteen_b` has the widths of Llama 2 13B, and shows
 the peaks where weights are many times the bound, 1.5 x the largest file + 1 GB.
 """
@@ -17,7 +18,7 @@ import json
 import math
 import os
 import pathlib
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -123,6 +124,8 @@ def convert(folder: pathlib.Path, model, kind: str) -> None:
         )
         found.save_pretrained(out)
     else:
+        import orbax.checkpoint  # noqa: F401 -- which is imported when it is needed
+
         from tulu_jax import conversion
 
         config = run_config(folder, model)
@@ -135,8 +138,13 @@ def convert(folder: pathlib.Path, model, kind: str) -> None:
                 config = dataclasses.replace(config, workdir=str(folder / "trained"))
             conversion.export(config, str(out), step=None, dtype="bfloat16", overwrite=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak_memory()}))
+
+
+def peak_memory() -> int:
+    """Bytes. Not `ru_maxrss`, which a child begins with that of its parent."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def measured(folder: pathlib.Path, kind: str) -> dict[str, float]:
@@ -165,7 +173,8 @@ def same_weights(folder: pathlib.Path, model) -> bool:
 
 
 def line(kind: str, rate: float, peak: float, seconds: list[float]) -> str:
-    return f"{kind:8} {rate:8.0f} MB/s  peak {peak / 1e9:5.2f} GB  {min(seconds):.1f}-{max(seconds):.1f} s"
+    spread = f"{min(seconds):.1f}-{max(seconds):.1f} s"
+    return f"{kind:8} {rate:8.0f} MB/s  peak {peak / 1e9:5.2f} GB  {spread}"
 
 
 def against_transformers(given, folder: pathlib.Path) -> None:
@@ -223,8 +232,8 @@ def peaks(given, folder: pathlib.Path) -> None:
     per_value = (peak - given.fixed) / largest(model)
     at_70b = given.fixed + per_value * largest(seventy)
     print(
-        f"computed for 70B: {given.fixed / 1e9:.2f} GB of a process + {per_value:.1f} bytes a value "
-        f"of the largest weight x {largest(seventy):,} = {at_70b / 1e9:.2f} GB"
+        f"computed for 70B: {given.fixed / 1e9:.2f} GB of a process + {per_value:.1f} bytes a "
+        f"value of the largest weight x {largest(seventy):,} = {at_70b / 1e9:.2f} GB"
     )
     result = {"name": "conversion_peak", "ratio": peak / bound, "target": 1.0, "ok": peak <= bound}
     print(json.dumps(result | {"peak": peak, "bound": bound, "at_70b": at_70b}))
