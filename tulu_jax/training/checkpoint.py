@@ -378,8 +378,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    """The innermost cause of an error, on one line."""
-    while error.__cause__ is not None:
+    """The innermost cause of an error that does not name an object, on one line."""
+    while error.__cause__ is not None and "gs://" not in str(error):
         error = error.__cause__
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())[:SAID]}"
