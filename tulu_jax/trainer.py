@@ -218,7 +218,7 @@ class Run:
         self.of_base = base_lib.about(self.config)
         self.weights = state_lib.fingerprint(params)
         params, frozen = self._split(params)
-        self._warn_of_rounding(params)
+        optim.warn_of_rounding(params, self.config.optimizer.learning_rate)
         init = optim.make(self.config.optimizer, num_steps=1).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
         state = TrainState(
@@ -275,23 +275,6 @@ class Run:
                 "that base, or start anew in another --workdir"
             )
         return params
-
-    def _warn_of_rounding(self, params: Params) -> None:
-        """Warns if much of what the updates would change is below the parameters' precision."""
-        rate, dtype = self.config.optimizer.learning_rate, jnp.dtype(self.config.param_dtype)
-        if rate >= jnp.finfo(dtype).eps:
-            return
-        share = optim.share_below_rounding(params, rate)
-        if share > 0:
-            advice = "a higher learning_rate"
-            if dtype != jnp.float32:
-                advice = "recipe.TrainConfig.param_dtype = 'float32'"
-            logging.warning(
-                "Estimate: %.2f %% of the parameters stay as they are in an update at the peak "
-                "rate: learning_rate = %g, about what AdamW moves each by, is less than half of "
-                "the step to the next %s. What would train them: %s",
-                *(100 * share, rate, dtype.name, advice),
-            )
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint says of the run, and what a resumed run must agree with; before the

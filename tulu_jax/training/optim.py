@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from tulu_jax import validation
 from tulu_jax.parallel import sharding
@@ -90,6 +91,24 @@ def share_below_rounding(params: dict, rate: float) -> float:
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     found = [float(share) for share in jax.tree.leaves(jax.device_get(shares))]
     return sum(size * share for size, share in zip(sizes, found, strict=True)) / sum(sizes)
+
+
+def warn_of_rounding(params: dict, rate: float) -> None:
+    """Warns if much of what the updates would change is below the parameters' precision."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    if rate >= jnp.finfo(dtype).eps:
+        return
+    share = share_below_rounding(params, rate)
+    if share > 0:
+        advice = "a higher learning_rate"
+        if dtype != jnp.float32:
+            advice = "recipe.TrainConfig.param_dtype = 'float32'"
+        logging.warning(
+            "Estimate: %.2f %% of the parameters stay as they are in an update at the peak "
+            "rate: learning_rate = %g, about what AdamW moves each by, is less than half of "
+            "the step to the next %s. What would train them: %s",
+            *(100 * share, rate, dtype.name, advice),
+        )
 
 
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
