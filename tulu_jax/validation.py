@@ -65,13 +65,15 @@ def refusing() -> Iterator[None]:
         if not full and not isinstance(error, (UsageError, *_OF_A_PATH)):
             raise
         logging.debug("Refused", exc_info=True)
-        said = str(error)
+        said, advice = str(error), ""
         if isinstance(error, OSError) and error.filename is not None:
-            said = f"{error.filename}: {error.strerror}"
+            said, advice = (
+                f"{error.filename}: {error.strerror}",
+                "; mend that path, or give another",
+            )
         if full:
-            said += "; free some space or raise the quota, or write to another folder"
-        elif not isinstance(error, UsageError):
-            said += "; mend that path, or give another"
+            advice = "; free some space or raise the quota, or write to another folder"
+        said += advice
         print(said, file=sys.stderr)
         raise SystemExit(REFUSED) from error
 
