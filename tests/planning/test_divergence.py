@@ -64,6 +64,7 @@ def test_bfloat16_is_rounding_and_float32_has_less_of_it(config):
     assert max(difference.found for difference in found) > 1e-3
 
 
+@pytest.mark.slow
 def test_packed_pairs_with_branches(home, tokenizer_dir):
     config = builders.train_config(home, tokenizer=tokenizer_dir, dpo_stage=True)
     config = builders.replace(config, data__packing="best_fit", data__max_length=128)
@@ -158,11 +159,10 @@ def compared(home, capsys, monkeypatch):
 
 
 def test_the_command_names_the_first_place(compared):
-    status, out, _ = compared("--a=tensor=2", "--b=context=2,rope_theta=99,attention=blockwise")
+    status, out, _ = compared("--b=rope_theta=99", "--all")
     assert status == 1
     assert "The first is layers/0/attention out." in out
-    status, out, _ = compared("--b=fsdp=4", "--all")
-    assert status == 0 and "0 differ beyond rounding" in out and "norm out " in out
+    assert any(line.startswith("layers/0/mlp out ") for line in out.splitlines())  # --all
 
 
 @pytest.mark.parametrize(
