@@ -6,7 +6,6 @@ whatever hosts, and what a killed one left is known for what it is: `sweep` remo
 """
 
 import contextlib
-import io
 import os
 import pathlib
 import re
@@ -52,9 +51,13 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     /dev/stdout, is written to as it is. Raises `OSError` that names `path`.
     """
     if "://" in os.fspath(path):
-        buffer = io.BytesIO()
-        yield buffer
-        epath.Path(path).write_bytes(buffer.getvalue())
+        file = file_system(path).open(os.fspath(path), "wb")
+        try:
+            yield file
+        except BaseException:
+            file.discard()  # an object appears when its file is closed
+            raise
+        file.close()
         return
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
