@@ -112,7 +112,8 @@ def save_as_training_does(folder: pathlib.Path, model) -> None:
 
 
 def convert(folder: pathlib.Path, model, kind: str) -> None:
-    """Inside a child: one conversion; prints its seconds and its peak of memory in bytes."""
+    """Inside a child: one conversion, or "idle" none; prints its seconds and its peak of memory in
+    bytes."""
     if kind == "theirs":
         import torch
         import transformers
@@ -133,7 +134,7 @@ def convert(folder: pathlib.Path, model, kind: str) -> None:
         start = time.perf_counter()
         if kind == "in":
             conversion.write_first_step(config, "")
-        else:
+        elif kind == "out":
             if (folder / "trained").exists():
                 config = dataclasses.replace(config, workdir=str(folder / "trained"))
             conversion.export(config, str(out), step=None, dtype="bfloat16", overwrite=False)
@@ -150,8 +151,9 @@ def peak_memory() -> int:
 def measured(folder: pathlib.Path, kind: str) -> dict[str, float]:
     """One conversion in a process of its own; what it wrote is removed, but for a step 0 that the
     export is to read."""
-    for name in {"theirs": ["theirs"], "out": ["out"], "in": ["run"]}[kind]:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    written = {"theirs": "theirs", "out": "out", "in": "run"}
+    if kind in written:
+        shutil.rmtree(folder / written[kind], ignore_errors=True)
     command = [sys.executable, __file__, *sys.argv[1:], f"--child={kind}", f"--folder={folder}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -229,10 +231,11 @@ def peaks(given, folder: pathlib.Path) -> None:
 
     peak = max(one["peak"] for one in found.values())
     seventy = config.named("llama2_70b")
-    per_value = (peak - given.fixed) / largest(model)
-    at_70b = given.fixed + per_value * largest(seventy)
+    idle = measured(folder, "idle")["peak"]
+    per_value = (peak - idle) / largest(model)
+    at_70b = idle + per_value * largest(seventy)
     print(
-        f"computed for 70B: {given.fixed / 1e9:.2f} GB of a process + {per_value:.1f} bytes a "
+        f"computed for 70B: {idle / 1e9:.2f} GB of an idle process + {per_value:.1f} bytes a "
         f"value of the largest weight x {largest(seventy):,} = {at_70b / 1e9:.2f} GB"
     )
     result = {"name": "conversion_peak", "ratio": peak / bound, "target": 1.0, "ok": peak <= bound}
@@ -245,7 +248,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--thirteen_b", action="store_true")
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--fixed", type=float, default=0.35e9, help="bytes of an idle process")
     parser.add_argument("--child", help="inside: which conversion to run")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
     given = parser.parse_args()
