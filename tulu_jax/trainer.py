@@ -45,6 +45,7 @@ def about(
         "params": agreement.param_shapes(params),
         "frozen": agreement.param_shapes(frozen.base),
         "weights": weights,
+        "watch": watch.History(config.watch, 0).as_saved(),
         **of_base,
         "must_match": {
             "model": dataclasses.asdict(config.model),

@@ -61,7 +61,7 @@ def test_every_place_of_the_rope_base(tmp_path, fields):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected 'silu'"),
         ({"model_type": "mistral"}, "model_type = 'mistral': expected 'llama'"),
         ({"rope_theta": None}, "rope_theta = None: expected a positive number"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "found NaN; expected a finite number"),
         ({"rope_scaling": {"rope_type": None}}, "rope_scaling = {'rope_type': None}"),
         ({"hidden_size": 60}, "hidden_size = 60 is not a multiple of num_attention_heads = 8"),
         ({"attention_chunk_size": 64}, "attention_chunk_size = 64: expected None"),

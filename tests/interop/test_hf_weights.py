@@ -1,5 +1,6 @@
 """Weights in and out: logits, bit-exact round trips, sharded files, meshes, refusals."""
 
+import dataclasses
 import json
 
 import jax
@@ -221,7 +222,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_listed(checkpoint):
 
 
 def test_another_vocabulary_is_refused(checkpoint):
-    config = hf.dataclasses.replace(hf.read_config(checkpoint), vocab_size=32000)
+    config = dataclasses.replace(hf.read_config(checkpoint), vocab_size=32000)
     assert hf.check_weights(checkpoint, config) == [
         "model.embed_tokens.weight has shape [48, 16]; expected [32000, 16]",
         "lm_head.weight has shape [48, 16]; expected [32000, 16]",
@@ -331,7 +332,7 @@ def test_the_folder_of_an_adapter_is_refused(checkpoint):
 
 
 def test_weights_are_not_read_for_a_model_that_computes_otherwise(checkpoint):
-    config = hf.dataclasses.replace(hf.read_config(checkpoint), rope_theta=1e6, max_positions=1)
+    config = dataclasses.replace(hf.read_config(checkpoint), rope_theta=1e6, max_positions=1)
     with pytest.raises(ValueError, match=r"says rope_theta = 10000.0; the run's model has") as said:
         hf.load(checkpoint, config, shardings=one_device(), dtype="float32")
     assert "max_position" not in str(said.value)
@@ -340,7 +341,7 @@ def test_weights_are_not_read_for_a_model_that_computes_otherwise(checkpoint):
 def test_parameters_of_another_model_are_not_exported(checkpoint, tmp_path):
     config, params = load(checkpoint)
     with pytest.raises(ValueError, match=r"model/norm/scale: found \(16,\), expected \(32,\)"):
-        save(tmp_path / "out", params, hf.dataclasses.replace(config, embed_dim=32))
+        save(tmp_path / "out", params, dataclasses.replace(config, embed_dim=32))
     assert not (tmp_path / "out").exists()
 
 
