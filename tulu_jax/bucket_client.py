@@ -64,7 +64,7 @@ class Client(gcsfs.core.GCSFileSystem):
     def __init__(self, *args, **kwargs):
         require_network(gcsfs.core._location())
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SOON, sock_read=STALLED)
-        kwargs = {"session_kwargs": {"timeout": timeout}, "use_listings_cache": False} | kwargs
+        kwargs = {"requests_timeout": timeout, "use_listings_cache": False} | kwargs
         super().__init__(*args, **kwargs)
 
     async def _request(self, method, path, *args, **kwargs):

@@ -40,9 +40,9 @@ def main(config) -> None:
     from tulu_jax import preflight
     from tulu_jax.data import data_checks
 
-    cli.stop_if(
-        [*preflight.not_writable(config), *data_checks.problems(config.data, kind=config.data.kind)]
-    )
+    with validation.reading():  # rows of one's own tell their kind
+        kind = config.data.kind
+    cli.stop_if([*preflight.not_writable(config), *data_checks.problems(config.data, kind=kind)])
     if _CHECK.value:
         sys.exit(_check(config.data))
     if _SHOW.value:
