@@ -87,6 +87,10 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may go away
+            super().handle_error(request, client_address)
+
     def environment(self) -> dict[str, str]:
         """What sends the clients of a process here: gcsfs, and TensorStore."""
         return {
