@@ -75,8 +75,7 @@ TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # as two processes differ from one (test
 LIMIT = 300  # seconds of one try
 KINDS = ("kills", "terms", "flips", "faults")
 AGAIN = 75  # the status that asks for the same command (docs/launch.md)
-MOST_TRIES = 200
-SHARES = {"sft": 0.4, "dpo": 0.4, "convert": 0.2}  # of the kills
+MOST = {"sft": 4, "dpo": 5, "convert": 2}  # signals to a stage before it is let run to its end
 FAULTS = [(kind, "") for kind in ("429", "500", "503", "cut", "reset", "lost")]
 FAULTS += [("flip", fault_proxy.CONTENT)]
 SHARE = 0.01  # of the requests of each kind of fault
@@ -149,7 +148,7 @@ def ended(process: subprocess.Popen, home: pathlib.Path) -> int:
     return code
 
 
-def struck(process, home, stage: str, moment: str, number: int, draw: random.Random) -> int:
+def signalled(process, home, stage: str, moment: str, number: int, draw) -> int:
     """The exit status of a try that gets a signal."""
     delay, patterns = SOUGHT[moment]
     patterns = [pattern.format(stage=stage) for pattern in patterns]
@@ -207,32 +206,38 @@ def differences(home: pathlib.Path, whole: pathlib.Path, *, exact: bool) -> Iter
                 yield f"hf/{file.name}: other content"
 
 
-def through_signals(home, whole, signals: list[int], mesh, draw, tally: Tally, stages) -> None:
-    """The recipe in `home`, with these signals in their order; each try on the mesh that `mesh`
-    chooses of the names, or all on that of `whole`."""
-    exact, signals = mesh is None, collections.deque(signals)
-    for number, stage in enumerate(stages):
-        share = 1.0 if number + 1 == len(stages) else SHARES[stage] / sum(map(SHARES.get, stages))
-        left, tries = round(len(signals) * share), 0
-        while left and tries < MOST_TRIES:
-            tries += 1
-            term = signals[0] == signal.SIGTERM
-            moment = draw.choice([m for m in MOMENTS[stage] if not (term and m in IMPORTS)])
-            process = start(home, stage, mesh([*MESHES]) if mesh else "whole")
-            code = struck(process, home, stage, moment, signals[0], draw)
-            if code == (AGAIN if term else -signal.SIGKILL):
-                (tally.terms if term else tally.kills)[f"{stage}, {moment}"] += 1
-                signals.popleft()
-                left -= 1
-            elif code:
-                tally.wrong.append(f"{stage}, {moment}: ended with {code}")
-                print((home / "said").read_text()[-3000:], file=sys.stderr)
-            if term:
-                torn = sorted(filter(is_torn, names(home)))
-                tally.wrong += [f"{stage}, {moment}: SIGTERM left {name}" for name in torn]
-        if code := ended(start(home, stage, mesh([*MESHES]) if mesh else "whole"), home):
-            tally.wrong.append(f"{stage} ended with {code}")
-    tally.wrong += [f"{home.name}: {text}" for text in differences(home, whole, exact=exact)]
+def through_signals(root, whole, signals: list[int], mesh, draw, tally: Tally, stages) -> None:
+    """The recipe with these signals in their order, from the beginning as often as there are some
+    left; each try on the mesh that `mesh` chooses of the names, or all on that of `whole`."""
+    left = collections.deque(signals)
+    while left:
+        home = make_home(root / "again")
+        for stage in stages:
+            for _ in range(MOST[stage]):
+                if not left or struck(home, stage, left[0], mesh, draw, tally) == 0:
+                    break  # none is left, or the stage came to its end
+                left.popleft()
+            if code := ended(start(home, stage, mesh([*MESHES]) if mesh else "whole"), home):
+                tally.wrong.append(f"{stage} ended with {code}")
+        tally.wrong += differences(home, whole, exact=mesh is None)
+        shutil.rmtree(home)
+
+
+def struck(home, stage: str, number: int, mesh, draw: random.Random, tally: Tally) -> int:
+    """The exit status of a try that gets a signal at a drawn moment."""
+    term = number == signal.SIGTERM
+    moment = draw.choice([m for m in MOMENTS[stage] if not (term and m in IMPORTS)])
+    process = start(home, stage, mesh([*MESHES]) if mesh else "whole")
+    code = signalled(process, home, stage, moment, number, draw)
+    if code == (AGAIN if term else -signal.SIGKILL):
+        (tally.terms if term else tally.kills)[f"{stage}, {moment}"] += 1
+    elif code:
+        tally.wrong.append(f"{stage}, {moment}: ended with {code}")
+        print((home / "said").read_text()[-3000:], file=sys.stderr)
+    if term:
+        torn = sorted(filter(is_torn, names(home)))
+        tally.wrong += [f"{stage}, {moment}: SIGTERM left {name}" for name in torn]
+    return code
 
 
 def is_torn(path: str) -> bool:
@@ -355,10 +360,8 @@ def soak(*, kills: int, terms: int, flips: int, faults: int, seed: int, stages=S
         moved = kills // 3 if kills > 20 else 0
         signals = [signal.SIGKILL] * (kills - moved) + [signal.SIGTERM] * terms
         draw.shuffle(signals)
-        through_signals(make_home(root / "killed"), whole, signals, None, draw, tally, stages)
-        if moved:
-            home, signals = make_home(root / "moved"), [signal.SIGKILL] * moved
-            through_signals(home, whole, signals, draw.choice, draw, tally, stages)
+        through_signals(root, whole, signals, None, draw, tally, stages)
+        through_signals(root, whole, [signal.SIGKILL] * moved, draw.choice, draw, tally, stages)
         if flips:
             shutil.copytree(whole, root / "flipped")
             through_flips(root / "flipped", flips, draw, tally)
