@@ -165,7 +165,6 @@ def signalled(process, home, stage: str, moment: str, number: int, draw) -> int:
 
 
 def found(home: pathlib.Path, patterns: list[str]) -> Iterator[tuple[pathlib.Path, int]]:
-    """The files of these patterns, and when they were written."""
     for pattern in patterns:
         with contextlib.suppress(FileNotFoundError):  # it is gone already
             for path in home.glob(pattern):
@@ -383,8 +382,7 @@ def main() -> None:
             print(f"| {name}: {what} | {count} |")
     print("\n".join(tally.wrong), file=sys.stderr)
     counts = {n: getattr(tally, n).total() for n in KINDS}
-    silent = sum(n for what, n in tally.flips.items() if "silent" in what)
-    done = sum(counts.values())
+    done, silent = sum(counts.values()), sum("silent" in what for what in tally.wrong)
     found = dict(
         name="soak",
         ratio=round(1 - min(len(tally.wrong), done) / max(done, 1), 4),

@@ -233,6 +233,8 @@ def test_missing_objects_and_buckets(config, bucket):
 
 def test_a_bucket_out_of_reach_is_named_and_asked_once(config, client, monkeypatch):
     """Nobody listens; only the waits between the tries are left out."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    fresh_client()
     monkeypatch.setattr(bucket_client, "WAITS", (0.0, 0.0))
     away = dataclasses.replace(config, data_root="gs://out-of-reach/data")
     with pytest.raises(OSError) as raised:
@@ -329,6 +331,8 @@ def test_buckets_that_cannot_be_written_are_named_before_a_run(config, bucket, t
 
 
 def test_a_bucket_out_of_reach_is_named_before_a_run(config, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    fresh_client()
     monkeypatch.setattr(bucket_client, "WAITS", (0.0,))
     (problem,) = bucket_problems(config, tmp_path, base="gs://away/llama")
     assert problem.startswith("base = 'gs://away/llama' on ")
