@@ -251,10 +251,11 @@ def test_a_redundant_head_of_a_tied_model_must_equal_the_embedding(tmp_path):
         load(tmp_path / "m")
 
 
-def test_a_pickled_checkpoint_is_refused_with_the_remedy(checkpoint):
+def test_what_is_no_torch_archive_is_refused_with_the_remedy(checkpoint):
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     (problem,) = hf.check_weights(checkpoint, hf.read_config(checkpoint))
-    assert "save_pretrained" in problem and "pytorch_model" in problem
+    assert "pytorch_model.bin is not a complete torch archive" in problem
+    assert "torch.load(weights_only=True)" in problem
 
 
 def test_damaged_folders_are_named(checkpoint, tmp_path):
