@@ -59,6 +59,8 @@ config.LlamaConfig.num_layers = 1
 config.LlamaConfig.embed_dim = 32
 config.LlamaConfig.mlp_dim = 64
 config.LlamaConfig.head_dim = 8
+config.LlamaConfig.num_heads = 4
+config.LlamaConfig.num_kv_heads = 2
 metrics.LoggingConfig.tensorboard = False
 mesh.MeshConfig.data = {data}
 mesh.MeshConfig.tensor = {tensor}
@@ -109,8 +111,7 @@ class Tally:
 
 
 def make_home(folder: pathlib.Path, bucket: str | None = None) -> pathlib.Path:
-    """A working directory with a gin file for each stage and mesh; folders of runs lie in `bucket`,
-    if there is one."""
+    """A working directory with a gin file for each stage and mesh."""
     folder.mkdir(parents=True)
     for name, (data, tensor) in MESHES.items():
         for stage in STAGES[:2]:
