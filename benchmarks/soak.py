@@ -73,7 +73,7 @@ EVAL_EVERY = 10
 """
 MESHES = {"whole": (1, 1), "moved": (2, 2)}  # data, tensor
 STAGES = ("sft", "dpo", "convert")
-TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # as two processes differ from one (tests/test_processes.py)
+TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # as in tests/test_processes.py
 LIMIT = 300  # seconds of one try
 KINDS = ("kills", "terms", "flips", "faults")
 AGAIN = 75  # the status that asks for the same command (docs/launch.md)
@@ -182,7 +182,7 @@ def lines(workdir: str) -> list[dict]:
 
 def names(home: pathlib.Path) -> set[str]:
     """The files of a home, without what their content gives to their names."""
-    paths = [path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()]
+    paths = (path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file())
     return {re.sub(r"[0-9a-f]{16,}", "*", path) for path in paths}
 
 
@@ -320,7 +320,7 @@ def through_flips(home: pathlib.Path, count: int, draw: random.Random, tally: Ta
 
 
 def through_faults(folder, whole, count: int, draw: random.Random, tally: Tally) -> None:
-    """The recipe with its folders in a bucket that fails, until there were `count` faults."""
+    """The recipe in a bucket that fails, until there were `count` faults."""
     with fault_proxy.emulator() as address, fault_proxy.Proxy(address, seed=draw.random()) as proxy:
         number = 0
         while tally.faults.total() < count:
@@ -355,8 +355,7 @@ def soak(*, kills: int, terms: int, flips: int, faults: int, seed: int, stages=S
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
         whole = make_home(root / "whole")
         for stage in stages:
-            if code := ended(start(whole, stage, "whole"), whole):
-                raise RuntimeError(f"the undisturbed {stage} ended with {code}")
+            assert ended(start(whole, stage, "whole"), whole) == 0, f"the undisturbed {stage}"
         moved = kills // 3 if kills > 20 else 0
         signals = [signal.SIGKILL] * (kills - moved) + [signal.SIGTERM] * terms
         draw.shuffle(signals)

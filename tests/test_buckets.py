@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import shutil
-import time
+import threading
 import types
 import uuid
 
@@ -68,7 +68,7 @@ def proxy():
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     with fault_proxy.emulator() as address, fault_proxy.Proxy(address) as found:
-        times = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "6"}
+        times = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "8"}
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (found.environment() | times).items():
                 patch.setenv(name, value)
@@ -80,7 +80,7 @@ def proxy():
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """The waits of gcsfs between its tries, a fiftieth as long; a stall is one after 6 s."""
+    """The waits of gcsfs between its tries, a fiftieth as long."""
     wait = asyncio.sleep
 
     async def sleep(seconds):
@@ -88,7 +88,6 @@ def soon(monkeypatch):
 
     shorter = types.SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
     monkeypatch.setattr(gcsfs.retry, "asyncio", shorter)
-    monkeypatch.setattr(bucket_client, "STALLED", 6.0)
     forget()
     yield
     forget()
@@ -190,7 +189,7 @@ def test_the_recipe_in_a_bucket_that_fails_equals_the_local_one(
     names = atomic.file_system(bucket).find(bucket)
     assert not [n for n in names if atomic.is_temporary(n.split("/")[-1]) or lease.FILE in n]
     assert not [n for n in names if "my model" in n and n.split("/")[1] != "my model"]
-    assert commands.run("checkpoints", f"--workdir={bucket}/my runs/dpo/", "--verify") == 0
+    assert commands.run("checkpoints", f"--workdir={bucket}/my runs/dpo/") == 0
     assert (
         commands.run("report", f"--workdirs={bucket}/my runs/dpo/", f"--out={bucket}/r.html") == 0
     )
@@ -265,8 +264,9 @@ def test_a_part_of_a_file_of_weights_that_is_flipped_is_read_again(
         files.rows("w", slice(10, 90))
 
 
-def test_what_does_not_answer_is_given_up_and_asked_again(trained, proxy):
+def test_what_does_not_answer_is_given_up_and_asked_again(trained, proxy, monkeypatch):
     """By TensorStore and by gcsfs."""
+    monkeypatch.setattr(bucket_client, "STALLED", 5.0)
     expected = read(trained, "params")
     proxy.faults = [
         Fault("stall", r"GET .*checkpoints/4/state/.*/d/.*alt=media"),
@@ -340,9 +340,16 @@ def test_no_network_is_said_by_every_command(command, home, tmp_path, monkeypatc
 def test_a_name_that_is_never_resolved_is_given_up(monkeypatch):
     """The system asks on in a thread; nobody waits for it."""
     monkeypatch.setattr(bucket_client, "SOON", 0.2)
-    monkeypatch.setattr(bucket_client.socket, "create_connection", lambda *a, **k: time.sleep(5))
+    ended = threading.Event()
+
+    def resolving(*arguments, **options):
+        ended.wait(20)
+        raise TimeoutError
+
+    monkeypatch.setattr(bucket_client.socket, "create_connection", resolving)
     with pytest.raises(validation.UnreachableError, match=r"gs\.example cannot .*no answer in 0 s"):
         bucket_client.require_network("https://gs.example")
+    ended.set()
 
 
 def test_a_bucket_without_permission_is_named(trained, proxy, capfd):
