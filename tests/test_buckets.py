@@ -185,7 +185,8 @@ def test_the_recipe_in_a_bucket_that_fails_equals_the_local_one(
                     for place in (bucket, local))  # fmt: skip
     assert ours.keys() == theirs.keys() and "model.safetensors" in ours
     for name, file in theirs.items():
-        assert ours[name].read_bytes() == file.read_bytes(), name
+        found = ours[name].read_bytes().replace(bucket.encode(), local.encode())  # in the card
+        assert found == file.read_bytes(), name
     names = atomic.file_system(bucket).find(bucket)
     assert not [n for n in names if atomic.is_temporary(n.split("/")[-1]) or lease.FILE in n]
     assert not [n for n in names if "my model" in n and n.split("/")[1] != "my model"]
