@@ -1,4 +1,4 @@
-"""The short form of benchmarks/soak.py: kills, SIGTERM and flipped bits change no number."""
+"""Short forms of benchmarks/soak.py: kills, SIGTERM, flipped bits and faults change no number."""
 
 import pathlib
 import sys
@@ -10,10 +10,10 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import soak
 
 
-def test_kills_sigterm_and_flipped_bits_change_no_number():
-    found = soak.soak(kills=2, terms=2, flips=0, faults=0, seed=3, stages=("sft",))
+def test_kills_and_sigterm_change_no_number():
+    found = soak.soak(kills=2, terms=1, flips=0, faults=0, seed=3, stages=("sft",))
     assert found.wrong == []
-    assert found.kills.total() == 2 and found.terms.total() == 2
+    assert found.kills.total() == 2 and found.terms.total() == 1
 
 
 @pytest.mark.slow
