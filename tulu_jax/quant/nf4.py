@@ -11,9 +11,9 @@ row-major [out, in] weight that bitsandbytes cuts. Quantised it is a dict of arr
   absmax2  float32 [G], with nested scales: of each 256 blocks in bitsandbytes' order, n K/64 + b
   offset   float32 [], with nested scales: the mean of the absolute maxima
 
-Whatever is rounded is rounded alike on every device and mesh: quotients and the mean are computed
-in integers, and no product can be fused with the sum it goes into. What is below float32's smallest
-normal number counts as 0.
+Whatever is rounded is rounded alike on every device and mesh: reciprocals and the mean are computed
+in integers, and no product can be fused with the sum it goes into. A block below 2^-119 counts as
+zeros.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Arra
     weight = weight.astype(jnp.float32)
     if config.kind == "int8":
         absmax = _absmax(weight, axis=0)[None]
-        codes = jnp.round(weight * _quotient(127, absmax))
+        codes = jnp.round(weight * (127 * _reciprocal(absmax)))  # as torch divides a number
         return {"codes": codes.astype(jnp.int8), "absmax": absmax}
     if rows % BLOCK:
         raise validation.UsageError(
@@ -85,7 +85,7 @@ def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Arra
         )
     blocks = weight.reshape(rows // BLOCK, BLOCK, outputs)
     absmax = _absmax(blocks, axis=1)
-    scaled = jnp.clip(blocks * _quotient(1, absmax)[:, None], -1, 1)
+    scaled = jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1)
     thresholds = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
     codes = sum((scaled > threshold).astype(jnp.int32) for threshold in thresholds)
     codes = codes.reshape(rows // BLOCK, *_SHIFTS.shape, outputs) << _SHIFTS[None, ..., None]
@@ -114,7 +114,7 @@ def scales(
     per_output = blocks if blocks_per_output is None else blocks_per_output
     first = (cols + jnp.arange(outputs)) * per_output + rows  # of this shard, of each output
     groups = kernel["absmax2"].shape[0]
-    nth = (first % GROUP + jnp.arange(blocks)[:, None]) // GROUP  # of the groups met, [blocks, N]
+    nth = (first[None] % GROUP + jnp.arange(blocks)[:, None]) // GROUP  # of the groups met, [blocks, N]
     absmax2 = jnp.zeros(absmax.shape, jnp.float32)
     for group in range((GROUP + blocks - 2) // GROUP + 1):
         of_group = kernel["absmax2"][jnp.minimum(first // GROUP + group, groups - 1)]
@@ -172,20 +172,17 @@ def dynamic_map() -> np.ndarray:
 def _absmax(x, axis: int):
     """Largest magnitude along `axis`; inf where something is not finite."""
     found = jnp.abs(x).max(axis)
-    found = jnp.where(found < np.finfo(np.float32).tiny, 0, found)
-    return jnp.where(found < 2.0**126, found, jnp.inf)  # beyond it a reciprocal is not normal
+    found = jnp.where(found < 2.0**-119, 0, found)  # of these 127 / x would not be finite, and of
+    return jnp.where(found < 2.0**126, found, jnp.inf)  # those from 2^126 1 / x not be normal
 
 
-def _quotient(numerator: int, x):
-    """float32 `numerator` / x for x > 0, correctly rounded; 0 where x is 0 or inf.
+def _reciprocal(x):
+    """float32 1 / x for x > 0, correctly rounded; 0 where x is 0 or inf.
 
     By long division: not every device divides exactly. There are no ties.
     """
-    top = numerator << (24 - numerator.bit_length())  # 24 bits, as what it is divided by
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     below, exponent = bits & 0x7FFFFF | 0x800000, bits >> 23
-    less = top < below
-    rest = jnp.where(less, 2 * top, top) - below
 
     def digit(_, carry):
         quotient, rest = carry
@@ -193,9 +190,11 @@ def _quotient(numerator: int, x):
         one = rest >= below
         return 2 * quotient + one, jnp.where(one, rest - below, rest)
 
-    quotient, rest = jax.lax.fori_loop(0, 23, digit, (jnp.zeros_like(bits), rest))
-    exponent = numerator.bit_length() + 253 - exponent - less
-    result = (exponent << 23) + quotient + (2 * rest > below)
+    start = jnp.zeros_like(bits), jnp.full_like(bits, 1 << 22)
+    quotient, rest = jax.lax.fori_loop(0, 25, digit, start)  # 24 bits, or 25 of a power of two
+    power = quotient >> 24
+    quotient = (quotient >> power) + (2 * rest > below)
+    result = ((252 - exponent + power) << 23) + quotient
     result = jax.lax.bitcast_convert_type(result, jnp.float32)
     return jnp.where((x > 0) & (x < jnp.inf), result, 0)
 
@@ -238,12 +237,13 @@ def _nested(kernel: dict[str, Array], mode: str) -> dict[str, Array]:
     flat = (kernel["absmax"] - offset).T.reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % GROUP)).reshape(-1, GROUP)
     absmax2 = jnp.abs(flat).max(axis=1)
-    scaled = jnp.clip(flat * _quotient(1, absmax2)[:, None], -1, 1)
+    scaled = jnp.clip(flat * _reciprocal(absmax2)[:, None], -1, 1)
     table = dynamic_map()
     thresholds = (table[:-1] + table[1:]) / 2
     if mode == "bnb_cpu":  # it looks up one of 65,536 equal steps
         steps = (-1 + 2 * np.arange(1 << 16) / 65535).astype(np.float32)
         thresholds = np.searchsorted(steps, thresholds, side="right").astype(np.float32) - 0.5
+        scaled = jnp.where(absmax2[:, None] > 0, scaled, -1)  # of 0 / 0 it makes code 0
         step = (scaled + 1) * np.float32(0.5) * np.float32(65535)
         scaled = jnp.floor(_unfused(step, np.float32(65535)) + np.float32(0.5))
     codes = jnp.searchsorted(thresholds, scaled.reshape(-1), side="left").astype(jnp.uint8)
