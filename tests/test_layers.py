@@ -26,7 +26,7 @@ ALLOWED = {
     "models": {"kernels", "quant", "parallel"},
     "objectives": {"models", "data", "training", "decode"},
     "training": {"models", "parallel"},
-    "interop": {"models", "parallel"},
+    "interop": {"models", "parallel", "quant"},
     "decode": {"models", "parallel"},
     "audit": {"data", "interop"},
 }

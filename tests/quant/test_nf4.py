@@ -210,10 +210,11 @@ def test_the_same_bits_on_a_mesh(config):
     mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=4, tensor=2))
     weight = normal(64 * 44, 70)
     expected = quantise(weight, config)
-    cut, by_output = PartitionSpec("fsdp", "tensor"), PartitionSpec(None, "tensor")
+    cut = PartitionSpec("fsdp", "tensor")
     specs = {
         "codes": cut,
-        "absmax": by_output if config.kind == "int8" else cut,
+        "absmax": cut,
+        "outmax": PartitionSpec(None, "tensor"),
         "absmax2": PartitionSpec(),
         "offset": PartitionSpec(),
     }
@@ -252,9 +253,9 @@ def test_int8_is_as_bitsandbytes_has_it(weight):
         codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(rows, 0.0)
         used = absmax.numpy() > 0  # torch divides by 0 for others
         equal(kernel["codes"].T[used], codes.numpy()[used])
-        equal(kernel["absmax"][0], absmax.numpy())
+        equal(kernel["outmax"][0], absmax.numpy())
         error = np.abs(dequantise(kernel, scales(kernel), jnp.float32) - weight.astype(dtype))
-        assert (error <= 0.51 * np.asarray(kernel["absmax"]) / 127).all()
+        assert (error <= 0.51 * np.asarray(kernel["outmax"]) / 127).all()
 
 
 def test_an_output_of_zeros():
@@ -271,7 +272,7 @@ def test_what_is_not_finite_can_be_told(value, config):
     weight[1, 70, 2, 3] = value
     params = {"model": {"layers": {"self_attn": {"q_proj": {"kernel": jnp.asarray(weight)}}}}}
     found = state.not_finite(nf4.quantise_params(params, config))
-    name = "offset" if config.double and config.kind == "nf4" else "absmax"
+    name = "outmax" if config.kind == "int8" else "offset" if config.double else "absmax"
     assert found[f"model/layers/self_attn/q_proj/kernel/{name}"] == [1]
     assert all(layers == [1] for layers in found.values())
 

@@ -33,6 +33,8 @@ from tulu_jax.interop.layout import Layout
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel.sharding import path_name
+from tulu_jax.quant import nf4
+from tulu_jax.quant.nf4 import QuantConfig
 
 Path = str | os.PathLike[str]
 Params = llama.Params
@@ -122,25 +124,34 @@ def opened(path: Path, config: LlamaConfig) -> sources.Weights:
     return files
 
 
-def load(path: Path, config: LlamaConfig, *, shardings, dtype: str) -> Params:
+def load(
+    path: Path, config: LlamaConfig, *, shardings, dtype: str, quant: QuantConfig | None = None
+) -> Params:
     """The parameters in the safetensors files of `path`, in `dtype`, placed as `shardings` says.
 
     `shardings` is a `Sharding` for every parameter, in the structure of the parameters, or one for
-    all. Raises `ValueError` that lists each weight that is missing, unexpected or of another shape,
-    and each field of `config.json` by which the folder's model computes another function.
+    all. With `quant` the linear layers of the trunk (`nf4.LINEAR`) are quantised as they are read:
+    one weight of `dtype` exists at a time. Raises `ValueError` that lists each weight that is
+    missing, unexpected or of another shape, and each field of `config.json` by which the folder's
+    model computes another function.
     """
     files, layouts = opened(path, config), layout_lib.layouts(config)
+    abstract = llama.abstract_params(config, dtype)
+    if quant is not None:
+        abstract = jax.eval_shape(lambda params: nf4.quantise_params(params, quant), abstract)
     if isinstance(shardings, Sharding):
         everywhere = shardings
-        shardings = jax.tree.map(lambda _: everywhere, layouts)
-    with concurrent.futures.ThreadPoolExecutor(placement.READ_AHEAD) as pool:
-        return jax.tree.map(
-            lambda layout, sharding: placement.load(
-                files, layout, sharding=sharding, dtype=dtype, pool=pool
-            ),
-            layouts,
-            shardings,
+        shardings = jax.tree.map(lambda _: everywhere, abstract)
+
+    def placed(layout, sharding):
+        if isinstance(sharding, Sharding):
+            return placement.load(files, layout, sharding=sharding, dtype=dtype, pool=pool)
+        return placement.load_quantised(
+            files, layout, shardings=sharding, dtype=dtype, quant=quant, pool=pool
         )
+
+    with concurrent.futures.ThreadPoolExecutor(placement.READ_AHEAD) as pool:
+        return jax.tree.map(placed, layouts, shardings)
 
 
 @runtime_checkable

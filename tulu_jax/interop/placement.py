@@ -1,8 +1,9 @@
 """One parameter between safetensors rows and the devices of a mesh.
 
 In: each weight is cut by rows over all devices, so every process reads its own contiguous part of
-every file once; the devices gather one weight at a time and each keeps its part of it. Out: one
-layer at a time is brought into Hugging Face's axis order and gathered to the host.
+every file once; the devices gather one weight at a time and each keeps its part of it, quantised
+if that is asked for. Out: one layer at a time is brought into Hugging Face's axis order and
+gathered to the host.
 """
 
 import collections
@@ -20,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from tulu_jax.interop.layout import Layout
 from tulu_jax.interop.sources import Weights
+from tulu_jax.quant import nf4
+from tulu_jax.quant.nf4 import QuantConfig
 
 READ_AHEAD = 4  # layers of one parameter on the host at a time
 
@@ -58,11 +61,41 @@ def load(
     pieces = read(files, layout, sharding=sharding, pool=pool)
     if not layout.stacked:
         return _place(layout, sharding, dtype)(next(pieces))
-    place, write = _place(layout, _of_one_layer(sharding), dtype), _write(sharding)
-    stack = _zeros(layout, sharding, dtype)()
-    for layer, piece in enumerate(pieces):
-        stack = write(stack, place(piece), layer)
-        stack.block_until_ready()  # or pieces would queue up on the devices
+    place = _place(layout, _of_one_layer(sharding), dtype)
+    return _stack(map(place, pieces), len(layout.names), sharding)
+
+
+def load_quantised(
+    files: Weights,
+    layout: Layout,
+    *,
+    shardings: dict[str, Sharding],
+    dtype: str,
+    quant: QuantConfig,
+    pool: Executor,
+) -> dict[str, jax.Array]:
+    """The arrays of a parameter of all layers, which `shardings` places: each weight in `dtype`,
+    quantised while it alone is whole."""
+    pieces = read(files, layout, sharding=shardings["codes"], pool=pool)
+    parts = {name: _of_one_layer(sharding) for name, sharding in shardings.items()}
+    place = _place(layout, parts["codes"], dtype, flat=True)
+    quantise = _quantise(quant, tuple(parts.items()))
+    return _stack(map(lambda piece: quantise(place(piece)), pieces), len(layout.names), shardings)
+
+
+def _stack(layers: Iterator, count: int, sharding):
+    """`count` layers, arrays or dicts of them, one after the other on axis 0."""
+    stack = None
+    for number, layer in enumerate(layers):
+        if stack is None:
+            stack = jax.tree.map(
+                lambda leaf, s: _zeros((count, *leaf.shape), leaf.dtype, s)(), layer, sharding
+            )
+        stack = jax.tree.map(
+            lambda whole, leaf, s: _write(s)(whole, leaf, number),  # noqa: B023 -- used at once
+            stack, layer, sharding,
+        )  # fmt: skip
+        jax.block_until_ready(stack)  # or pieces would queue up on the devices
     return stack
 
 
@@ -105,19 +138,27 @@ def _whole(piece, sharding: Sharding):
     return jax.lax.with_sharding_constraint(piece, sharding)
 
 
-# One small program a parameter, kept for the next call. They move data; nothing is computed.
+# One small program a parameter, kept for the next call. All but `_quantise` only move data.
 
 
 @functools.lru_cache(maxsize=64)
-def _place(layout: Layout, sharding: Sharding, dtype: str):
-    return jax.jit(
-        lambda piece: layout.to_ours(_whole(piece, sharding)).astype(dtype), out_shardings=sharding
-    )
+def _place(layout: Layout, sharding: Sharding, dtype: str, *, flat: bool = False):
+    """A weight in our axis order; `flat`: as [in, out]."""
+
+    def place(piece):
+        weight = layout.to_ours(_whole(piece, sharding)).astype(dtype)
+        return nf4.matrix(layout.path, weight) if flat else weight
+
+    return jax.jit(place, out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)
-def _zeros(layout: Layout, sharding: Sharding, dtype: str):
-    shape = (len(layout.names), *(layout.split[axis] for axis in layout.permutation))
+def _quantise(config: QuantConfig, shardings: tuple[tuple[str, Sharding], ...]):
+    return jax.jit(lambda weight: nf4.quantise(weight, config), out_shardings=dict(shardings))
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype, sharding: Sharding):
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 

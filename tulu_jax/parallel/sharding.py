@@ -28,6 +28,17 @@ PARAM_AXES = (
     (r"model/layers/post_attention_layernorm/scale", ("layers", "norm")),
     (r"model/layers/mlp/(gate|up)_proj/kernel", ("layers", "embed", "mlp")),
     (r"model/layers/mlp/down_proj/kernel", ("layers", "mlp", "embed")),
+    (r"model/layers/self_attn/q_proj/kernel/(codes|absmax)", ("layers", "embed", "heads")),
+    (r"model/layers/self_attn/[kv]_proj/kernel/(codes|absmax)", ("layers", "embed", "kv_heads")),
+    (r"model/layers/self_attn/o_proj/kernel/(codes|absmax)", ("layers", "heads", "embed")),
+    (r"model/layers/mlp/(gate|up)_proj/kernel/(codes|absmax)", ("layers", "embed", "mlp")),
+    (r"model/layers/mlp/down_proj/kernel/(codes|absmax)", ("layers", "mlp", "embed")),
+    (r"model/layers/self_attn/q_proj/kernel/outmax", ("layers", "norm", "heads")),
+    (r"model/layers/self_attn/[kv]_proj/kernel/outmax", ("layers", "norm", "kv_heads")),
+    (r"model/layers/mlp/(gate|up)_proj/kernel/outmax", ("layers", "norm", "mlp")),
+    (r"model/layers/(self_attn/o|mlp/down)_proj/kernel/outmax", ("layers", "norm", "embed")),
+    (r"model/layers/.*_proj/kernel/absmax2", ("layers", "norm")),
+    (r"model/layers/.*_proj/kernel/offset", ("layers",)),
     (r"model/norm/scale", ("norm",)),
     (r"lm_head/kernel", ("embed", "vocab")),
 )
@@ -239,9 +250,11 @@ def divisibility_problems(mesh_sizes: dict[str, int], abstract_params: dict) -> 
         for size, axis in zip(leaf.shape, param_axes(name), strict=True):
             names, divisor = shards(axis, mesh_sizes)
             if size % divisor:
+                blocks = name.endswith("/absmax")  # which are not cut, of a quantised weight
+                of_size = f"{size} blocks of 64" if blocks else f"size {size}"
                 problems.setdefault(
                     (axis, size),
-                    f"{axis} of size {size} ({name}) cannot be divided over mesh axes "
+                    f"{axis} of {of_size} ({name}) cannot be divided over mesh axes "
                     f"{' x '.join(names)} = {divisor}; {what_divides(size, mesh_sizes)}",
                 )
 

@@ -7,9 +7,10 @@ row-major [out, in] weight that bitsandbytes cuts. Quantised it is a dict of arr
   codes    int32 [K/8, N]: bits 16h + 4q … + 3 of word (8b + r, n) are the code of row
            64b + 16q + 2r + h (q < 4, r < 8, h < 2), so that the words of a block decode to pairs of
            bfloat16 rows in their order; int8 [K, N] for int8
-  absmax   float32 [K/64, N]; with nested scales their uint8 codes; float32 [1, N] for int8
+  absmax   float32 [K/64, N]; with nested scales their uint8 codes
   absmax2  float32 [G], with nested scales: of each 256 blocks in bitsandbytes' order, n K/64 + b
   offset   float32 [], with nested scales: the mean of the absolute maxima
+  outmax   float32 [1, N], of int8 alone: the absolute maximum of each output
 
 Whatever is rounded is rounded alike on every device and mesh: reciprocals and the mean are computed
 in integers, and no product can be fused with the sum it goes into. A block below 2^-119 counts as
@@ -39,7 +40,9 @@ CODEBOOK = np.array(
 # The parameters that are quantised, by path.
 LINEAR = re.compile(r"model/layers/(self_attn/[qkvo]|mlp/(gate|up|down))_proj/kernel")
 
-_SHIFTS = np.array([[[16 * h + 4 * q for h in (0, 1)]] * 8 for q in range(4)])  # [q, r, h]
+_SHIFTS = np.array(  # [q, r, h]
+    [[[16 * h + 4 * q for h in (0, 1)]] * 8 for q in range(4)], np.int32
+)
 _LIMBS = 6  # of 8 bits each: how precisely a mean is summed
 
 
@@ -69,15 +72,15 @@ class QuantConfig:
 def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Array]:
     """`weight`, float32 or bfloat16, as a dict of arrays.
 
-    The absmax (nested: the offset) is not finite if the weight is not. Raises `UsageError` if K is
-    no multiple of 64.
+    The absmax (nested: the offset; int8: the outmax) is not finite if the weight is not. Raises
+    `UsageError` if K is no multiple of 64.
     """
     rows, outputs = weight.shape
     weight = weight.astype(jnp.float32)
     if config.kind == "int8":
-        absmax = _absmax(weight, axis=0)[None]
-        codes = jnp.round(weight * (127 * _reciprocal(absmax)))  # as torch divides a number
-        return {"codes": codes.astype(jnp.int8), "absmax": absmax}
+        outmax = _absmax(weight, axis=0)[None]
+        codes = jnp.round(weight * (127 * _reciprocal(outmax)))  # as torch divides a number
+        return {"codes": codes.astype(jnp.int8), "outmax": outmax}
     if rows % BLOCK:
         raise validation.UsageError(
             f"a weight of {rows} inputs x {outputs} outputs cannot be cut into blocks of {BLOCK} "
@@ -88,9 +91,22 @@ def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Arra
     scaled = jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1)
     thresholds = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
     codes = sum((scaled > threshold).astype(jnp.int32) for threshold in thresholds)
-    codes = codes.reshape(rows // BLOCK, *_SHIFTS.shape, outputs) << _SHIFTS[None, ..., None]
-    kernel = {"codes": codes.sum(axis=(1, 3)).reshape(rows // 8, outputs), "absmax": absmax}
+    kernel = {"codes": pack(codes.reshape(rows, outputs)), "absmax": absmax}
     return _nested(kernel, config.mode) if config.double else kernel
+
+
+def pack(codes):
+    """int32 codes [K, N], of JAX or NumPy, as words [K/8, N]."""
+    rows, outputs = codes.shape
+    words = codes.reshape(rows // BLOCK, *_SHIFTS.shape, outputs) << _SHIFTS[None, ..., None]
+    return words.sum(axis=(1, 3), dtype="int32").reshape(rows // 8, outputs)
+
+
+def unpack(words):
+    """The codes [K, N] of words [K/8, N]."""
+    rows, outputs = words.shape
+    codes = words.reshape(rows // 8, 1, 8, 1, outputs) >> _SHIFTS[None, ..., None] & 15
+    return codes.reshape(8 * rows, outputs)
 
 
 def scales(
@@ -105,16 +121,18 @@ def scales(
     Of a shard `rows` is its first block, `cols` its first output and `blocks_per_output` K/64 of
     the whole weight; `absmax2` and `offset` are whole.
     """
+    if "outmax" in kernel:
+        return kernel["outmax"] * np.float32(1 / 127)
     absmax = kernel["absmax"]
-    if kernel["codes"].dtype == jnp.int8:
-        return absmax * np.float32(1 / 127)
     if "offset" not in kernel:
         return absmax
     blocks, outputs = absmax.shape
     per_output = blocks if blocks_per_output is None else blocks_per_output
     first = (cols + jnp.arange(outputs)) * per_output + rows  # of this shard, of each output
     groups = kernel["absmax2"].shape[0]
-    nth = (first[None] % GROUP + jnp.arange(blocks)[:, None]) // GROUP  # of the groups met, [blocks, N]
+    nth = (
+        first[None] % GROUP + jnp.arange(blocks)[:, None]
+    ) // GROUP  # of the groups met, [blocks, N]
     absmax2 = jnp.zeros(absmax.shape, jnp.float32)
     for group in range((GROUP + blocks - 2) // GROUP + 1):
         of_group = kernel["absmax2"][jnp.minimum(first // GROUP + group, groups - 1)]
@@ -128,10 +146,8 @@ def dequantise(kernel: dict[str, Array], scales: Array, dtype) -> Float[Array, "
     if codes.dtype == jnp.int8:
         values = codes.astype(jnp.float32) * scales
     else:
-        blocks, outputs = codes.shape[0] // 8, codes.shape[1]
-        words = codes.reshape(blocks, 1, 8, 1, outputs)
-        values = jnp.asarray(CODEBOOK)[words >> _SHIFTS[None, ..., None] & 15]
-        values = (values * scales[:, None, None, None]).reshape(blocks * BLOCK, outputs)
+        blocks = jnp.asarray(CODEBOOK)[unpack(codes)].reshape(-1, BLOCK, codes.shape[1])
+        values = (blocks * scales[:, None]).reshape(-1, codes.shape[1])
     if dtype == jnp.bfloat16:  # XLA may drop a plain cast whose result is cast back
         values = jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
     return values.astype(dtype)
@@ -147,9 +163,14 @@ def quantise_params(params: dict, config: QuantConfig) -> dict:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not LINEAR.fullmatch(name):
             return leaf
-        return jax.lax.map(lambda weight: quantise(matrix(name, weight), config), leaf)
+        return quantise_stack(name, leaf, config=config)
 
     return jax.tree.map_with_path(leaf, params)
+
+
+def quantise_stack(name: str, stack, *, config: QuantConfig) -> dict[str, Array]:
+    """All layers of the kernel `name`, [L, ...]."""
+    return jax.lax.map(lambda weight: quantise(matrix(name, weight), config), stack)
 
 
 def matrix(name: str, weight):
