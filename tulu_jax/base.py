@@ -1,5 +1,7 @@
 """The parameters that a run begins with: random, of a Hugging Face folder, or of another run."""
 
+import re
+
 import jax
 from absl import logging
 from etils import epath
@@ -133,5 +135,9 @@ def _weights_in_files(folder: str, model: LlamaConfig, bad: dict[str, list[int]]
     layers are read from."""
     names = {found.path: found.names for found in jax.tree.leaves(layout.layouts(model))}
     headers = sources.opened(folder, model).headers
-    weights = [names[path][layer] for path, layers in bad.items() for layer in layers or [0]]
+    weights = {  # once each: of a quantised kernel several arrays may be bad
+        names[re.sub("(?<=/kernel)/.*", "", path)][layer]: None
+        for path, layers in bad.items()
+        for layer in layers or [0]
+    }
     return [f"{weight} in {headers[weight].file}" for weight in weights]

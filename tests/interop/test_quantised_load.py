@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from hf_models import assert_equal_trees, one_device, random_params
 
+from tulu_jax import base
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
@@ -21,6 +22,7 @@ from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding as sharding_lib
 from tulu_jax.quant import nf4
 from tulu_jax.quant.nf4 import QuantConfig
+from tulu_jax.training import state
 
 CONFIG = LlamaConfig(
     vocab_size=48, num_layers=2, embed_dim=256, mlp_dim=384, num_heads=8, num_kv_heads=4,
@@ -113,6 +115,18 @@ def test_a_model_whose_blocks_would_be_cut_is_refused(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("quant", [*QUANTS, INT8], ids=str)
+def test_a_weight_that_is_not_finite_is_named(checkpoint, tmp_path, quant):
+    weights = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][5, 200] = np.nan
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    params = hf.load(tmp_path, CONFIG, shardings=one_device(), dtype="float32", quant=quant)
+    bad = state.not_finite(params)
+    assert base._weights_in_files(str(tmp_path), CONFIG, bad) == [f"{name} in model.safetensors"]
+
+
 def test_every_linear_layer_and_nothing_else_is_quantised():
     found = jax.tree.leaves_with_path(abstract(QUANTS[0]))
     names = {sharding_lib.path_name(path) for path, leaf in found if leaf.dtype == jnp.int32}
@@ -137,6 +151,7 @@ import re, sys, threading
 import jax
 from tulu_jax.interop import hf
 from tulu_jax.quant.nf4 import QuantConfig
+from tulu_jax.training import state
 
 def anonymous():  # bytes of this process, without the pages of files that are mapped
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -24,11 +24,14 @@ def names(weight: str, *, double: bool) -> list[str]:
     return [weight, *(f"{weight}.{s}" for s in _SUFFIXES if double or s not in nested)]
 
 
-def from_bnb(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """The arrays of the weight called `name`, as `nf4.quantise` makes them.
+def from_bnb(
+    tensors: Mapping[str, np.ndarray], name: str, *, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """The arrays of the weight called `name`, `shape` [out, in], as `nf4.quantise` makes them.
 
     The bytes of `name` may be stored as any dtype (`bnb_4bit_quant_storage`). Raises `UsageError`
-    for what is not NF4 in blocks of 64 inputs, with scales as float32 or nested in groups of 256.
+    for another shape, and for what is not NF4 in blocks of 64 inputs, with scales as float32 or
+    nested in groups of 256.
     """
     fields = _state(tensors, name)
     double = "nested_blocksize" in fields or f"{name}.nested_absmax" in tensors
@@ -39,7 +42,10 @@ def from_bnb(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarr
             )
     _require(name, "quant_type", fields.get("quant_type"), "nf4")
     _require(name, "blocksize", fields.get("blocksize"), nf4.BLOCK)
-    outputs, inputs = _shape(name, fields)
+    _require(name, "shape", fields.get("shape"), list(shape))
+    outputs, inputs = shape
+    if inputs % nf4.BLOCK:
+        raise _refused(name, "inputs", inputs, f"a multiple of {nf4.BLOCK}")
     blocks = outputs * inputs // nf4.BLOCK
     packed = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
     absmax = tensors[f"{name}.absmax"]
@@ -107,17 +113,6 @@ def _state(tensors: Mapping[str, np.ndarray], name: str) -> dict:
             f"{found[0]} is no JSON object ({error}); get the folder's files again"
         ) from error
     return fields
-
-
-def _shape(name: str, fields: dict) -> tuple[int, int]:
-    """(outputs, inputs) of the weight."""
-    shape = fields.get("shape")
-    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
-    if not whole or min(shape) < 1 or shape[1] % nf4.BLOCK:
-        raise _refused(
-            name, "shape", shape, f"[outputs, inputs] whose inputs are a multiple of {nf4.BLOCK}"
-        )
-    return shape[0], shape[1]
 
 
 def _require(name: str, what: str, found, expected) -> None:

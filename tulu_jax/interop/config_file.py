@@ -31,7 +31,6 @@ _ALLOWED = {  # the first is what is expected; what is absent is None
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
-    "quantization_config": (None,),
     "transformers_weights": (None,),  # names another file of weights
 }
 _FIELDS = {  # ours: theirs
@@ -88,7 +87,7 @@ def unsupported(fields: dict[str, Any]) -> list[str]:
         problems.append(
             f"layer_types = {fields['layer_types']!r}: expected 'full_attention' in every layer"
         )
-    problems += _rope_problems(fields)
+    problems += _quantisation_problems(fields) + _rope_problems(fields)
     if not problems and fields["hidden_size"] % fields["num_attention_heads"]:
         problems.append(
             f"hidden_size = {fields['hidden_size']} is not a multiple of num_attention_heads = "
@@ -167,6 +166,18 @@ def _rope_problems(fields: dict[str, Any]) -> list[str]:
     if factor not in (1, None):
         problems.append(f"{name}.partial_rotary_factor = {factor!r}: expected 1")
     return problems
+
+
+def _quantisation_problems(fields: dict[str, Any]) -> list[str]:
+    """4 bits of bitsandbytes are read, the weights say in which way; nothing else is."""
+    found = fields.get("quantization_config")
+    four = isinstance(found, dict) and found.get("load_in_4bit") is True
+    if found is None or (four and found.get("quant_method") == "bitsandbytes"):
+        return []
+    return [
+        f"quantization_config = {found!r}: expected null, or quant_method 'bitsandbytes' with "
+        "load_in_4bit"
+    ]
 
 
 def _not_positive(name: str, value: Any) -> list[str]:

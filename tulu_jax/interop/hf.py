@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from tulu_jax import validation
-from tulu_jax.interop import config_file, folder, placement, shards, sources, weight_files
+from tulu_jax.interop import bnb, config_file, folder, placement, shards, sources, weight_files
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
@@ -105,15 +105,16 @@ def weights_dtype(path: Path, config: LlamaConfig) -> str:
     return weight_files.DTYPES[sources.opened(path, config).headers[_EMBEDDING].dtype]
 
 
-def check_weights(path: Path, config: LlamaConfig) -> list[str]:
-    """What keeps the weights in `path` from being a `config`, from the file headers alone."""
-    return _weight_problems(sources.opened(path, config), config)
+def check_weights(path: Path, config: LlamaConfig, quant: QuantConfig | None = None) -> list[str]:
+    """What keeps the weights in `path` from being a `config`, from the file headers alone. Those of
+    a folder in 4 bits are weights for `quant`, which says whether their scales are nested."""
+    return _weight_problems(sources.opened(path, config), config, quant)
 
 
-def opened(path: Path, config: LlamaConfig) -> sources.Weights:
+def opened(path: Path, config: LlamaConfig, quant: QuantConfig | None = None) -> sources.Weights:
     """The weights in `path`, to be read one by one. Raises `ValueError` for what `load` does."""
     files = sources.opened(path, config)
-    problems = config_problems(path, config) + _weight_problems(files, config)
+    problems = config_problems(path, config) + _weight_problems(files, config, quant)
     if problems:
         raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
     logging.info("Reading %s in %s", ", ".join(files.files), path)
@@ -131,11 +132,11 @@ def load(
 
     `shardings` is a `Sharding` for every parameter, in the structure of the parameters, or one for
     all. With `quant` the linear layers of the trunk (`nf4.LINEAR`) are quantised as they are read:
-    one weight of `dtype` exists at a time. Raises `ValueError` that lists each weight that is
-    missing, unexpected or of another shape, and each field of `config.json` by which the folder's
-    model computes another function.
+    one weight of `dtype` exists at a time. A folder in 4 bits is taken as it is. Raises
+    `ValueError` that lists each weight that is missing, unexpected or of another shape, and each
+    field of `config.json` by which the folder's model computes another function.
     """
-    files, layouts = opened(path, config), layout_lib.layouts(config)
+    files, layouts = opened(path, config, quant), layout_lib.layouts(config)
     abstract = llama.abstract_params(config, dtype)
     if quant is not None:
         abstract = jax.eval_shape(lambda params: nf4.quantise_params(params, quant), abstract)
@@ -146,6 +147,8 @@ def load(
     def placed(layout, sharding):
         if isinstance(sharding, Sharding):
             return placement.load(files, layout, sharding=sharding, dtype=dtype, pool=pool)
+        if _in_4_bits(files):
+            return placement.load_packed(files, layout, shardings=sharding, pool=pool)
         return placement.load_quantised(
             files, layout, shardings=sharding, dtype=dtype, quant=quant, pool=pool
         )
@@ -241,10 +244,39 @@ def _listed(heading: str, problems: list[str]) -> str:
     return f"{heading}:\n" + "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
 
 
-def _weight_problems(files: sources.Weights, config: LlamaConfig) -> list[str]:
+def _in_4_bits(files: sources.Weights) -> bool:
+    return any(f".{bnb.STATE}" in name for name in files.headers)
+
+
+def _kind_problems(files: sources.Weights, quant: QuantConfig | None) -> list[str]:
+    """Why weights in 4 bits are none for `quant`."""
+    double = any(name.endswith(".nested_absmax") for name in files.headers)
+    expected = QuantConfig(double=double)
+    if quant is not None and (quant.kind, quant.double) == (expected.kind, expected.double):
+        return []
+    found = "none" if quant is None else f"kind = {quant.kind!r} and double = {quant.double}"
+    return [
+        f"its weights are in 4 bits, for a frozen base with kind = {expected.kind!r} and double = "
+        f"{double}; the run's quant has {found}. Set that, or give the folder of the "
+        "full-precision weights"
+    ]
+
+
+def _weight_problems(
+    files: sources.Weights, config: LlamaConfig, quant: QuantConfig | None
+) -> list[str]:
     if not files.headers:
         return files.problems
     expected = layout_lib.expected_weights(config)
+    packed: set[str] = set()
+    if _in_4_bits(files):
+        if problems := _kind_problems(files, quant):
+            return files.problems + problems
+        for layout in jax.tree.leaves(layout_lib.layouts(config)):
+            if nf4.LINEAR.fullmatch(layout.path):
+                for name in layout.names:
+                    packed.update(bnb.names(name, double=quant.double))
+                    del expected[name]
     if config.tie_embeddings and _HEAD in files.headers:  # redundant; compared when it is read
         expected[_HEAD] = expected[_EMBEDDING]
     grouped: dict[tuple[str, str], list[int]] = {}
@@ -265,8 +297,10 @@ def _weight_problems(files: sources.Weights, config: LlamaConfig) -> list[str]:
             report(name, f"has shape {list(header.shape)}; expected {list(shape)}")
         elif header.dtype not in weight_files.DTYPES:
             report(name, f"is of type {header.dtype}; expected F32, BF16 or F16")
+    for name in sorted(packed - files.headers.keys()):
+        report(name, "is missing; expected it of a weight in 4 bits")
     for name, header in files.headers.items():
-        if name not in expected and not _IGNORED.fullmatch(name):
+        if name not in expected and name not in packed and not _IGNORED.fullmatch(name):
             report(name, f"of shape {list(header.shape)} is not a weight of this model")
     return files.problems + [
         f"{name.replace('{}', _ranges(layers))} {text}" for (name, text), layers in grouped.items()

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from tulu_jax.interop import bnb
 from tulu_jax.interop.layout import Layout
 from tulu_jax.interop.sources import Weights
 from tulu_jax.quant import nf4
@@ -45,13 +46,18 @@ def read(
     def array(blocks):
         return jax.make_array_from_callback(shape, sharding, lambda index: blocks[rows(index)])
 
-    names = iter(layout.names)
+    return map(array, _ahead(pool, blocks, layout.names))
+
+
+def _ahead(pool: Executor, read_one, names) -> Iterator:
+    """`read_one` of each name, a few of them in advance."""
+    names = iter(names)
     queue = collections.deque(
-        pool.submit(blocks, name) for name in itertools.islice(names, READ_AHEAD)
+        pool.submit(read_one, name) for name in itertools.islice(names, READ_AHEAD)
     )
     while queue:
-        yield array(queue.popleft().result())
-        queue.extend(pool.submit(blocks, name) for name in itertools.islice(names, 1))
+        yield queue.popleft().result()
+        queue.extend(pool.submit(read_one, name) for name in itertools.islice(names, 1))
 
 
 def load(
@@ -81,6 +87,29 @@ def load_quantised(
     place = _place(layout, parts["codes"], dtype, flat=True)
     quantise = _quantise(quant, tuple(parts.items()))
     return _stack(map(lambda piece: quantise(place(piece)), pieces), len(layout.names), shardings)
+
+
+def load_packed(
+    files: Weights, layout: Layout, *, shardings: dict[str, Sharding], pool: Executor
+) -> dict[str, jax.Array]:
+    """The arrays of a parameter of all layers, of weights that the files have in 4 bits.
+
+    Raises `UsageError` for a weight of another shape, and as `bnb.from_bnb`."""
+
+    def kernel(weight):
+        names = bnb.names(weight, double="offset" in shardings)
+        tensors = {name: files.rows(name, slice(None)) for name in names if name in files.headers}
+        return bnb.from_bnb(tensors, weight, shape=layout.hf_shape)
+
+    def put(kernel):
+        return {
+            name: jax.make_array_from_callback(
+                leaf.shape, _of_one_layer(shardings[name]), leaf.__getitem__
+            )
+            for name, leaf in kernel.items()
+        }
+
+    return _stack(map(put, _ahead(pool, kernel, layout.names)), len(layout.names), shardings)
 
 
 def _stack(layers: Iterator, count: int, sharding):

@@ -25,7 +25,8 @@ ADAPTER = "adapter_config.json"
 
 MOST_HEADER = 100_000_000  # bytes; the safetensors library takes no more
 MOST_READS = 4  # of a part of an object, until two agree
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those that are read
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights
+_STORED = DTYPES | {"U8": "uint8"}  # of weights in few bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ def read_rows(path: epath.Path, header: Header, rows: slice) -> np.ndarray:
     """Rows `rows` of the weight of which `header` tells, in the file `path`. Raises `ValueError` if
     the file ends before."""
     start, stop, _ = rows.indices(header.shape[0])
-    dtype = np.dtype(DTYPES[header.dtype])
+    dtype = np.dtype(_STORED[header.dtype])
     found = np.empty((stop - start, *header.shape[1:]), dtype)
     place = header.start + start * math.prod(header.shape[1:]) * dtype.itemsize
     if is_remote(path):
@@ -249,6 +250,6 @@ def _entry(file: str, data: int, entry: Mapping) -> Header:
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(f"found the shape {shape} at {[start, stop]}; expected whole numbers")
-    if dtype in DTYPES and stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+    if dtype in _STORED and stop - start != math.prod(shape) * np.dtype(_STORED[dtype]).itemsize:
         raise ValueError(f"{dtype} of shape {shape} does not fill the bytes {start} to {stop}")
     return Header(file=file, dtype=dtype, shape=shape, start=data + start)
