@@ -1,22 +1,37 @@
 """The product of activations with an NF4 weight, and the product of its gradient.
 
 W is [K, N] = [in, out] in blocks of 64 along K. `codes` int32 [K/8, N] holds eight 4-bit codes a
-word: bits 16h + 4q … + 3 of word (8b + r, n) are the code of row 64b + 16q + 2r + h, so the word of
-one register is one block of 64 rows by 128 columns and gives four registers of bfloat16 pairs in
+word: bits 16h + 4q … + 3 of word (8b + r, n) are the code of row 64b + 16q + 2r + h, so a register
+of words is one block of 64 rows by 128 columns and decodes to four registers of bfloat16 pairs in
 the order of the rows. `scales` float32 [K/64, N] are the blocks' absolute maxima. A weight is
 float32 codebook × float32 scale, rounded once to the dtype of the product.
+
+On a TPU one kernel multiplies a tile of W by all rows while it decodes the next tile for the
+matrix unit, so that decoding costs almost nothing beside many rows. The backward product is the
+same kernel with the tile turned by the matrix unit. How a register is decoded depends on the chip
+(`DECODERS`). Where the kernel does not go (`nf4_tiles.fit`), XLA decodes and multiplies.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-BLOCK = 64  # rows of a scale
+from tulu_jax.kernels import nf4_tiles, target
+
+BLOCK, LANES = nf4_tiles.BLOCK, nf4_tiles.LANES
+SUBLANES = 8
+PIECE = 256  # rows and columns of a product between which a part of the next tile is decoded
 # Normal float 4 (Dettmers et al. 2023), as bitsandbytes has it.
 CODEBOOK = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(-0.28444138169288635, -0.18477343022833234, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
@@ -30,48 +45,285 @@ def matmul(
     The backward pass decodes again: no decoded weight is kept for it. Raises `ValueError` for
     shapes that do not belong together.
     """
-    _check(x, codes, scales)
-    return _product(x, codes, scales)
-
-
-def decode(
-    codes: Int32[Array, "K8 N"], scales: Float32[Array, "K64 N"], dtype: jnp.dtype
-) -> Float[Array, "K N"]:
-    """W in `dtype`, by XLA."""
-    blocks, columns = scales.shape
-    words = codes.reshape(blocks, 1, 8, 1, columns)
-    shifts = (4 * jnp.arange(4))[None, :, None, None, None] + 16 * jnp.arange(2)[:, None]
-    values = jnp.asarray(CODEBOOK, jnp.float32)[lax.shift_right_logical(*_same(words, shifts)) & 15]
-    return (values * scales[:, None, None, None]).astype(dtype).reshape(-1, columns)
-
-
-def _same(words, shifts):
-    shape = jnp.broadcast_shapes(words.shape, shifts.shape)
-    return jnp.broadcast_to(words, shape), jnp.broadcast_to(shifts.astype(words.dtype), shape)
-
-
-def _check(x, codes, scales):
     rows, columns = 8 * codes.shape[0], codes.shape[1]
     if x.shape[-1] != rows or scales.shape != (rows // BLOCK, columns) or rows % BLOCK:
         raise ValueError(
             f"x {x.shape}, codes {codes.shape} and scales {scales.shape} do not belong together: "
             f"expected [..., K], [K/8, N] and [K/{BLOCK}, N]"
         )
+    return _matmul(x, codes, scales)
 
 
 @jax.custom_vjp
-def _product(x, codes, scales):
-    return jnp.einsum("...K,KN->...N", x, decode(codes, scales, x.dtype))
+def _matmul(x, codes, scales):
+    return _product(x, codes, scales, backward=False)
 
 
-def _forward(x, codes, scales):
-    return _product(x, codes, scales), (codes, scales)
+def _matmul_forward(x, codes, scales):
+    return _matmul(x, codes, scales), (codes, scales)
 
 
-def _backward(residuals, gradient):
-    codes, scales = residuals
-    dx = jnp.einsum("...N,KN->...K", gradient, decode(codes, scales, gradient.dtype))
-    return dx, None, None
+def _matmul_backward(residuals, gradient):
+    return _product(gradient, *residuals, backward=True), None, None
 
 
-_product.defvjp(_forward, _backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _product(x, codes, scales, *, backward):
+    """x · W [..., N], or x · Wᵀ [..., K] backward."""
+    chip, rows = target.chip(), math.prod(x.shape[:-1])
+    out = 8 * codes.shape[0] if backward else codes.shape[1]
+    tile = None
+    if chip is not None and x.dtype == jnp.bfloat16:
+        tile = nf4_tiles.fit(chip, rows=rows, contracted=x.shape[-1], out=out)
+    if tile is None:
+        return _by_xla(x, codes, scales, backward=backward)
+    return run(x, codes, scales, tile=tile, backward=backward, interpret=False)
+
+
+def _by_xla(x, codes, scales, *, backward):
+    """Even and odd rows of W apart, as they lie in words; x is put in their order."""
+    words = codes.reshape(1, -1, 1, SUBLANES, codes.shape[1])  # [h, K/64, q, r, N]
+    shifts = (16 * np.arange(2)[:, None] + 4 * np.arange(4)).reshape(2, 1, 4, 1, 1)
+    fields = lax.shift_right_logical(*jnp.broadcast_arrays(words, jnp.asarray(shifts, jnp.int32)))
+    weights = (_looked_up(fields) * scales[None, :, None, None]).astype(x.dtype)
+    weights = weights.reshape(2, -1, codes.shape[1])
+    if backward:
+        pairs = jnp.einsum("...N,HKN->...KH", x, weights)
+        return pairs.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...KH,HKN->...N", x.reshape(*x.shape[:-1], -1, 2), weights)
+
+
+def _looked_up(fields):
+    """float32 codebook values of int32 fields whose low four bits are codes, by a tree of choices:
+    vector units have no cheap gather."""
+
+    def choose(low, high, bit):
+        if high - low == 1:
+            return jnp.float32(CODEBOOK[low])
+        middle = (low + high) // 2
+        set_ = (fields >> bit) & 1 != 0
+        return jnp.where(set_, choose(middle, high, bit - 1), choose(low, middle, bit - 1))
+
+    return choose(0, 16, 3)
+
+
+# ---- what a grid step does ----
+
+
+def _words(low, high, dtype):
+    """Two registers rounded to `dtype` as the low and high halves of one of int32 words."""
+    return pltpu.bitcast(pltpu.pack_elementwise([low, high], packed_dtype=dtype), jnp.int32)
+
+
+def _shifted(words, bits):
+    return lax.shift_right_logical(words, jnp.int32(bits)) if bits else words
+
+
+def _take(table, index, axis):
+    return jnp.take_along_axis(table, index, axis=axis, mode="promise_in_bounds")
+
+
+def _decode_sublanes(words, scale, table):
+    """v5e, v5p: a table of pairs of scaled weights (T[i], T[i + 8]) for each column, looked up by
+    the low three bits of a code; the fourth chooses the half."""
+    pairs = _words(table[0] * scale, table[1] * scale, jnp.bfloat16)
+
+    def half(bits):
+        high = bits + 3  # the bit that chooses, moved to 16
+        amount = (words << (4 - high) if high < 4 else _shifted(words, high - 4)) & 16
+        return lax.shift_right_logical(_take(pairs, _shifted(words, bits) & 7, 0), amount)
+
+    return [_words(half(4 * q), half(16 + 4 * q), jnp.int16) for q in range(4)]
+
+
+def _decode_bytes(words, scale, table):
+    """v6e, tpu7x: a register holds the 16 scaled weights of a column as 32 bytes, and a byte gather
+    takes both bytes of a weight at 2c and 2c + 1."""
+    pairs = pltpu.bitcast(_words(table[0] * scale, table[1] * scale, jnp.bfloat16), jnp.int8)
+    ones = np.array(0xFF00FF00, np.uint32).view(np.int32)
+    odd = pltpu.bitcast(jnp.full((SUBLANES, LANES), ones, jnp.int32), jnp.int8) != jnp.int8(0)
+
+    def looked_up(odd_bytes, even_bytes):
+        index = jnp.where(
+            odd, pltpu.bitcast(odd_bytes, jnp.int8), pltpu.bitcast(even_bytes, jnp.int8)
+        )
+        return pltpu.bitcast(_take(pairs, index, 0), jnp.int32)
+
+    found = {}
+    for q in range(2):
+        low = (_shifted(words, 3) if q else words << 1) & 0x1E1E1E1E
+        high = low | 0x01010101
+        found[q] = looked_up(high << 8, low)
+        found[q + 2] = looked_up(high, _shifted(low, 8))
+    return [found[q] for q in range(4)]
+
+
+def _decode_lanes(words, scale, table):
+    """v4: the codebook along the lanes of a register, gathered, then scaled."""
+
+    def half(bits):
+        return _take(table[0], _shifted(words, bits) & 15, 1) * scale
+
+    return [_words(half(4 * q), half(16 + 4 * q), jnp.bfloat16) for q in range(4)]
+
+
+DECODERS = {"sublanes": _decode_sublanes, "bytes": _decode_bytes, "lanes": _decode_lanes}
+
+
+def _table(decoder: str) -> np.ndarray:
+    """float32 [2, 8, 128]: what a decoder looks up, before scaling."""
+    values = np.array(CODEBOOK, np.float32)
+    if decoder == "lanes":
+        return np.broadcast_to(np.tile(values, LANES // 16), (2, SUBLANES, LANES))
+    halves = [values[0::2], values[1::2]] if decoder == "bytes" else [values[:8], values[8:]]
+    return np.broadcast_to(np.stack(halves)[:, :, None], (2, SUBLANES, LANES))
+
+
+def accumulate(x, weights, acc, *, first, length, backward, beside=lambda piece, of: None):
+    """acc += x · W (or · Wᵀ) of one tile in pieces, of the first `length` of the contraction, from
+    zero where `first`;
+    `beside(n, of)` is called after piece n. `weights` is int32 pairs of rows of bfloat16."""
+    rows, columns = acc.shape
+    pieces = [(h, g) for h in range(0, columns, PIECE) for g in range(0, rows, PIECE)]
+    for n, (h, g) in enumerate(pieces):
+        wide, high = min(PIECE, columns - h), min(PIECE, rows - g)
+        if backward:
+            w = pltpu.bitcast(weights[h // 2 : (h + wide) // 2, :length], jnp.bfloat16)
+        else:
+            w = pltpu.bitcast(weights[: length // 2, h : h + wide], jnp.bfloat16)
+        numbers = (((1,), (1 if backward else 0,)), ((), ()))
+        here = (slice(g, g + high), slice(h, h + wide))
+        before = jnp.where(first, 0.0, acc[here])
+        acc[here] = before + lax.dot_general(
+            x[g : g + high, :length], w, numbers, preferred_element_type=jnp.float32
+        )
+        beside(n, len(pieces))
+
+
+def _kernel(x, codes, scales, table, out, acc, even, odd, *, tile, tiles, rest, backward):
+    """Step (part, t, i): multiplies block i of rows by tile t - 1 while it decodes 1/`blocks` of
+    tile t. Two buffers that are named, not indexed, so that the compiler sees that they differ."""
+    t, i = pl.program_id(1), pl.program_id(2)
+    along = tiles[0]  # of the contraction
+    place = lax.rem(t + along - 1, along)  # of tile t - 1 along the contraction
+    last = place == along - 1
+    height, width = (tile.out, tile.contracted) if backward else (tile.contracted, tile.out)
+    of_step = -(-height // BLOCK // tile.blocks)  # blocks of 64 rows that a step decodes
+    work = [(b, c) for c in range(0, width, LANES) for b in range(of_step)]
+    first = jnp.minimum(i * of_step, height // BLOCK - of_step)
+
+    def decode(buffer, work):
+        for b, c in work:
+            lanes = slice(c, c + LANES)
+            words = codes[pl.ds(pl.multiple_of(SUBLANES * (first + b), SUBLANES), SUBLANES), lanes]
+            scale = jnp.broadcast_to(scales[first + b, :, lanes], (SUBLANES, LANES))
+            decoded = DECODERS[tile.decoder](words, scale, table)
+            for q in range(4):
+                row = pl.multiple_of(32 * (first + b) + SUBLANES * q, SUBLANES)
+                buffer[pl.ds(row, SUBLANES), lanes] = decoded[q]
+
+    @pl.when(t == 0)
+    def _():
+        decode(even, work)
+
+    lengths = {False: tile.contracted, True: rest} if rest != tile.contracted else {None: rest}
+    for parity, read, write in ((1, even, odd), (0, odd, even)):
+        for ends, length in lengths.items():
+            here = (t > 0) & (lax.rem(t, 2) == parity)
+            here = here if ends is None else here & (last == ends)
+
+            @pl.when(here)
+            def _(read=read, write=write, length=length):
+                accumulate(
+                    x,
+                    read,
+                    acc.at[i],
+                    first=place == 0,
+                    length=length,
+                    backward=backward,
+                    beside=lambda n, of: decode(
+                        write, work[n * len(work) // of : (n + 1) * len(work) // of]
+                    ),
+                )
+
+    @pl.when(last & (t > 0))
+    def _():
+        out[...] = acc[i].astype(out.dtype)
+
+
+def run(
+    x: Float[Array, "*rows C"],
+    codes: Int32[Array, "K8 N"],
+    scales: Float32[Array, "K64 N"],
+    *,
+    tile: nf4_tiles.Tile,
+    backward: bool,
+    interpret: bool,
+) -> Float[Array, "*rows O"]:
+    """The kernel: x · W, or x · Wᵀ backward. `interpret` runs it as plain JAX, for tests."""
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])
+    few = max(0, 2 * SUBLANES - x.shape[0])  # a register of bfloat16 has 16 rows
+    x = jnp.pad(x, ((0, few), (0, 0)))
+    contracted, out = shape[-1], (8 * codes.shape[0] if backward else codes.shape[1])
+    along, across = pl.cdiv(contracted, tile.contracted), pl.cdiv(out, tile.out) // tile.shares
+    count = along * across
+    height, width = (tile.out, tile.contracted) if backward else (tile.contracted, tile.out)
+
+    def of(p, t):
+        """Tile t of part p: its place along the contraction, and across."""
+        return lax.rem(t, along), lax.div(p, tile.bands) * across + lax.div(t, along)
+
+    def at_weight(p, t, i):
+        c, o = of(p, jnp.minimum(t, count - 1))
+        return (o, c) if backward else (c, o)
+
+    def at_scales(p, t, i):
+        row, column = at_weight(p, t, i)
+        return row, 0, column
+
+    def at_rows(p, i):
+        return lax.rem(p, tile.bands) * tile.blocks + i
+
+    def at_x(p, t, i):
+        return at_rows(p, i), of(p, jnp.maximum(t - 1, 0))[0]
+
+    def at_out(p, t, i):  # stays until it is complete
+        c, o = of(p, jnp.maximum(t - 1, 0))
+        return at_rows(p, jnp.where((c == along - 1) & (t > 0), i, 0)), o
+
+    result = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            tile=tile,
+            tiles=(along, across),
+            rest=contracted - (along - 1) * tile.contracted,
+            backward=backward,
+        ),
+        name="nf4_backward" if backward else "nf4_forward",
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], out), x.dtype),
+        grid=(tile.bands * tile.shares, count + 1, tile.blocks),
+        in_specs=[
+            pl.BlockSpec((tile.rows, tile.contracted), at_x),
+            pl.BlockSpec((height // 8, width), at_weight),
+            pl.BlockSpec((height // BLOCK, 1, width), at_scales),
+            pl.BlockSpec((2, SUBLANES, LANES), lambda p, t, i: (0, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((tile.rows, tile.out), at_out),
+        scratch_shapes=[
+            pltpu.VMEM((tile.blocks, tile.rows, tile.out), jnp.float32),
+            pltpu.VMEM((height // 2, width), jnp.int32),
+            pltpu.VMEM((height // 2, width), jnp.int32),
+        ],
+        compiler_params=None
+        if interpret
+        else pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=tile.vmem,
+            disable_bounds_checks=True,
+        ),
+        interpret=interpret,
+    )(x, codes, scales[:, None], jnp.asarray(_table(tile.decoder)))
+    return result[: result.shape[0] - few].reshape(*shape[:-1], out)

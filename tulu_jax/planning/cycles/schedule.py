@@ -132,11 +132,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled request: kernels by name, bytes moved by the XLA code around them and the seconds
-    that the compiler took when it made this; or why it did not compile."""
+    """A compiled request: kernels by name, the optimized program's text, bytes moved by the XLA
+    code around kernels and the seconds that the compiler took when it made this; or why it did not
+    compile."""
 
     request: Request
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
+    hlo: str = ""
     glue_bytes: float = 0.0
     seconds: float = 0.0
     error: str | None = None
@@ -201,6 +203,7 @@ def _read(request: Request, result: dict[str, Any]) -> Program:
     return Program(
         request=request,
         kernels={name: parse(name, **texts) for name, texts in sorted(result["kernels"].items())},
+        hlo=result["hlo"],
         glue_bytes=glue_bytes(result["hlo"]),
         seconds=result["seconds"],
     )
