@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 # What divides into tiles, and what leaves shorter last ones in all three directions.
 EVEN = nf4_cycles.Product(rows=512, contracted=1024, out=1024, backward=False)
-UNEVEN = nf4_cycles.Product(rows=200, contracted=2176, out=640, backward=True)
+UNEVEN = nf4_cycles.Product(rows=1000, contracted=2176, out=640, backward=True)
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_compiles_and_takes_the_time_that_is_expected(chip, product):
     (program,) = schedule.compile_for(chip, [nf4_cycles.request(chip, product)], timeout=600)
     assert program.error is None, program.error
     (kernel,) = program.kernels.values()
-    assert not (kernel.primary_core_only and nf4_cycles.tile(chip, product).bands > 1)
+    assert not kernel.primary_core_only
     counted = nf4_cycles.seconds(chip, product, kernel)
     expected = nf4_tiles.seconds(
         chip, rows=product.rows, contracted=product.contracted, out=product.out
     )
     # Small shapes, in which what a step costs besides its product weighs most.
-    assert expected == pytest.approx(counted, rel=0.25)
+    assert expected == pytest.approx(counted, rel=0.15)
 
 
-L, D, F = 4, 512, 1024
+L, D, F, ROWS = 4, 512, 1024, 640
 
 
 def test_scanned_layers_hold_no_decoded_weight(absent_slices):
@@ -72,7 +72,7 @@ def test_scanned_layers_hold_no_decoded_weight(absent_slices):
         return tuple(jax.ShapeDtypeStruct(*one, sharding=everywhere) for one in shapes)
 
     rows = jax.P("data")
-    x = jax.ShapeDtypeStruct((4 * 512, D), jnp.bfloat16, sharding=jax.NamedSharding(mesh, rows))
+    x = jax.ShapeDtypeStruct((4 * ROWS, D), jnp.bfloat16, sharding=jax.NamedSharding(mesh, rows))
     with jax.set_mesh(mesh):
         run = jax.shard_map(
             gradient, in_specs=(rows, jax.P(), jax.P()), out_specs=rows, check_vma=False

@@ -181,32 +181,30 @@ def _table(decoder: str) -> np.ndarray:
     return np.broadcast_to(np.stack(halves)[:, :, None], (2, SUBLANES, LANES))
 
 
-def accumulate(x, weights, acc, *, first, length, backward, beside=lambda piece, of: None):
+def accumulate(x, piece, acc, *, first, length, backward, beside=lambda n, of: None):
     """acc += x · W (or · Wᵀ) of one tile in pieces, of the first `length` of the contraction, from
-    zero where `first`;
-    `beside(n, of)` is called after piece n. `weights` is int32 pairs of rows of bfloat16."""
+    zero where `first`. `piece(rows, columns)` gives that part of W in bfloat16 for two pairs of
+    bounds; `beside(n, of)` is called after product n."""
     rows, columns = acc.shape
-    pieces = [(h, g) for h in range(0, columns, PIECE) for g in range(0, rows, PIECE)]
-    for n, (h, g) in enumerate(pieces):
-        wide, high = min(PIECE, columns - h), min(PIECE, rows - g)
-        if backward:
-            w = pltpu.bitcast(weights[h // 2 : (h + wide) // 2, :length], jnp.bfloat16)
-        else:
-            w = pltpu.bitcast(weights[: length // 2, h : h + wide], jnp.bfloat16)
-        numbers = (((1,), (1 if backward else 0,)), ((), ()))
-        here = (slice(g, g + high), slice(h, h + wide))
-        before = jnp.where(first, 0.0, acc[here])
-        acc[here] = before + lax.dot_general(
-            x[g : g + high, :length], w, numbers, preferred_element_type=jnp.float32
+    corners = [(h, g) for h in range(0, columns, PIECE) for g in range(0, rows, PIECE)]
+    for n, (h, g) in enumerate(corners):
+        wide, high = min(columns, h + PIECE), min(rows, g + PIECE)
+        weights = piece((h, wide), (0, length)) if backward else piece((0, length), (h, wide))
+        before = jnp.where(first, 0.0, acc[g:high, h:wide])
+        acc[g:high, h:wide] = before + lax.dot_general(
+            x[g:high, :length],
+            weights,
+            (((1,), (1 if backward else 0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
-        beside(n, len(pieces))
+        beside(n, len(corners))
 
 
-def _kernel(x, codes, scales, table, out, acc, even, odd, *, tile, tiles, rest, backward):
+def _kernel(x, codes, scales, table, out, acc, even, odd, *, tile, along, rest, backward):
     """Step (part, t, i): multiplies block i of rows by tile t - 1 while it decodes 1/`blocks` of
-    tile t. Two buffers that are named, not indexed, so that the compiler sees that they differ."""
+    tile t. There are `along` tiles along the contraction, the last `rest` long. The two buffers are
+    named, not indexed, so that the compiler sees that they differ."""
     t, i = pl.program_id(1), pl.program_id(2)
-    along = tiles[0]  # of the contraction
     place = lax.rem(t + along - 1, along)  # of tile t - 1 along the contraction
     last = place == along - 1
     height, width = (tile.out, tile.contracted) if backward else (tile.contracted, tile.out)
@@ -238,7 +236,9 @@ def _kernel(x, codes, scales, table, out, acc, even, odd, *, tile, tiles, rest, 
             def _(read=read, write=write, length=length):
                 accumulate(
                     x,
-                    read,
+                    lambda rows, columns: pltpu.bitcast(
+                        read[rows[0] // 2 : rows[1] // 2, slice(*columns)], jnp.bfloat16
+                    ),
                     acc.at[i],
                     first=place == 0,
                     length=length,
@@ -298,7 +298,7 @@ def run(
         functools.partial(
             _kernel,
             tile=tile,
-            tiles=(along, across),
+            along=along,
             rest=contracted - (along - 1) * tile.contracted,
             backward=backward,
         ),

@@ -58,6 +58,7 @@ _SIZES = (512, 768, 1024, 1280, 1536, 2048)
 _HEIGHTS = (512, 1024)  # rows of a block
 _LARGEST = 2**30  # products of numbers in a step, straight code; of 2^31 it compiles thrice as long
 _UNEVEN = 1.01  # a shorter last tile has straight code of its own
+_ALONE = 256  # rows beside which nothing is decoded
 _STORED = 2048  # numbers a cycle that leave the sums for the result
 _MARGIN = chips.MIB  # of VMEM, for values in flight
 
@@ -135,7 +136,9 @@ def _seconds(chip, tile: Tile, contracted: int, out: int) -> tuple[float, float]
     peak = hardware.peak / 2 / hardware.clock / hardware.cores  # products a cycle
     rows = tile.blocks * max(tile.rows, LANES)  # fewer do not pay for loading the weights
     multiplied = rows * contracted * columns / peak + counted.ramp * steps
-    cycles = max(multiplied, along * tile.contracted * columns / counted.decoded)
+    decoded = along * tile.contracted * columns / counted.decoded
+    hidden = min(decoded, multiplied * max(0.0, 1 - _ALONE / tile.rows))
+    cycles = multiplied + decoded - hidden
     cycles += tile.contracted * tile.out / counted.decoded  # the first tile, beside nothing
     cycles += rows * columns / _STORED + counted.step * (steps + tile.blocks)
     cycles *= -(-parts // hardware.cores)

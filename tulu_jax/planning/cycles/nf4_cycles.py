@@ -57,35 +57,39 @@ def product(tile: dict, product: dict):
 
 
 def seconds(chip: str, product: Product, kernel: schedule.Kernel) -> float:
-    """Scheduled cycles of a compiled product over the clock, all cores of a device at work."""
+    """Scheduled cycles of a compiled product over the clock."""
     hardware = chips.CHIPS[chip]
-    return cycles(kernel, tile(chip, product), product, hardware.cores, first=1) / hardware.clock
+    fitted = tile(chip, product)
+    return cycles(kernel, fitted, product, cores=hardware.cores, ahead=1) / hardware.clock
 
 
 def cycles(
-    kernel: schedule.Kernel, tile: nf4_tiles.Tile, product: Product, cores: int, *, first: int
+    kernel: schedule.Kernel, tile: nf4_tiles.Tile, product: Product, *, cores: int, ahead: int
 ) -> float:
-    """Cycles of a core. Of the kernel's blocks those with products run for every tile and block of
-    rows, twice as many (even and odd tiles), and as many again where the last tile along the
-    contraction is shorter; of the others one may decode the first tile (`first` tiles do nothing
-    else), and the last stores the result."""
-    along, across = (
-        -(-product.contracted // tile.contracted),
-        -(-product.out // tile.out) // tile.shares,
-    )
-    parts = tile.bands * tile.shares
+    """Cycles of a core.
+
+    Before the products `ahead` tiles, 1 or 0, are decoded beside nothing. Blocks with products run
+    for every block of rows and tile; with `ahead` there are two, for even and odd tiles, and where
+    the last tile along the contraction is shorter one or two for it. After them the result is
+    stored.
+    """
+    along = -(-product.contracted // tile.contracted)
+    across = -(-product.out // tile.out) // tile.shares
+    parts, branches = tile.bands * tile.shares, kernel.branches
     each = tile.blocks * (parts if kernel.primary_core_only else -(-parts // cores))
-    count = along * across
-    compute = [count / 2] * 2
-    if len(kernel.branches["compute"]) == 4:  # the whole ones and the shorter, of each parity
-        lengths = [across * (along - 1) / 2, across / 2]
-        by_size = sorted(kernel.branches["compute"], key=lambda block: block.own)
-        shorter = {id(block) for block in by_size[:2]}
-        compute = [lengths[id(block) in shorter] for block in kernel.branches["compute"]]
-    sides = len(kernel.branches["side"])
-    side = ([first] * (sides == 2) + [across])[:sides]
+    steps = along * across + ahead
+    by_size = sorted(branches["compute"], key=lambda block: block.own)
+    ends = {id(block) for block in by_size[: len(by_size) - 1 - ahead]}
+    whole = along - bool(ends)
+    runs = across / (1 + ahead)
+    compute = [runs * (1 if id(b) in ends else whole) for b in branches["compute"]]
+    first_product = branches["compute"][0].start
+    side = [
+        across if b.start > first_product else ahead if b.slots["VALU"] else steps  # or a transfer
+        for b in branches["side"]
+    ]
     return kernel.cycles(
-        steps=(count + first) * each,
+        steps=steps * each,
         compute=[n * each for n in compute],
         side=[n * each for n in side],
     )
