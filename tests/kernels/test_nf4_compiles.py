@@ -12,7 +12,7 @@ import pytest
 from tulu_jax.kernels import nf4_matmul as nf4
 from tulu_jax.kernels import nf4_tiles
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import compiled, hlo, topology
+from tulu_jax.planning import aot, compiled, cost, hlo, topology
 from tulu_jax.planning.cycles import nf4_cycles, schedule
 
 pytestmark = pytest.mark.skipif(
@@ -98,3 +98,14 @@ def test_scanned_layers_hold_no_decoded_weight(absent_slices):
         sorted(found)
     )
     assert made["temporaries"] < 2 * L * D * F
+    # The estimate of dry runs prices each: five products of a layer, none below the peak.
+    estimate = cost.Estimator(
+        module,
+        slice_,
+        aot.places(mesh, slice_),
+        cost.mesh_axes(dict(mesh.shape)),
+        kernel_seconds=lambda name, text: ("matrix", aot.product_seconds(name, text, slice_)),
+        dynamic_trips=1,
+    ).estimate()
+    peak = 2.0 * ROWS * D * F * 5 * L / slice_.hardware.peak
+    assert not estimate.unknown and peak < estimate.matrix < 1.5 * peak

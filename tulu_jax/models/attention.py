@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tulu_jax import chips, validation
-from tulu_jax.kernels import flash_attention, flash_attention_tuning
+from tulu_jax.kernels import flash_attention, flash_attention_tuning, target
 from tulu_jax.models import xla_attention
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.sharding import num_devices
@@ -44,7 +44,7 @@ def choose(implementation: str, *, queries: int, keys: int, platform: str, dtype
     if queries == 1:
         return "xla"
     if platform == "tpu":
-        taken = flash_attention_tuning.takes(_device_kind(), jnp.dtype(dtype).name)
+        taken = flash_attention_tuning.takes(target.device_kind(), jnp.dtype(dtype).name)
         return "pallas" if taken else "blockwise"
     short = platform == "cpu" and queries == keys and queries <= LONGEST_TRIANGLE
     return "triangular" if short else "blockwise"
@@ -146,25 +146,11 @@ def attention(
     return attend(q, k, v, visibility)
 
 
-def platform() -> str:
-    """Platform of the devices that the computation is for: of the ambient mesh, else the default.
-
-    A dry run compiles for devices that are not there.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
-
-
 def _tiling(dtype: jnp.dtype, *, interpret: bool, block: int | None) -> flash_attention.Tiling:
     """The tuned tiling of the chip that the computation is for; raises `UsageError` if none is."""
     tiling = flash_attention_tuning.INTERPRETED
     if not interpret:
-        kind = _device_kind()
+        kind = target.device_kind()
         chip = chips.name(kind)
         if chip is None:
             raise validation.UsageError(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
 from tulu_jax.models import layers
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
@@ -107,7 +108,7 @@ class Trunk(nnx.Module):
                     self.execution.attention,
                     queries=inputs.tokens.shape[1],
                     keys=inputs.kv_segment_ids.shape[1],
-                    platform=attention_lib.platform(),
+                    platform=target.platform(),
                     dtype=dtype,
                 ),
                 heads=(

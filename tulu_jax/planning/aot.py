@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tulu_jax import step as step_lib
+from tulu_jax.kernels import nf4_tiles
 from tulu_jax.models.config import KEEP_NOTHING
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
@@ -219,13 +220,29 @@ def _attention_flops(config: TrainConfig, row_count: int, held: rows.Documents) 
 
 def _kernel_seconds(
     name: str, text: str, config: TrainConfig, topology: Topology, held: rows.Documents
-) -> float | None:
-    """`attention_seconds` of the kernel `name` of a compiled step; None for another kernel."""
-    found = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),\d+\]", text)
-    if not name.startswith("flash_") or not found:
+) -> tuple[str, float] | None:
+    """What the kernel `name` of a compiled step is and how long it takes; None for another one."""
+    if name.startswith("nf4_"):
+        kind, seconds = "matrix", product_seconds(name, text, topology)
+    else:
+        found = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),\d+\]", text)
+        if not name.startswith("flash_") or not found:
+            return None
+        B, N, T = map(int, found.groups())
+        kind, backward = "attention", "backward" in name
+        seconds = attention_seconds(config, topology, held, (B, N), T, backward=backward)
+    return None if seconds is None else (kind, seconds)
+
+
+def product_seconds(name: str, text: str, topology: Topology) -> float | None:
+    """Seconds of the product with NF4 weights of this name and text, from the shapes of x [M, C]
+    and of codes [K/8, N]."""
+    found = re.search(r"constraints=\{bf16\[(\d+),(\d+)\]\S* s32\[(\d+),(\d+)\]", text)
+    if not found:
         return None
-    B, N, T = map(int, found.groups())
-    return attention_seconds(config, topology, held, (B, N), T, backward="backward" in name)
+    M, C, words, N = map(int, found.groups())
+    out = 8 * words if "backward" in name else N
+    return nf4_tiles.seconds(topology.chip, rows=M, contracted=C, out=out)
 
 
 def attention_seconds(
@@ -253,8 +270,8 @@ def attention_seconds(
 
 
 def flops(jaxpr) -> float:
-    """FLOPs of the matrix products of a jaxpr on all devices, loops unrolled; kernels not counted,
-    and of a conditional the cheapest branch (the others guard)."""
+    """FLOPs of the matrix products of a jaxpr on all devices, loops unrolled; of kernels only those
+    with NF4 weights, and of a conditional the cheapest branch (the others guard)."""
     total = 0.0
     for equation in jaxpr.eqns:
         inner = [
@@ -274,7 +291,11 @@ def flops(jaxpr) -> float:
             total += min(map(flops, inner))
         elif name == "shard_map":
             total += equation.params["mesh"].size * flops(inner[0])
-        elif name != "pallas_call":
+        elif name == "pallas_call":
+            if equation.params["name"].startswith("nf4_"):
+                x, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+                total += 2.0 * math.prod(x) * out[-1]
+        else:
             total += sum(map(flops, inner))
     return total
 

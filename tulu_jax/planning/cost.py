@@ -2,7 +2,8 @@
 
 The program is walked in its schedule. Compute: a matrix product takes the compiler's own estimate
 of cycles or the time of its HBM traffic, whichever is longer; anything else the time of its
-traffic; an attention kernel its counted cycles for the pairs of blocks that documents need.
+traffic; an attention kernel its counted cycles for the pairs of blocks that documents need, and a
+product with NF4 weights what follows from counted cycles of its steps.
 Interconnect: a collective takes its bytes over the torus links that its group has. A synchronous
 collective stops compute; an asynchronous one runs beside it, after those on the same torus axes and
 the same SparseCore, and its end waits for what is left. Not in it: contention between hosts,
@@ -116,15 +117,16 @@ def _ends(i: hlo.Instruction) -> bool:
 class Estimator:
     """Costs of the parts of one module.
 
-    `kernel_seconds` gives the time of one call of the Mosaic kernel of a name and text, or None if
-    it is not known; `dynamic_trips` is how often a loop runs whose count depends on data.
+    `kernel_seconds` gives, of one call of the Mosaic kernel of a name and text, what it is
+    ("attention" or "matrix") and its time, or None if that is not known; `dynamic_trips` is how
+    often a loop runs whose count depends on data.
     """
 
     module: hlo.Module
     topology: Topology
     places: np.ndarray
     axes: Callable[[Sequence[int]], str]
-    kernel_seconds: Callable[[str, str], float | None]
+    kernel_seconds: Callable[[str, str], tuple[str, float] | None]
     dynamic_trips: float
 
     def __post_init__(self):
@@ -227,12 +229,16 @@ class Estimator:
             target = i.attribute(r'custom_call_target="([^"]*)"')
             if target != "tpu_custom_call":
                 return 0.0
-            seconds = self.kernel_seconds(i.name, i.text)
-            if seconds is None:
+            known = self.kernel_seconds(i.name, i.text)
+            if known is None:
                 self.cost.unknown[i.name] = times
                 return 0.0
-            self.cost.attention += seconds * times
-            self.cost.top.append((seconds * times, times, i.name, "attention kernel"))
+            kind, seconds = known
+            if kind == "matrix":
+                self.cost.matrix += seconds * times
+            else:
+                self.cost.attention += seconds * times
+            self.cost.top.append((seconds * times, times, i.name, f"{kind} kernel"))
             return seconds
         cycles = i.cycles
         if not cycles:
