@@ -1,16 +1,19 @@
 """The parameters that a run begins with: random, of a Hugging Face folder, or of another run."""
 
+import functools
 import re
 
 import jax
 from absl import logging
 from etils import epath
 
+from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.interop import hf, layout, sources
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
+from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -20,8 +23,8 @@ SHOWN = 8  # weights named in a message
 
 
 def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
-    """Shapes, dtypes and shardings of the whole model of a run; nothing is allocated."""
-    params = llama.abstract_params(config.model, config.param_dtype)
+    """Shapes, dtypes and shardings of the base of a run; nothing is allocated."""
+    params = step_lib.abstract_base(config)
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         params,
@@ -33,12 +36,15 @@ def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params
     """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
     abstract = abstract_params(config, mesh)
     if config.base is not None:
-        return load(config.base, config.model, abstract)
+        if config.quant is None:
+            return load(config.base, config.model, abstract)
+        return _load_quantised(config, abstract, mesh)
     logging.info("Random parameters from seed %d", config.seed)
 
     def init(key):
         params = llama.init_params(config.model, key)
-        return jax.tree.map(lambda p: p.astype(config.param_dtype), params)
+        params = jax.tree.map(lambda p: p.astype(config.param_dtype), params)
+        return params if config.quant is None else nf4.quantise_params(params, config.quant)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
@@ -103,8 +109,38 @@ def _weights_dtype(config: TrainConfig) -> str:
         return hf.weights_dtype(config.base, config.model) if config.base else config.param_dtype
 
 
-def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
-    """Parameters from a Hugging Face folder or from the latest checkpoint of a run's workdir.
+def _load_quantised(config: TrainConfig, abstract, mesh) -> llama.Params:
+    """The base in few bits. A published one is quantised weight by weight as it is read; that of a
+    run lies on the devices whole, and is quantised stack by stack."""
+    if (epath.Path(config.base) / "config.json").exists():
+        return load(config.base, config.model, abstract, config.quant)
+    whole = llama.abstract_params(config.model, config.param_dtype)
+    shardings = sharding.param_shardings(mesh, whole)
+    whole = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), whole, shardings
+    )
+    params = load(config.base, config.model, whole)
+
+    def quantise(path, leaf):
+        name = sharding.path_name(path)
+        if not nf4.LINEAR.fullmatch(name):
+            return leaf
+        placed = jax.tree.map(lambda leaf: leaf.sharding, _at(abstract, path))
+        run = functools.partial(nf4.quantise_stack, name, config=config.quant)
+        return jax.jit(run, out_shardings=placed, donate_argnums=0)(leaf)
+
+    return jax.tree.map_with_path(quantise, params)
+
+
+def _at(tree, path):
+    return functools.reduce(lambda found, step: found[step.key], path, tree)
+
+
+def load(
+    folder: str, model: LlamaConfig, abstract_params: dict, quant: nf4.QuantConfig | None = None
+) -> dict:
+    """Parameters from a Hugging Face folder, quantised by `quant` as they are read, or from the
+    latest checkpoint of a run's workdir.
 
     Raises `UsageError` if they do not fit the model, cannot be read, or are not all finite.
     """
@@ -113,7 +149,7 @@ def load(folder: str, model: LlamaConfig, abstract_params: dict) -> dict:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
         dtype = jax.tree.leaves(abstract_params)[0].dtype
         with validation.reading():
-            params = hf.load(folder, model, shardings=shardings, dtype=dtype.name)
+            params = hf.load(folder, model, shardings=shardings, dtype=dtype.name, quant=quant)
     else:
         params = checkpoint_lib.load_params(folder, model, abstract_params)
     bad = state_lib.not_finite(params)

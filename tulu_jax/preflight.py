@@ -14,9 +14,9 @@ from etils import epath
 
 from tulu_jax import atomic, validation
 from tulu_jax import base as base_lib
+from tulu_jax import step as step_lib
 from tulu_jax.data import data_checks, loader
 from tulu_jax.data.sources import readers
-from tulu_jax.models import llama
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -120,8 +120,7 @@ def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
             f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
             f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
-    params = llama.abstract_params(config.model, config.param_dtype)
-    yield from sharding.divisibility_problems(sizes, params)
+    yield from sharding.divisibility_problems(sizes, step_lib.abstract_base(config))
 
 
 def _out_of_reach(paths: dict[str, str]) -> Iterator[str]:
@@ -181,9 +180,9 @@ def _disk(config: TrainConfig) -> Iterator[str]:
     folder = epath.Path(config.workdir).absolute()
     while not folder.exists():
         folder = folder.parent
+    trained, _ = step_lib.abstract_split(config)
     state_bytes = sum(
-        math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4)
-        for leaf in jax.tree.leaves(llama.abstract_params(config.model, config.param_dtype))
+        math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4) for leaf in jax.tree.leaves(trained)
     )
     checkpoint = config.checkpoint
     there = checkpoint_lib.Checkpoints(config.workdir).steps()

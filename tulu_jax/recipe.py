@@ -6,9 +6,12 @@ import math
 from tulu_jax import validation
 from tulu_jax.data import loader
 from tulu_jax.models.config import DTYPES, KEEP_NOTHING, ExecutionConfig, LlamaConfig
+from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives.objective import Objective
 from tulu_jax.parallel import slices
 from tulu_jax.parallel.mesh import AXES, MeshConfig
+from tulu_jax.quant import nf4
+from tulu_jax.quant.nf4 import QuantConfig
 from tulu_jax.training.checkpoint import CheckpointConfig
 from tulu_jax.training.metrics import LoggingConfig
 from tulu_jax.training.optim import OptimizerConfig
@@ -27,6 +30,10 @@ class TrainConfig:
     folder, the workdir of another run, or None for random ones. `eval_every` None evaluates only at
     the end. `reference_dir` is where runs share the cached reference of DPO, each under the
     fingerprint of what its numbers depend on; None keeps it in the workdir.
+
+    With an `adapter` only that trains, on a frozen `base` of `param_dtype`; `quant` says how the
+    linear layers of the base are kept: None in `param_dtype` as well (LoRA), else in four bits or
+    eight (QLoRA, Dettmers et al. 2023).
 
     `bucket` and `slice` are consumed here. Relative paths lie below `bucket`, a folder or a `gs://`
     prefix; one of the working directory begins with `./`. `slice`, a name in `parallel/slices.py`,
@@ -53,6 +60,8 @@ class TrainConfig:
     num_epochs: float | None = None
     eval_every: int | None = None
     param_dtype: str = "float32"
+    adapter: LoRAConfig | None = None
+    quant: QuantConfig | None = None
     seed: int = 42
     bucket: dataclasses.InitVar[str | None] = None
     slice: dataclasses.InitVar[str] = slices.ANY
@@ -67,7 +76,7 @@ class TrainConfig:
         if slice != slices.ANY:
             try:
                 mesh, layout = slices.find(
-                    slice, num_params=self.model.num_params, stage=self.objective.stage
+                    slice, num_params=self.model.num_params, stage=self.stage
                 )
             except validation.UsageError as error:
                 return [(False, str(error))]
@@ -88,6 +97,7 @@ class TrainConfig:
             self.execution,
             remat_policy=self.execution.remat_policy or policy,
             row_parts=self.execution.row_parts or parts,
+            adapter=self.adapter,
         )
         object.__setattr__(self, "execution", execution)
         return []
@@ -115,6 +125,23 @@ class TrainConfig:
         )
         yield validation.one_of("param_dtype", self.param_dtype, DTYPES)
         yield from self.objective.problems(self)
+        if self.adapter is not None:
+            yield from self.adapter.problems(self.model.projections)
+        yield (
+            self.quant is None or self.adapter is not None,
+            "quant is set and adapter is None: quantised weights do not train; set "
+            "recipe.TrainConfig.adapter = @lora.LoRAConfig(), or remove quant",
+        )
+        yield (
+            self.execution.adapter in (None, self.adapter),
+            "execution.adapter is set by the run; set recipe.TrainConfig.adapter instead",
+        )
+
+    @property
+    def stage(self) -> str:
+        """That of the layouts it takes on a slice (`slices.Slice`)."""
+        kind = "" if self.adapter is None else "lora_" if self.quant is None else "qlora_"
+        return kind + self.objective.stage
 
     def mesh_on(self, num_devices: int) -> MeshConfig:
         """The mesh of the run on so many devices: `mesh`, or, where that says nothing, the one that
@@ -123,7 +150,15 @@ class TrainConfig:
             return self.mesh
         rows = {"batch": self.micro_batch_size or self.batch_size}
         rows["positions"] = self.data.max_length
-        return slices.anywhere(num_devices, rows | self.model.axis_sizes)
+        return slices.anywhere(num_devices, rows | self.axis_sizes)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes that a mesh divides, by logical axis; of quantised weights, in blocks."""
+        sizes = self.model.axis_sizes
+        if self.quant is not None:
+            sizes |= nf4.divisible(sizes, self.model.head_dim)
+        return sizes
 
     @property
     def micro_batches(self) -> int:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tulu_jax.models import llama
+from tulu_jax.models import llama, lora
 from tulu_jax.objectives.objective import Batch
 from tulu_jax.parallel import sharding
+from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim, watch
 from tulu_jax.training.state import Frozen, TrainState
@@ -44,6 +46,7 @@ def make_train_step(
     forward = llama.forward(config.model, config.execution)
     optimizer = optim.make(config.optimizer, num_steps)
     learning_rate = optim.schedule(config.optimizer, num_steps)
+    drops = config.adapter is not None and config.adapter.dropout > 0
 
     def loss(params, frozen, batch):
         found = objective.compute(forward, frozen.whole(params), frozen, batch)
@@ -56,6 +59,9 @@ def make_train_step(
     ) -> tuple[TrainState, Measured]:
         # Weights are those of the whole update, so the shares of its pieces add up exactly.
         batch = objective.weigh(batch)
+        if drops:
+            rows = batch["tokens"].shape[:-1]
+            batch = {**batch, llama.NOISE: lora.noise(state.step, keys(config)[1], rows)}
         if config.micro_batches == 1:
             (_, found), grads = value_and_grad(state.params, frozen, batch)
             metrics, examples = found.metrics, found.examples
@@ -128,11 +134,37 @@ def make_eval_step(
     return eval_step
 
 
+def keys(config: TrainConfig) -> jax.Array:
+    """Typed keys of a run: of what is new beside its base, and of dropout."""
+    return jax.random.split(jax.random.key(config.seed))
+
+
+def split(config: TrainConfig, params: llama.Params) -> tuple[llama.Params, Frozen]:
+    """Of the parameters of the base, (what trains, what is frozen). With an adapter the base is
+    frozen, and the reference too: it is the base without adapters."""
+    key = keys(config)[0]
+    if config.adapter is None:
+        return config.objective.split(params, key)
+    shapes, layers = config.model.projections, config.model.num_layers
+    return lora.init(config.adapter, shapes, layers, key), Frozen(base=params)
+
+
+def abstract_base(config: TrainConfig) -> llama.Params:
+    """Shapes and dtypes of the parameters of the base as a run keeps them."""
+    params = llama.abstract_params(config.model, config.param_dtype)
+    if config.quant is None:
+        return params
+    return jax.eval_shape(functools.partial(nf4.quantise_params, config=config.quant), params)
+
+
+def abstract_split(config: TrainConfig) -> tuple[llama.Params, Frozen]:
+    """Shapes and dtypes of what trains and of what is frozen."""
+    return jax.eval_shape(functools.partial(split, config), abstract_base(config))
+
+
 def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Frozen]:
     """Shapes, dtypes and shardings of all that a run keeps on its devices; nothing is allocated."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = llama.abstract_params(config.model, config.param_dtype)
-    params, frozen = jax.eval_shape(config.objective.split, params, key)
+    params, frozen = abstract_split(config)
     optimizer = optim.make(config.optimizer, num_steps=1)  # shapes do not depend on them
     opt_state = jax.eval_shape(optimizer.init, params)
     state = TrainState(step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=opt_state)

@@ -27,7 +27,7 @@ def saved_step(config: TrainConfig, step: int | None) -> int:
 def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, llama.Params]:
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
     that training starts from. Raises `UsageError` if there is no such checkpoint."""
-    mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.model.axis_sizes))
+    mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
             return mesh, base_lib.initial_params(config, mesh)
@@ -35,7 +35,7 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:
             base = base_lib.initial_params(config, mesh)
-            frozen = config.objective.split(base, jax.random.key(config.seed))[1]
+            frozen = step_lib.split(config, base)[1]
             params = frozen.whole(params)
         return mesh, llama.own(params)
 

@@ -41,18 +41,22 @@ def about(
 ) -> dict[str, Any]:
     """What a checkpoint says of any run of `config`, `params` being what trains of the model that
     began with `weights`, `of_base` what exports need to know of the base."""
+    must_match = {
+        "model": dataclasses.asdict(config.model),
+        "objective": config.objective.identity(),
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "param_dtype": config.param_dtype,
+    }
+    if config.adapter is not None:
+        must_match["adapter"] = dataclasses.asdict(config.adapter)
+        must_match["quant"] = config.quant and dataclasses.asdict(config.quant)
     return {
         "params": agreement.param_shapes(params),
         "frozen": agreement.param_shapes(frozen.base),
         "weights": weights,
         "watch": watch.History(config.watch, 0).as_saved(),
         **of_base,
-        "must_match": {
-            "model": dataclasses.asdict(config.model),
-            "objective": config.objective.identity(),
-            "optimizer": dataclasses.asdict(config.optimizer),
-            "param_dtype": config.param_dtype,
-        },
+        "must_match": must_match,
     }
 
 
@@ -240,8 +244,7 @@ class Run:
 
     def _split(self, params: Params) -> tuple[Params, Frozen]:
         """The parameters of the base as what trains and what is frozen, on their devices."""
-        key = jax.random.key(self.config.seed)
-        trained, frozen = self.config.objective.split(params, key)
+        trained, frozen = step_lib.split(self.config, params)
         given = {id(leaf) for leaf in jax.tree.leaves(params)}
         donated = {id(leaf) for leaf in jax.tree.leaves(trained)} & given
 

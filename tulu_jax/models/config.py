@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tulu_jax import validation
+from tulu_jax.models.lora import LoRAConfig
 
 ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpret")
 ATTENTION_BLOCKS = (128, 256, 512, 1024)
@@ -97,6 +98,21 @@ class LlamaConfig:
         }
 
     @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each linear layer by its path in a layer, with heads flattened."""
+        D, F, H = self.embed_dim, self.mlp_dim, self.head_dim
+        heads, kv_heads = self.num_heads * H, self.num_kv_heads * H
+        return {
+            "self_attn/q_proj": (D, heads),
+            "self_attn/k_proj": (D, kv_heads),
+            "self_attn/v_proj": (D, kv_heads),
+            "self_attn/o_proj": (heads, D),
+            "mlp/gate_proj": (D, F),
+            "mlp/up_proj": (D, F),
+            "mlp/down_proj": (F, D),
+        }
+
+    @property
     def num_params(self) -> int:
         """Exact number of parameters: 2VD + L(2D² + 2DKH + 3DF + 2D) + D where N·H = D."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
@@ -128,7 +144,8 @@ class ExecutionConfig:
     layer in the backward pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes
     what the slice of the run says (`parallel/slices.py`), and without one keeps nothing.
     `row_parts` is in how many parts a layer takes its rows where `tensor` divides them
-    (`layers.Block`): None takes what the slice says, and without one 1.
+    (`layers.Block`): None takes what the slice says, and without one 1. `adapter` is that of the
+    run (`recipe.TrainConfig.adapter`), which sets it here.
     """
 
     compute_dtype: str = "bfloat16"
@@ -137,6 +154,7 @@ class ExecutionConfig:
     remat: bool = True
     remat_policy: str | None = None
     row_parts: int | None = None
+    adapter: LoRAConfig | None = None
 
     def __post_init__(self):
         validation.check(self, self._rules)

@@ -5,34 +5,130 @@ weights are gathered over `embed` where they are used (`parallel/sharding.py`). 
 rows in parts; what lies below takes and gives a list of them.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
+from tulu_jax.kernels import nf4_matmul
 from tulu_jax.models import attention as attention_lib
+from tulu_jax.models import lora
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES, LlamaConfig
 from tulu_jax.parallel import sharding
+from tulu_jax.quant import nf4
 
+DIVIDED = ("heads", "kv_heads", "mlp")  # over `tensor`, inside a layer
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What the dropout of one layer is drawn with: the layer's number, and of each part of the rows
+    `lora.by_position` [B, T, 3]."""
+
+    layer: Any
+    parts: Any
+
+    def of(self, part: int):
+        return self.layer, self.parts[part]
 
 
 class Projection(nnx.Module):
     """An einsum with one kernel, computed in the dtype of its input.
 
     It takes and gives a list of parts. The kernel's `embed` axis is gathered for them, once; over
-    `tensor` it stays divided.
+    `tensor` it stays divided. The kernel is an array, or the dict of `quant/nf4.py`. With the
+    leaves of an adapter beside it (`lora.py`), `weights` is a dict of all.
     """
 
-    def __init__(self, name: str, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.name, self.equation = f"model/layers/{name}/kernel", equation
+    def __init__(
+        self, name: str, equation: str, shape: tuple[int, ...], *, adapter, rngs: nnx.Rngs
+    ):
+        self.path, self.equation, self.adapter = f"model/layers/{name}", equation, adapter
+        self.head_dim = shape[-1]
+        self.number = lora.TARGETS["all"].index(name.split("/")[1])
         self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, parts):
-        kernel = self.kernel[...].astype(parts[0].dtype)
-        kernel = sharding.whole(kernel, self.name, but=("heads", "kv_heads", "mlp"))
-        return [jnp.einsum(self.equation, part, kernel) for part in parts]
+    def __call__(self, parts, noise: "Noise | None" = None):
+        weights = self.kernel.get_value()
+        if not isinstance(weights, dict) or "kernel" not in weights:
+            weights = {"kernel": weights}
+        if isinstance(weights["kernel"], dict):
+            outs = self._quantised(weights["kernel"], parts)
+        else:
+            kernel = weights["kernel"].astype(parts[0].dtype)
+            kernel = sharding.whole(kernel, f"{self.path}/kernel", but=DIVIDED)
+            outs = [jnp.einsum(self.equation, part, kernel) for part in parts]
+        if lora.A not in weights:
+            return outs
+        a, b = (
+            sharding.whole(weights[name].astype(parts[0].dtype), f"{self.path}/{name}", but=DIVIDED)
+            for name in (lora.A, lora.B)
+        )
+        return [
+            out + self._adapted(part, a, b, noise and noise.of(n)).reshape(out.shape)
+            for n, (part, out) in enumerate(zip(parts, outs, strict=True))
+        ]
+
+    def _quantised(self, kernel, parts):
+        """The products with a quantised kernel, which is gathered as it is packed."""
+        kernel = {
+            name: sharding.whole(leaf, f"{self.path}/kernel/{name}", but=DIVIDED)
+            for name, leaf in kernel.items()
+        }
+        _, rows, columns = sharding.param_axes(f"{self.path}/kernel/codes")
+        blocks = kernel["codes"].shape[0] // 8  # of NF4; of int8 nothing asks
+        scales = nf4.scales(
+            kernel,
+            rows=_first(rows, blocks),
+            cols=_first(columns, kernel["codes"].shape[1]),
+            blocks_per_output=blocks * _shards(rows),
+        )
+        products = [
+            self._product(part.reshape(*part.shape[:2], -1), kernel, scales) for part in parts
+        ]
+        return [p.reshape(*p.shape[:2], *self._heads(p.shape[-1])) for p in products]
+
+    def _heads(self, size: int) -> tuple[int, ...]:
+        """The shape of `size` outputs: with heads apart, if the equation has them."""
+        return (size // self.head_dim, self.head_dim) if self.equation.endswith("H") else (size,)
+
+    @staticmethod
+    def _product(x, kernel, scales):
+        if kernel["codes"].dtype == jnp.int8 or sharding.num_devices() > 1:
+            return nf4.product(x, kernel["codes"], scales)
+        return nf4_matmul.matmul(x, kernel["codes"], scales)
+
+    def _adapted(self, x, a, b, noise):
+        """What the adapter adds, [B, T, N], for inputs [B, T, ...]."""
+        x, keep = x.reshape(*x.shape[:2], -1), None
+        if noise is not None and self.adapter.dropout:
+            layer, noise = noise
+            axis = sharding.param_axes(f"{self.path}/{lora.A}")[1]
+            keep = lora.kept(
+                noise,
+                layer * len(lora.TARGETS["all"]) + self.number,
+                self.adapter.dropout,
+                features=x.shape[-1],
+                of=x.shape[-1] * _shards(axis),
+                first=_first(axis, x.shape[-1]),
+            )
+        return lora.delta(self.adapter, a, b, x, keep)
+
+
+def _shards(axis: str) -> int:
+    """Into how many shards `axis` is still divided inside a layer."""
+    return sharding.axis_size(axis) if axis in DIVIDED else 1
+
+
+def _first(axis: str, size: int):
+    """The place of the first of this device's `size` elements along `axis`."""
+    return sharding.axis_index(axis) * size if axis in DIVIDED else 0
 
 
 class RMSNorm(nnx.Module):
@@ -71,17 +167,18 @@ class SelfAttention(nnx.Module):
     joined.
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), rngs=rngs)
-        self.k_proj = Projection("self_attn/k_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), rngs=rngs)
+        made = dict(adapter=adapter, rngs=rngs)
+        self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), **made)
+        self.k_proj = Projection("self_attn/k_proj", "BTD,DKH->BTKH", (D, K, H), **made)
+        self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), **made)
+        self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), **made)
 
-    def __call__(self, parts, *, angles, visibility, cache, query_offset):
-        q = rotate(_joined(self.q_proj(parts)), *angles)
-        k = rotate(_joined(self.k_proj(parts)), *angles)
-        v = _joined(self.v_proj(parts))
+    def __call__(self, parts, *, angles, visibility, cache, query_offset, noise):
+        q = rotate(_joined(self.q_proj(parts, noise)), *angles)
+        k = rotate(_joined(self.k_proj(parts, noise)), *angles)
+        v = _joined(self.v_proj(parts, noise))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
@@ -90,22 +187,24 @@ class SelfAttention(nnx.Module):
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
         out = attention_lib.attend(q, k, v, visibility)
-        return self.o_proj(_parted(out, len(parts))), cache
+        return self.o_proj(_parted(out, len(parts)), noise), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
-        self.gate_proj = Projection("mlp/gate_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
-        self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), rngs=rngs)
-        self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), rngs=rngs)
+        made = dict(adapter=adapter, rngs=rngs)
+        self.gate_proj = Projection("mlp/gate_proj", "BTD,DF->BTF", (D, F), **made)
+        self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), **made)
+        self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), **made)
 
-    def __call__(self, parts):
-        gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts)]
-        ups = [checkpoint_name(up, "up") for up in self.up_proj(parts)]
-        return self.down_proj([jax.nn.silu(g) * up for g, up in zip(gates, ups, strict=True)])
+    def __call__(self, parts, noise):
+        gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts, noise)]
+        ups = [checkpoint_name(up, "up") for up in self.up_proj(parts, noise)]
+        gated = [jax.nn.silu(g) * up for g, up in zip(gates, ups, strict=True)]
+        return self.down_proj(gated, noise)
 
 
 class Block(nnx.Module):
@@ -120,33 +219,35 @@ class Block(nnx.Module):
     says where it pays (`parallel/slices.py`).
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.self_attn = SelfAttention(config, adapter=adapter, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, adapter=adapter, rngs=rngs)
 
-    def __call__(self, x, *, row_parts: int, **attention_inputs):
-        parts, cache = self._attended(_cut(x, row_parts), attention_inputs)
-        return jnp.concatenate(self._fed_forward(parts), axis=1), cache
+    def __call__(self, x, *, row_parts: int, noise=None, **attention_inputs):
+        parts = _cut(x, row_parts)
+        noise = noise and dataclasses.replace(noise, parts=_parted(noise.parts[0], len(parts)))
+        parts, cache = self._attended(parts, noise, attention_inputs)
+        return jnp.concatenate(self._fed_forward(parts, noise), axis=1), cache
 
     def half(self, x, which: str, *, row_parts: int, **attention_inputs):
         """What `x` [B, S, D] is after the attention, or what it is after the MLP alone."""
         parts = _cut(x, row_parts)
         if which == "attention":
-            return jnp.concatenate(self._attended(parts, attention_inputs)[0], axis=1)
-        return jnp.concatenate(self._fed_forward(parts), axis=1)
+            return jnp.concatenate(self._attended(parts, None, attention_inputs)[0], axis=1)
+        return jnp.concatenate(self._fed_forward(parts, None), axis=1)
 
-    def _attended(self, parts, attention_inputs):
+    def _attended(self, parts, noise, attention_inputs):
         with jax.named_scope("attention"):
             normed = _gathered(self.input_layernorm, parts)
-            outs, cache = self.self_attn(normed, **attention_inputs)
+            outs, cache = self.self_attn(normed, noise=noise, **attention_inputs)
             return [checkpoint_name(part, "residual") for part in _added(parts, outs)], cache
 
-    def _fed_forward(self, parts):
+    def _fed_forward(self, parts, noise):
         with jax.named_scope("mlp"):
             normed = _gathered(self.post_attention_layernorm, parts)
-            return _added(parts, self.mlp(normed))
+            return _added(parts, self.mlp(normed, noise))
 
 
 def _cut(x, row_parts: int):

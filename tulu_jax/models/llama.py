@@ -18,17 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
-from tulu_jax.models import layers
+from tulu_jax.models import layers, lora
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
 
+NOISE = "noise"  # the field of a batch that `lora.noise` makes
 PARTS = ("model", "lm_head")  # of the parameters, at the top
 
 
@@ -46,7 +47,8 @@ class Embedding(nnx.Module):
 class Inputs:
     """What a device's trunk runs on: rows of queries, [B, T] each, and of the keys they may see,
     [B, S]; `query_offset` is the place of the first query among the keys. `cache` are the keys and
-    values of a decoder, [L, B, S, K, H] each, or None; branches None: no segment branches."""
+    values of a decoder, [L, B, S, K, H] each, or None; branches None: no segment branches; `noise`
+    [B, T, 3] (`lora.by_position`) None: no dropout."""
 
     tokens: Any
     segment_ids: Any
@@ -56,6 +58,7 @@ class Inputs:
     kv_branches: Any = None
     cache: Cache | None = None
     query_offset: Any
+    noise: Any = None
 
 
 class Trunk(nnx.Module):
@@ -68,7 +71,7 @@ class Trunk(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return layers.Block(config, rngs=rngs)
+            return layers.Block(config, adapter=execution.adapter, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
@@ -84,13 +87,16 @@ class Trunk(nnx.Module):
         seen = self.seen(inputs, x.dtype)
 
         def body(x, layer):
-            block, cache = layer
-            return block(x, cache=cache, **seen)
+            block, cache, number = layer
+            noise = None if number is None else layers.Noise(number, [inputs.noise])
+            return block(x, cache=cache, noise=noise, **seen)
 
         if self.execution.remat and inputs.cache is None:
             policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x, (self.layers, inputs.cache))
+        drops = inputs.noise is not None
+        numbers = jnp.arange(self.config.num_layers) if drops else None
+        return jax.lax.scan(body, x, (self.layers, inputs.cache, numbers))
 
     def seen(self, inputs: Inputs, dtype) -> dict[str, Any]:
         """What every layer takes beside its activations of `dtype`."""
@@ -160,12 +166,20 @@ def abstract_params(config: LlamaConfig, dtype: str) -> Params:
 def trunk(config: LlamaConfig, execution: ExecutionConfig, params: Params) -> Trunk:
     """The module with these parameters."""
     graphdef, state = _abstract(config, execution)
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one must hold no tracer
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state).model
+    state = nnx.to_flat_state(state)
+    filled = [(path, leaf.replace(_at(params, path, leaf.get_value()))) for path, leaf in state]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled)).model
 
 
-def inputs_of(tokens, segment_ids, positions, branches) -> Inputs:
+def _at(params: Params, path: tuple[str, ...], absent):
+    """The parameter at `path`, or `absent`; of a projection with an adapter, the dict of kernel and
+    adapter."""
+    *above, name = path
+    beside = functools.reduce(lambda found, step: found.get(step, {}), above, params)
+    return beside if lora.A in beside else beside.get(name, absent)
+
+
+def inputs_of(tokens, segment_ids, positions, branches, noise=None) -> Inputs:
     """What a device's trunk runs on, of its shards [B, T] of the rows."""
     return Inputs(
         tokens=tokens,
@@ -175,6 +189,7 @@ def inputs_of(tokens, segment_ids, positions, branches) -> Inputs:
         kv_segment_ids=sharding.gather(segment_ids, 1, "length"),
         kv_branches=None if branches is None else sharding.gather(branches, 1, "length"),
         query_offset=sharding.axis_index("length") * tokens.shape[1],
+        noise=noise,
     )
 
 
@@ -216,23 +231,27 @@ def hidden_states(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     branches: Int[Array, "B T"] | None = None,
+    noise: UInt[Array, "B 3"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Normalised hidden states of packed rows, in the compute dtype; segments do not mix.
 
     Nor do the branches of a segment: branch b > 0 sees itself and branch 0, its prompt. None means
-    that no segment branches.
+    that no segment branches. `noise` is what the dropout of adapters depends on (`lora.noise`);
+    without it they drop nothing.
     """
 
     def local(params, *rows):
         return trunk(config, execution, params)(inputs_of(*rows))[0]
 
     rows = sharding.spec("batch", "length")
+    optional = (None if branches is None else rows, None if noise is None else rows)
     run = sharding.per_device(
         local,
-        (sharding.param_specs(params), rows, rows, rows, None if branches is None else rows),
+        (sharding.param_specs(params), rows, rows, rows, *optional),
         sharding.spec("batch", "positions", None),
     )
-    return run(params, tokens, segment_ids, positions, branches)
+    noise = None if noise is None else lora.by_position(noise, tokens.shape[1])
+    return run(params, tokens, segment_ids, positions, branches, noise)
 
 
 def forward(config: LlamaConfig, execution: ExecutionConfig) -> Callable[[Params, dict], jax.Array]:
@@ -248,6 +267,7 @@ def forward(config: LlamaConfig, execution: ExecutionConfig) -> Callable[[Params
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             branches=batch.get("branches"),
+            noise=batch.get(NOISE),
         )
 
     return run

@@ -194,6 +194,8 @@ class DPOConfig:
             for name in (*fields_lib.BY_POSITION, *fields_lib.BRANCHES)
             if name in batch
         }
+        if llama.NOISE in batch:
+            rows[llama.NOISE] = batch[llama.NOISE].reshape(-1, batch[llama.NOISE].shape[-1])
         paper = self.log_softmax_dtype == "bfloat16"
         token_logps = losses.bfloat16_token_logps if paper else losses.token_logps
         hidden, unembedding = forward(params, rows), llama.unembedding(params)
@@ -209,7 +211,9 @@ class DPOConfig:
     def _ref_logps(self, forward, frozen, batch):
         if self.caches_reference:
             return batch["ref_logps"]
-        return jax.lax.stop_gradient(self.response_logps(forward, frozen.reference, batch))
+        reference = frozen.base if frozen.reference is None else frozen.reference
+        quiet = {name: value for name, value in batch.items() if name != llama.NOISE}
+        return jax.lax.stop_gradient(self.response_logps(forward, reference, quiet))
 
     def _rewards(self, ratios, lengths) -> objective.Arrays:
         """Implicit rewards β(log π − log π_ref), their margin, whether it is positive (a tie is not

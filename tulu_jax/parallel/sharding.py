@@ -39,6 +39,13 @@ PARAM_AXES = (
     (r"model/layers/(self_attn/o|mlp/down)_proj/kernel/outmax", ("layers", "norm", "embed")),
     (r"model/layers/.*_proj/kernel/absmax2", ("layers", "norm")),
     (r"model/layers/.*_proj/kernel/offset", ("layers",)),
+    (r"model/layers/(self_attn/[qkv]|mlp/(gate|up))_proj/lora_a", ("layers", "embed", "rank")),
+    (r"model/layers/self_attn/o_proj/lora_a", ("layers", "heads", "rank")),
+    (r"model/layers/mlp/down_proj/lora_a", ("layers", "mlp", "rank")),
+    (r"model/layers/self_attn/q_proj/lora_b", ("layers", "rank", "heads")),
+    (r"model/layers/self_attn/[kv]_proj/lora_b", ("layers", "rank", "kv_heads")),
+    (r"model/layers/mlp/(gate|up)_proj/lora_b", ("layers", "rank", "mlp")),
+    (r"model/layers/(self_attn/o|mlp/down)_proj/lora_b", ("layers", "rank", "embed")),
     (r"model/norm/scale", ("norm",)),
     (r"lm_head/kernel", ("embed", "vocab")),
 )
@@ -54,6 +61,7 @@ AXIS_RULES = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "head_dim": None,
+    "rank": None,
     "layers": None,
     "norm": None,
 }

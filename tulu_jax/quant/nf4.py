@@ -19,6 +19,7 @@ zeros.
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -130,9 +131,7 @@ def scales(
     per_output = blocks if blocks_per_output is None else blocks_per_output
     first = (cols + jnp.arange(outputs)) * per_output + rows  # of this shard, of each output
     groups = kernel["absmax2"].shape[0]
-    nth = (
-        first[None] % GROUP + jnp.arange(blocks)[:, None]
-    ) // GROUP  # of the groups met, [blocks, N]
+    nth = (first[None] % GROUP + jnp.arange(blocks)[:, None]) // GROUP  # of the groups met
     absmax2 = jnp.zeros(absmax.shape, jnp.float32)
     for group in range((GROUP + blocks - 2) // GROUP + 1):
         of_group = kernel["absmax2"][jnp.minimum(first // GROUP + group, groups - 1)]
@@ -153,6 +152,27 @@ def dequantise(kernel: dict[str, Array], scales: Array, dtype) -> Float[Array, "
     return values.astype(dtype)
 
 
+@jax.custom_vjp
+def product(
+    x: Float[Array, "*rows K"], codes: Array, scales: Float[Array, "blocks N"]
+) -> Float[Array, "*rows N"]:
+    """x · W by XLA, in the dtype of x; differentiable in x alone, and backward it decodes again."""
+    return jnp.einsum("...K,KN->...N", x, dequantise({"codes": codes}, scales, x.dtype))
+
+
+def _product_forward(x, codes, scales):
+    return product(x, codes, scales), (codes, scales)
+
+
+def _product_backward(kept, gradient):
+    codes, scales = kept
+    weight = dequantise({"codes": codes}, scales, gradient.dtype)
+    return jnp.einsum("...N,KN->...K", gradient, weight), None, None
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def quantise_params(params: dict, config: QuantConfig) -> dict:
     """`params` with every `LINEAR` kernel [L, …] quantised, layer by layer; the others as they are.
 
@@ -171,6 +191,13 @@ def quantise_params(params: dict, config: QuantConfig) -> dict:
 def quantise_stack(name: str, stack, *, config: QuantConfig) -> dict[str, Array]:
     """All layers of the kernel `name`, [L, ...]."""
     return jax.lax.map(lambda weight: quantise(matrix(name, weight), config), stack)
+
+
+def divisible(sizes: dict[str, int], head_dim: int) -> dict[str, int]:
+    """What may divide the logical axes of weights so that no block is cut: by `sizes` of the model,
+    numbers whose divisors all may."""
+    heads = math.gcd(sizes["heads"], sizes["heads"] * head_dim // BLOCK)
+    return {"embed": sizes["embed"] // BLOCK, "mlp": sizes["mlp"] // BLOCK, "heads": heads}
 
 
 def matrix(name: str, weight):

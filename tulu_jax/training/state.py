@@ -31,7 +31,7 @@ class Frozen:
     checkpoint, and not donated.
 
     `base` is a nested dict of the policy's leaves that do not train; `reference` are the parameters
-    of a whole model beside it, or None.
+    of a whole model beside it, or None: then `base`, if that is a whole model.
     """
 
     base: Any = dataclasses.field(default_factory=dict)
