@@ -268,7 +268,7 @@ def test_an_output_of_zeros():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("config", [NEAREST, CPU, PLAIN, INT8], ids=str)
 def test_what_is_not_finite_can_be_told(value, config):
-    weight = np.stack([normal(128, 24, layer) for layer in range(3)]).reshape(3, 128, 3, 8)
+    weight = np.stack([normal(256, 384, layer) for layer in range(3)]).reshape(3, 256, 12, 32)
     weight[1, 70, 2, 3] = value
     params = {"model": {"layers": {"self_attn": {"q_proj": {"kernel": jnp.asarray(weight)}}}}}
     found = state.not_finite(nf4.quantise_params(params, config))
