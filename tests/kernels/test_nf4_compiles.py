@@ -23,15 +23,17 @@ pytestmark = pytest.mark.skipif(
 # What divides into tiles, and what leaves shorter last ones in all three directions.
 EVEN = nf4_cycles.Product(rows=512, contracted=1024, out=1024, backward=False)
 UNEVEN = nf4_cycles.Product(rows=1000, contracted=2176, out=640, backward=True)
+OFTEN = [("v4", EVEN), ("v5e", UNEVEN), ("v5p", EVEN), ("v6e", UNEVEN)]
 
 
 @pytest.mark.parametrize(
     "chip, product",
     [
-        pytest.param(chip, product, marks=pytest.mark.slow if chip == "tpu7x" else ())
+        pytest.param(chip, product, marks=() if (chip, product) in OFTEN else pytest.mark.slow)
         for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")
         for product in (EVEN, UNEVEN)
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.rows} rows",
 )
 def test_compiles_and_takes_the_time_that_is_expected(chip, product):
     (program,) = schedule.compile_for(chip, [nf4_cycles.request(chip, product)], timeout=600)
