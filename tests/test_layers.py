@@ -31,6 +31,7 @@ ALLOWED = {
     "audit": {"data", "interop"},
 }
 TOP = {
+    "adapted",
     "base",
     "recipe",
     "step",

@@ -9,7 +9,7 @@ from etils import epath
 
 from tulu_jax import step as step_lib
 from tulu_jax import validation
-from tulu_jax.interop import hf, layout, sources
+from tulu_jax.interop import hf, layout, peft, sources
 from tulu_jax.models import llama
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
@@ -50,15 +50,68 @@ def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
+def initial_adapters(config: TrainConfig, weights: str) -> dict | None:
+    """The adapters of `config.adapter_from`, numpy arrays; None where new ones are drawn. `weights`
+    is the fingerprint of the base. Raises `UsageError` if they are of another base or shape."""
+    if config.adapter_from is None:
+        return None
+    folder = epath.Path(config.adapter_from)
+    found = peft.of_base(folder)
+    if found not in (None, weights):
+        raise validation.UsageError(
+            f"adapter_from = {config.adapter_from!r} is of a base with weights {found}; base = "
+            f"{config.base!r} has {weights}. Give the base that it was trained on, and the same "
+            "quant and param_dtype"
+        )
+    return peft.load(folder, config.adapter, config.model)
+
+
+def require_same(config: TrainConfig, found: str, expected: str) -> None:
+    """Raises `UsageError` unless the base has the weights that the run began with."""
+    if found != expected:
+        raise validation.UsageError(
+            f"base = {config.base!r} has weights {found}; this run began with {expected}, and what "
+            "is frozen or cached of them is needed again. Restore that base, or start anew in "
+            "another --workdir"
+        )
+
+
+def adapter_problems(config: TrainConfig) -> list[str]:
+    """Why the run cannot begin from `adapter_from`, one line each."""
+    if config.adapter_from is None:
+        return []
+    try:
+        found = peft.read_config(epath.Path(config.adapter_from))
+    except validation.UsageError as error:
+        return [f"adapter_from = {config.adapter_from!r}: {error}"]
+    return [
+        f"adapter_from = {config.adapter_from!r} has {name} = {theirs}; the run has {ours}. Set "
+        f"lora.LoRAConfig.{name} to that"
+        for name, theirs, ours in (
+            ("rank", found.rank, config.adapter.rank),
+            ("alpha", found.alpha, config.adapter.alpha),
+            ("rank_stabilised", found.rank_stabilised, config.adapter.rank_stabilised),
+            ("targets", sorted(found.names), sorted(config.adapter.names)),
+        )
+        if theirs != ours
+    ]
+
+
 def problems(config: TrainConfig) -> list[str]:
     """Why the run cannot begin from its base, one line each, from headers and JSON alone."""
+    return adapter_problems(config) + _problems(config)
+
+
+def _problems(config: TrainConfig) -> list[str]:
     if config.base is None:
         return []
     folder, name = config.base, f"base = {config.base!r}"
     if not epath.Path(folder).exists():
         return [f"{name} does not exist; expected published weights or a run's workdir"]
     if sources.is_published(folder):
-        found = hf.config_problems(folder, config.model) + hf.check_weights(folder, config.model)
+        found = hf.config_problems(folder, config.model) + hf.check_weights(
+            folder, config.model, config.quant
+        )
         return [f"{name}: {problem}" for problem in found]
     checkpoints = checkpoint_lib.Checkpoints(folder)
     step = checkpoints.latest_step()
@@ -112,7 +165,7 @@ def _weights_dtype(config: TrainConfig) -> str:
 def _load_quantised(config: TrainConfig, abstract, mesh) -> llama.Params:
     """The base in few bits. A published one is quantised weight by weight as it is read; that of a
     run lies on the devices whole, and is quantised stack by stack."""
-    if (epath.Path(config.base) / "config.json").exists():
+    if sources.is_published(config.base):
         return load(config.base, config.model, abstract, config.quant)
     whole = llama.abstract_params(config.model, config.param_dtype)
     shardings = sharding.param_shardings(mesh, whole)

@@ -16,13 +16,15 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from tulu_jax import adapted, digests, model_card, trained, trainer, validation, verification
 from tulu_jax import base as base_lib
-from tulu_jax import digests, model_card, trained, trainer, validation, verification
+from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
-from tulu_jax.interop import hf, sources, tokenizer_export
+from tulu_jax.interop import folder as folder_lib
+from tulu_jax.interop import hf, peft, sources, tokenizer_export
 from tulu_jax.interop import layout as layout_lib
-from tulu_jax.models import llama
+from tulu_jax.models import llama, lora
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement, checkpoint_digests, optim
@@ -42,9 +44,13 @@ def export(
     step: int | None,
     dtype: str | None,
     overwrite: bool,
+    merge: str | None = None,
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
 ) -> None:
     """Writes the checkpoint of `step` (default: the latest) as the Hugging Face folder `out`.
+
+    Of a run with an adapter that is the adapter alone, for PEFT, or with `merge`, one of
+    `adapted.MERGES`, the whole model.
 
     The folder has the tokenizer with a chat template that makes exactly the training ids, the
     generation config of what the run began from, and a model card. `dtype` None is that of the
@@ -88,10 +94,21 @@ def export(
     if about.get("frozen"):
         mesh, params = trained.load(config, step=step)
         with jax.set_mesh(mesh):
+            if config.adapter is not None and merge is None:
+                _write_adapter(config, params, out, about["weights"], step=step)
+                return
+            if config.adapter is not None:
+                params = adapted.merged(config, params, merge, mesh)
             write(params=params)
         return
     source = StoredSource(config, checkpoints, step)
     write(params=source.params, source=source)
+
+
+def _write_adapter(config, params, out: str, weights: str, *, step: int) -> None:
+    target = folder_lib.located(out)
+    with folder_lib.finished(target) as partial:
+        peft.save(partial, lora.only(params), config.adapter, base=config.base, weights=weights)
 
 
 class StoredSource:
@@ -244,9 +261,7 @@ def _new_optimizer_state(config: TrainConfig, trains: llama.Params) -> Any:
 
 def _what_trains(config: TrainConfig):
     """What trains and what is frozen, as shapes."""
-    params = llama.abstract_params(config.model, config.param_dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(config.objective.split, params, key)
+    return step_lib.abstract_split(config)
 
 
 def _shapes(config: TrainConfig) -> dict[str, list[int]]:

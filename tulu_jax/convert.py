@@ -5,6 +5,7 @@ Examples:
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --step=40 --dtype=bfloat16 --out=hf
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --from_hf   # step 0 from its BASE
   python -m tulu_jax.convert --gin_file=runs/sft_70b/config.gin --out=hf --verify
+  python -m tulu_jax.convert --gin_file=qlora_7b.gin --merge=dequantised --check='Why is the sky blue?'
 
 It takes one host without accelerators, whatever the size of the model: a layer of a parameter is in
 memory at a time. BASE may also be a folder with pytorch_model.bin, one of Meta's, or a streamed
@@ -33,6 +34,19 @@ _VERIFY = flags.DEFINE_bool(
     False,
     "Compare logits with those of transformers, layer by layer, when all is written. Needs torch.",
 )
+_MERGE = flags.DEFINE_enum(
+    "merge",
+    None,
+    ["dequantised", "full"],
+    "Of a run with an adapter: write one model, the adapter merged into the base as it was trained "
+    "beside, dequantised (the paper's), or into the full-precision base. Default: the adapter alone, "
+    "for PEFT.",
+)
+_CHECK = flags.DEFINE_multi_string(
+    "check",
+    [],
+    "A prompt, and again: prints how far each way to merge is from the model that was trained.",
+)
 _OUTWARD = ("out", "step", "dtype", "overwrite")
 flags.register_multi_flags_validator(
     ["from_hf", *_OUTWARD],
@@ -57,8 +71,24 @@ def main(config) -> None:
         if _VERIFY.value:
             conversion.verify(config, config.base, step=0)
         return
+    if config.adapter is None and (_MERGE.value or _CHECK.value):
+        raise validation.UsageError(
+            "--merge and --check are for runs with an adapter; this has none"
+        )
+    if _CHECK.value:
+        from tulu_jax import adapted
+
+        for line in adapted.check(config, _STEP.value, _CHECK.value):
+            print(line)
     out = validation.expanded(_OUT.value or f"{config.workdir}/hf")
-    conversion.export(config, out, step=_STEP.value, dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
+    conversion.export(
+        config,
+        out,
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        overwrite=_OVERWRITE.value,
+        merge=_MERGE.value,
+    )
     logging.info("Wrote %s", out)
     if _VERIFY.value:
         conversion.verify(config, out, step=_STEP.value)

@@ -33,7 +33,8 @@ class TrainConfig:
 
     With an `adapter` only that trains, on a frozen `base` of `param_dtype`; `quant` says how the
     linear layers of the base are kept: None in `param_dtype` as well (LoRA), else in four bits or
-    eight (QLoRA, Dettmers et al. 2023).
+    eight (QLoRA, Dettmers et al. 2023). `adapter_from` is a PEFT folder that the adapter begins
+    with; None draws a new one.
 
     `bucket` and `slice` are consumed here. Relative paths lie below `bucket`, a folder or a `gs://`
     prefix; one of the working directory begins with `./`. `slice`, a name in `parallel/slices.py`,
@@ -61,13 +62,15 @@ class TrainConfig:
     eval_every: int | None = None
     param_dtype: str = "float32"
     adapter: LoRAConfig | None = None
+    adapter_from: str | None = None
     quant: QuantConfig | None = None
     seed: int = 42
     bucket: dataclasses.InitVar[str | None] = None
     slice: dataclasses.InitVar[str] = slices.ANY
 
     def __post_init__(self, bucket, slice):
-        paths = dict.fromkeys(("workdir", "base", "reference_dir"), bucket)
+        names = ("workdir", "base", "reference_dir", "adapter_from")
+        paths = dict.fromkeys(names, bucket)
         validation.check(self, lambda: [*self._put_on(slice), *self._rules()], paths=paths)
 
     def _put_on(self, slice):
@@ -131,6 +134,10 @@ class TrainConfig:
             self.quant is None or self.adapter is not None,
             "quant is set and adapter is None: quantised weights do not train; set "
             "recipe.TrainConfig.adapter = @lora.LoRAConfig(), or remove quant",
+        )
+        yield (
+            self.adapter_from is None or self.adapter is not None,
+            f"adapter_from = {self.adapter_from!r} and adapter is None; set adapter, or remove it",
         )
         yield (
             self.execution.adapter in (None, self.adapter),

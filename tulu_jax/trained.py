@@ -9,11 +9,12 @@ from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import sampler
-from tulu_jax.models import llama
+from tulu_jax.models import llama, lora
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
+from tulu_jax.training import state as state_lib
 
 Messages = list[dict[str, str]]
 KEPT_TOKENIZER = "tokenizer.json"  # in the workdir
@@ -30,11 +31,15 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
-            return mesh, base_lib.initial_params(config, mesh)
+            base = base_lib.initial_params(config, mesh)
+            adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
+            return mesh, base if adapters is None else lora.beside(base, adapters)
         state, frozen = step_lib.abstract_state(config, mesh)
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:
             base = base_lib.initial_params(config, mesh)
+            trained_on = checkpoint_lib.Checkpoints(config.workdir).about(step)["weights"]
+            base_lib.require_same(config, state_lib.fingerprint(base), trained_on)
             frozen = step_lib.split(config, base)[1]
             params = frozen.whole(params)
         return mesh, llama.own(params)

@@ -223,6 +223,9 @@ class Run:
         self.of_base = base_lib.about(self.config)
         self.weights = state_lib.fingerprint(params)
         params, frozen = self._split(params)
+        if (adapters := base_lib.initial_adapters(self.config, self.weights)) is not None:
+            placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.params)
+            params = jax.device_put(adapters, placed)
         optim.warn_of_rounding(params, self.config.optimizer.learning_rate)
         init = optim.make(self.config.optimizer, num_steps=1).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.opt_state)
@@ -271,13 +274,7 @@ class Run:
         """The parameters of the base of a resumed run. Raises `UsageError` if the base is no longer
         the one that the run began with."""
         params = base_lib.initial_params(self.config, self.mesh)
-        found = state_lib.fingerprint(params)
-        if found != self.weights:
-            raise validation.UsageError(
-                f"base = {self.config.base!r} has weights {found}; this run began with "
-                f"{self.weights}, and what is frozen or cached of them is needed again. Restore "
-                "that base, or start anew in another --workdir"
-            )
+        base_lib.require_same(self.config, state_lib.fingerprint(params), self.weights)
         return params
 
     def _about(self) -> dict[str, Any]:

@@ -110,6 +110,22 @@ def without(params: dict) -> dict:
     }
 
 
+def only(params: dict) -> dict:
+    """The adapters of `params`, in their nested dict."""
+    found = {
+        name: only(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if isinstance(value, dict) or name in (A, B)
+    }
+    return {name: value for name, value in found.items() if not isinstance(value, dict) or value}
+
+
+def beside(params: dict, adapters: dict) -> dict:
+    """`params` with `adapters` beside their kernels."""
+    common = params.keys() & adapters.keys()
+    return params | adapters | {name: beside(params[name], adapters[name]) for name in common}
+
+
 def noise(step: jax.Array, key: jax.Array, rows: tuple[int, ...]) -> UInt[Array, "*rows 3"]:
     """What dropout depends on, for each row of an update: two words of the typed `key` folded with
     the update's number, and the place of the row in it. So a mask is the same however the update

@@ -188,6 +188,21 @@ def quantise_params(params: dict, config: QuantConfig) -> dict:
     return jax.tree.map_with_path(leaf, params)
 
 
+def dequantise_params(params: dict, like: dict) -> dict:
+    """`params` with every quantised kernel as an array again, of the shape and dtype it has in
+    `like`, the abstract parameters of the model."""
+
+    def walk(found, like):
+        if not isinstance(like, dict):
+            if not isinstance(found, dict):
+                return found
+            decode = jax.lax.map(lambda layer: dequantise(layer, scales(layer), like.dtype), found)
+            return decode.reshape(like.shape)
+        return {name: walk(found[name], like[name]) for name in like}
+
+    return walk(params, like)
+
+
 def quantise_stack(name: str, stack, *, config: QuantConfig) -> dict[str, Array]:
     """All layers of the kernel `name`, [L, ...]."""
     return jax.lax.map(lambda weight: quantise(matrix(name, weight), config), stack)

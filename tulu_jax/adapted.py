@@ -1,0 +1,90 @@
+"""What a run of adapters trained: an adapter for PEFT, or one model with the adapter merged.
+
+QLoRA trains beside a base in few bits. The paper merges into that base as it was seen, dequantised;
+merging into the weights before they were quantised is another model. Both are named, and `gaps`
+measures both against the model that was trained.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from tulu_jax import base as base_lib
+from tulu_jax import trained, validation
+from tulu_jax.data import chat as chat_lib
+from tulu_jax.models import llama, lora
+from tulu_jax.parallel import sharding
+from tulu_jax.quant import nf4
+from tulu_jax.recipe import TrainConfig
+
+MERGES = ("dequantised", "full")
+
+
+def merged(config: TrainConfig, params: llama.Params, into: str, mesh) -> llama.Params:
+    """`params` of `trained.load`, with adapters, as one model in `param_dtype`.
+
+    `into` is 'dequantised', the base as it was trained beside, or 'full', the weights that were
+    quantised, which are loaded again.
+    """
+    adapters = params
+    if into == "full" and config.quant is not None:
+        logging.info("Loading base = %r in full precision", config.base)
+        params = base_lib.initial_params(dataclasses.replace(config, quant=None), mesh)
+    like = llama.abstract_params(config.model, config.param_dtype)
+    shardings = sharding.param_shardings(mesh, like)
+
+    def run(params, adapters):
+        kernels = nf4.dequantise_params(lora.without(params), like)
+        return lora.merge(config.adapter, lora.beside(kernels, adapters), config.param_dtype)
+
+    return jax.jit(run, out_shardings=shardings)(params, lora.only(adapters))
+
+
+def check(config: TrainConfig, step: int | None, prompts: list[str]) -> list[str]:
+    """`gaps` of the checkpoint of `step`, or the latest."""
+    mesh, params = trained.load(config, step=trained.saved_step(config, step))
+    with jax.set_mesh(mesh):
+        return gaps(config, params, prompts, mesh)
+
+
+def gaps(config: TrainConfig, params: llama.Params, prompts: list[str], mesh) -> list[str]:
+    """A line for each way to merge: how far its next-token log-probabilities are from those of the
+    model that was trained, over all positions of `prompts`, in nats, and how often both find the
+    same token likeliest."""
+    with validation.reading():
+        tokenizer = chat_lib.load_tokenizer(trained.tokenizer_path(config))
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    expected = _log_probs(config, params, rows)
+    lines = []
+    for into in MERGES if config.quant is not None else ("full",):
+        found = _log_probs(config, merged(config, params, into, mesh), rows)
+        apart = [np.abs(a - b) for a, b in zip(found, expected, strict=True)]
+        same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(found, expected, strict=True)]
+        lines.append(
+            f"merged into the {into} base: log-probabilities differ by "
+            f"{np.mean([x.mean() for x in apart]):.2g} on average and "
+            f"{max(x.max() for x in apart):.2g} at most; the likeliest token is the same at "
+            f"{100 * np.concatenate(same).mean():.1f} % of {len(np.concatenate(same))} positions"
+        )
+    return lines
+
+
+def _log_probs(config: TrainConfig, params: llama.Params, rows: list[list[int]]):
+    """float32 [T, V] of each row."""
+    execution = dataclasses.replace(config.execution, attention="xla")
+    score = jax.jit(
+        lambda params, tokens: jax.nn.log_softmax(
+            llama.logits(
+                config.model,
+                execution,
+                params,
+                tokens=tokens,
+                segment_ids=jnp.ones_like(tokens),
+                positions=jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
+            )
+        )
+    )
+    return [np.asarray(score(params, jnp.asarray([row], jnp.int32)))[0] for row in rows]
