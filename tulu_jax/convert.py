@@ -38,9 +38,9 @@ _MERGE = flags.DEFINE_enum(
     "merge",
     None,
     ["dequantised", "full"],
-    "Of a run with an adapter: write one model, the adapter merged into the base as it was trained "
-    "beside, dequantised (the paper's), or into the full-precision base. Default: the adapter alone, "
-    "for PEFT.",
+    "Of a run with an adapter: write one model, the adapter merged into the base that it was trained "
+    "beside, dequantised (the paper's), or into the full-precision base. Default: the adapter, for "
+    "PEFT.",
 )
 _CHECK = flags.DEFINE_multi_string(
     "check",
