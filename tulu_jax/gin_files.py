@@ -23,7 +23,16 @@ _MACRO = "gin.macro"
 _OURS = __name__.partition(".")[0]
 _NAMED = tuple(  # what configs are made of; the rest of us starts processes, runs and removes files
     f"{_OURS}.{part}"
-    for part in ("recipe", "data", "models", "objectives", "training", "interop.hf", "parallel")
+    for part in (
+        "recipe",
+        "data",
+        "models",
+        "objectives",
+        "training",
+        "interop.hf",
+        "parallel",
+        "quant",
+    )
 )
 _MOST_PROBLEMS = 20  # each is one more pass over the file
 _NO_SLICE = (
