@@ -180,7 +180,9 @@ def _load_quantised(config: TrainConfig, abstract, mesh) -> llama.Params:
             return leaf
         placed = jax.tree.map(lambda leaf: leaf.sharding, _at(abstract, path))
         run = functools.partial(nf4.quantise_stack, name, config=config.quant)
-        return jax.jit(run, out_shardings=placed, donate_argnums=0)(leaf)
+        found = jax.block_until_ready(jax.jit(run, out_shardings=placed)(leaf))
+        leaf.delete()
+        return found
 
     return jax.tree.map_with_path(quantise, params)
 
