@@ -58,6 +58,8 @@ class Topology:
         options = dict(self.hardware.options)
         if self.slices > 1 or options:
             options["num_slices"] = self.slices
+        if math.prod(self.shape) == 1:  # of a host that has more, as those of 7B on one chip
+            options["chips_per_host_bounds"] = [1, 1, 1]
         shape = "x".join(map(str, self.shape))
         try:
             description = topologies.get_topology_desc(
