@@ -14,6 +14,9 @@ import time_limit
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Threads of XLA's pool: each fake device may wait in several collectives at once, and where two cores
+# give eight threads they would all wait.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # 'tpu' or 'cuda': kernels run compiled there
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches.compiled_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

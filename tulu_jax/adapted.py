@@ -73,18 +73,21 @@ def gaps(config: TrainConfig, params: llama.Params, prompts: list[str], mesh) ->
 
 
 def _log_probs(config: TrainConfig, params: llama.Params, rows: list[list[int]]):
-    """float32 [T, V] of each row."""
+    """float32 [T, V] of each row, which every mesh can divide: as many copies as devices, padded."""
+    devices, length = jax.device_count(), max(map(len, rows))
+    length += -length % devices
     execution = dataclasses.replace(config.execution, attention="xla")
-    score = jax.jit(
-        lambda params, tokens: jax.nn.log_softmax(
-            llama.logits(
-                config.model,
-                execution,
-                params,
-                tokens=tokens,
-                segment_ids=jnp.ones_like(tokens),
-                positions=jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
-            )
-        )
-    )
-    return [np.asarray(score(params, jnp.asarray([row], jnp.int32)))[0] for row in rows]
+
+    @jax.jit
+    def score(params, tokens, segment_ids):
+        places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
+        batch = dict(tokens=tokens, segment_ids=segment_ids, positions=places)
+        logits = llama.logits(config.model, execution, params, **batch)
+        return sharding.replicate(jax.nn.log_softmax(logits[:1]))
+
+    found = []
+    for row in rows:
+        tokens, segment_ids = np.zeros((2, devices, length), np.int32)
+        tokens[:, : len(row)], segment_ids[:, : len(row)] = row, 1
+        found.append(np.asarray(score(params, tokens, segment_ids))[0, : len(row)])
+    return found
