@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 # What divides into tiles, and what leaves shorter last ones in all three directions.
 EVEN = nf4_cycles.Product(rows=512, contracted=1024, out=1024, backward=False)
-UNEVEN = nf4_cycles.Product(rows=1000, contracted=2176, out=640, backward=True)
+UNEVEN = nf4_cycles.Product(rows=600, contracted=1152, out=640, backward=True)
 OFTEN = [("v4", EVEN), ("v5e", UNEVEN), ("v5p", EVEN), ("v6e", UNEVEN)]
 
 
@@ -107,7 +107,7 @@ def test_scanned_layers_hold_no_decoded_weight(absent_slices):
         aot.places(mesh, slice_),
         cost.mesh_axes(dict(mesh.shape)),
         kernel_seconds=lambda name, text: ("matrix", aot.product_seconds(name, text, slice_)),
-        dynamic_trips=1,
+        dynamic_trips=1.0,
     ).estimate()
     peak = 2.0 * ROWS * D * F * 5 * L / slice_.hardware.peak
     assert not estimate.unknown and peak < estimate.matrix < 1.5 * peak

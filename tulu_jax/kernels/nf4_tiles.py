@@ -36,30 +36,34 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Counted:
-    """Of a core: how it decodes, the weights a cycle that this gives on its own, the cycles in
-    which the product of a step fills and drains, and those of a step besides
-    (`benchmarks/nf4_product.py` holds what follows from them against whole counts)."""
+    """Of a core: how it decodes and how many weights a cycle that gives on its own; how wide its
+    matrix units are; the cycles in which the product of a step fills and drains, and those of a
+    step besides; the sums a cycle that it stores. `benchmarks/nf4_product.py` holds what follows
+    from them against whole counts."""
 
     decoder: str
     decoded: int
+    width: int
     ramp: int
     step: int
+    stored: int
 
 
+_V5 = _Counted(decoder="sublanes", decoded=580, width=128, ramp=180, step=175, stored=2048)
+_V6 = _Counted(decoder="bytes", decoded=1310, width=256, ramp=290, step=160, stored=2680)
 # A v3 takes no bfloat16 operands: there XLA multiplies.
 _COUNTED = {
-    "v4": _Counted(decoder="lanes", decoded=125, ramp=165, step=80),
-    "v5e": _Counted(decoder="sublanes", decoded=580, ramp=180, step=110),
-    "v5p": _Counted(decoder="sublanes", decoded=570, ramp=180, step=110),
-    "v6e": _Counted(decoder="bytes", decoded=1310, ramp=290, step=130),
-    "tpu7x": _Counted(decoder="bytes", decoded=1310, ramp=290, step=130),
+    "v4": _Counted(decoder="lanes", decoded=125, width=128, ramp=165, step=135, stored=1024),
+    "v5e": _V5,
+    "v5p": dataclasses.replace(_V5, decoded=570),
+    "v6e": _V6,
+    "tpu7x": _V6,
 }
 _SIZES = (512, 768, 1024, 1280, 1536, 2048)
 _HEIGHTS = (512, 1024)  # rows of a block
 _LARGEST = 2**30  # products of numbers in a step, straight code; of 2^31 it compiles thrice as long
 _UNEVEN = 1.01  # a shorter last tile has straight code of its own
-_ALONE = 256  # rows beside which nothing is decoded
-_STORED = 2048  # numbers a cycle that leave the sums for the result
+_BESIDE = 512  # rows from which on decoding hides behind the product
 _MARGIN = chips.MIB  # of VMEM, for values in flight
 
 
@@ -131,16 +135,23 @@ def _seconds(chip, tile: Tile, contracted: int, out: int) -> tuple[float, float]
     """Seconds of a product, and bytes that it moves."""
     hardware, counted = chips.CHIPS[chip], _COUNTED[chip]
     along, across = -(-contracted // tile.contracted), -(-out // tile.out)
-    columns, parts = across // tile.shares * tile.out, tile.bands * tile.shares
+    parts = tile.bands * tile.shares
     steps = along * across // tile.shares * tile.blocks
     peak = hardware.peak / 2 / hardware.clock / hardware.cores  # products a cycle
     rows = tile.blocks * max(tile.rows, LANES)  # fewer do not pay for loading the weights
-    multiplied = rows * contracted * columns / peak + counted.ramp * steps
+
+    def filled(size):  # a matrix unit multiplies nothing narrower than itself
+        return -(-size // counted.width) * counted.width
+
+    rest = contracted - (along - 1) * tile.contracted
+    length = (along - 1) * filled(tile.contracted) + filled(rest)
+    columns = across // tile.shares * tile.out
+    multiplied = rows * length * (across // tile.shares) * filled(tile.out) / peak
+    multiplied += counted.ramp * steps
     decoded = along * tile.contracted * columns / counted.decoded
-    hidden = min(decoded, multiplied * max(0.0, 1 - _ALONE / tile.rows))
-    cycles = multiplied + decoded - hidden
+    cycles = max(multiplied, decoded) if tile.rows >= _BESIDE else multiplied + decoded
     cycles += tile.contracted * tile.out / counted.decoded  # the first tile, beside nothing
-    cycles += rows * columns / _STORED + counted.step * (steps + tile.blocks)
+    cycles += rows * columns / counted.stored + counted.step * (steps + tile.blocks)
     cycles *= -(-parts // hardware.cores)
     rows = tile.bands * tile.blocks * tile.rows
     moved = 2.0 * rows * (contracted * across + out)
