@@ -14,8 +14,8 @@ import time_limit
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Threads of XLA's pool: each fake device may wait in several collectives at once, and where two cores
-# give eight threads they would all wait.
+# Threads of XLA's pool: a fake device may wait in several collectives at once, and where two cores
+# give eight threads, all may wait.
 os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # 'tpu' or 'cuda': kernels run compiled there
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches.compiled_folder()))
