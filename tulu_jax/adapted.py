@@ -73,7 +73,7 @@ def gaps(config: TrainConfig, params: llama.Params, prompts: list[str], mesh) ->
 
 
 def _log_probs(config: TrainConfig, params: llama.Params, rows: list[list[int]]):
-    """float32 [T, V] of each row, in as many copies as devices and padded: any mesh divides them."""
+    """float32 [T, V] of each row, in copies for all devices and padded: any mesh divides them."""
     devices, length = jax.device_count(), max(map(len, rows))
     length += -length % devices
     execution = dataclasses.replace(config.execution, attention="xla")
