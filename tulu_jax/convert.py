@@ -5,7 +5,7 @@ Examples:
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --step=40 --dtype=bfloat16 --out=hf
   python -m tulu_jax.convert --gin_file=stories260k_sft.gin --from_hf   # step 0 from its BASE
   python -m tulu_jax.convert --gin_file=runs/sft_70b/config.gin --out=hf --verify
-  python -m tulu_jax.convert --gin_file=qlora_7b.gin --merge=dequantised --check="Hello"
+  python -m tulu_jax.convert --gin_file=tulu_tiny_qlora.gin --merge=dequantised --check="Hello"
 
 It takes one host without accelerators, whatever the size of the model: a layer of a parameter is in
 memory at a time. BASE may also be a folder with pytorch_model.bin, one of Meta's, or a streamed
