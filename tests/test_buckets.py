@@ -167,6 +167,7 @@ def local(home, tmp_path_factory) -> str:
     return place
 
 
+@pytest.mark.slow
 def test_the_recipe_in_a_bucket_that_fails_equals_the_local_one(
     home, local, bucket, proxy, monkeypatch
 ):

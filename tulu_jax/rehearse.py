@@ -67,17 +67,18 @@ def shrink(config: TrainConfig, *, processes: int, embedded: bool) -> TrainConfi
     groups = min(4, config.model.num_heads // config.model.num_kv_heads)
     rows = mesh["data"] * mesh["fsdp"]
     batch_size = math.lcm(2 * rows, config.objective.row_multiple)
+    wide = 1 if config.adapter is None else 4 * mesh["context"]  # blocks of 64 are whole
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
             config.model,
             vocab_size=-(-vocab_size // mesh["tensor"]) * mesh["tensor"],
             num_layers=2,
-            embed_dim=16 * mesh["fsdp"],
-            mlp_dim=32 * mesh["fsdp"] * mesh["tensor"],
+            embed_dim=16 * wide * mesh["fsdp"],
+            mlp_dim=32 * wide * mesh["fsdp"] * mesh["tensor"],
             num_heads=2 * mesh["tensor"] * groups,
             num_kv_heads=2 * mesh["tensor"],
-            head_dim=8,
+            head_dim=8 * wide,
         ),
         data=data,
         execution=dataclasses.replace(config.execution, compute_dtype="float32", attention="xla"),
