@@ -44,6 +44,7 @@ def curve(workdir) -> list[tuple]:
     return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantised_base(home, tmp_path):
     """Adapters alone train and are saved; killed and resumed the run is the same bit for bit; it
     goes on with its own base alone; the model, the adapter and both merges come out of it."""

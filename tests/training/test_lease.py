@@ -95,7 +95,7 @@ def test_a_killed_holder_is_followed_at_once(tmp_path):
 def test_a_holder_elsewhere_is_followed_after_its_last_sign(tmp_path, quick, caplog):
     held_elsewhere(tmp_path)
     started = time.monotonic()
-    with caplog.at_level("INFO"), lease.held(str(tmp_path)):
+    with caplog.at_level("INFO", logger="absl"), lease.held(str(tmp_path)):
         assert time.monotonic() - started >= lease.EXPIRY
     assert "held by process 7 on far since" in caplog.text
     assert "waiting up to 1 s for a sign of it" in caplog.text
