@@ -19,7 +19,7 @@ ANYONE = {
     "bucket_client",
 }
 ALLOWED = {
-    "kernels": set(),
+    "kernels": {"quant"},
     "quant": set(),
     "parallel": set(),
     "data": set(),

@@ -19,6 +19,7 @@ from tulu_jax.models import llama, lora
 from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training.state import Frozen
 
 MERGES = ("dequantised", "full")
 
@@ -38,7 +39,8 @@ def merged(config: TrainConfig, params: llama.Params, into: str, mesh) -> llama.
 
     def run(params, adapters):
         kernels = nf4.dequantise_params(lora.without(params), like)
-        return lora.merge(config.adapter, lora.beside(kernels, adapters), config.param_dtype)
+        whole = Frozen(base=kernels).whole(adapters)
+        return lora.merge(config.adapter, whole, config.param_dtype)
 
     return jax.jit(run, out_shardings=shardings)(params, lora.only(adapters))
 

@@ -24,7 +24,10 @@ SHOWN = 8  # weights named in a message
 
 def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     """Shapes, dtypes and shardings of the base of a run; nothing is allocated."""
-    params = step_lib.abstract_base(config)
+    return _placed(step_lib.abstract_base(config), mesh)
+
+
+def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         params,
@@ -168,11 +171,7 @@ def _load_quantised(config: TrainConfig, abstract, mesh) -> llama.Params:
     if sources.is_published(config.base):
         return load(config.base, config.model, abstract, config.quant)
     whole = llama.abstract_params(config.model, config.param_dtype)
-    shardings = sharding.param_shardings(mesh, whole)
-    whole = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), whole, shardings
-    )
-    params = load(config.base, config.model, whole)
+    params = load(config.base, config.model, _placed(whole, mesh))
 
     def quantise(path, leaf):
         name = sharding.path_name(path)

@@ -95,7 +95,7 @@ def export(
         mesh, params = trained.load(config, step=step)
         with jax.set_mesh(mesh):
             if config.adapter is not None and merge is None:
-                _write_adapter(config, params, out, about["weights"], step=step)
+                _write_adapter(config, params, out, about["weights"])
                 return
             if config.adapter is not None:
                 params = adapted.merged(config, params, merge, mesh)
@@ -105,9 +105,9 @@ def export(
     write(params=source.params, source=source)
 
 
-def _write_adapter(config, params, out: str, weights: str, *, step: int) -> None:
-    target = folder_lib.located(out)
-    with folder_lib.finished(target) as partial:
+def _write_adapter(config: TrainConfig, params: llama.Params, out: str, weights: str) -> None:
+    """The adapter among `params`, of a base with the fingerprint `weights`, as a PEFT folder."""
+    with folder_lib.finished(folder_lib.located(out)) as partial:
         peft.save(partial, lora.only(params), config.adapter, base=config.base, weights=weights)
 
 
@@ -117,7 +117,7 @@ class StoredSource:
     def __init__(self, config: TrainConfig, checkpoints: checkpoint_lib.Checkpoints, step: int):
         folder = checkpoints.folder / str(step)
         abstract = llama.abstract_params(config.model, config.param_dtype)
-        trains = _what_trains(config)[0]
+        trains = step_lib.abstract_split(config)[0]
         found = agreement.model_problems(checkpoints.about(step), folder, config.model, trains)
         validation.raise_if(found)
         self._checkpoints, self._step = checkpoints, step
@@ -146,7 +146,7 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
     One layer of a parameter is in memory at a time. `train` goes on from it. Raises `UsageError`
     if the base does not fit the model, or has weights that are not finite.
     """
-    trains, frozen = _what_trains(config)
+    trains, frozen = step_lib.abstract_split(config)
     if jax.tree.leaves(frozen.base) or agreement.param_shapes(trains) != _shapes(config):
         trainer.Run(config, config_text).save_initial()
         return
@@ -257,11 +257,6 @@ def _new_optimizer_state(config: TrainConfig, trains: llama.Params) -> Any:
         return Streamed.filled(abstract.shape, np.asarray(value).reshape(()), stacked=stacked)
 
     return jax.tree.map_with_path(filled, values, shapes)
-
-
-def _what_trains(config: TrainConfig):
-    """What trains and what is frozen, as shapes."""
-    return step_lib.abstract_split(config)
 
 
 def _shapes(config: TrainConfig) -> dict[str, list[int]]:

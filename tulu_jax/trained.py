@@ -9,12 +9,13 @@ from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import sampler
-from tulu_jax.models import llama, lora
+from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
+from tulu_jax.training.state import Frozen
 
 Messages = list[dict[str, str]]
 KEPT_TOKENIZER = "tokenizer.json"  # in the workdir
@@ -32,8 +33,10 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     with jax.set_mesh(mesh):
         if step is None:
             base = base_lib.initial_params(config, mesh)
+            if config.adapter_from is None:
+                return mesh, base
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
-            return mesh, base if adapters is None else lora.beside(base, adapters)
+            return mesh, Frozen(base=base).whole(adapters)
         state, frozen = step_lib.abstract_state(config, mesh)
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:

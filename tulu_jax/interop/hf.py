@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +25,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from tulu_jax import validation
-from tulu_jax.interop import bnb, config_file, folder, placement, shards, sources, weight_files
+from tulu_jax.interop import (
+    config_file,
+    folder,
+    placement,
+    shards,
+    sources,
+    weight_checks,
+    weight_files,
+)
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
@@ -44,8 +51,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 READERS = 2  # weights that are brought into their form while another is written
 CARD = "README.md"
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a constant
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -102,26 +107,26 @@ def weights_dtype(path: Path, config: LlamaConfig) -> str:
         said = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
         if said in weight_files.DTYPES.values():
             return said
-    return weight_files.DTYPES[sources.opened(path, config).headers[_EMBEDDING].dtype]
+    return weight_files.DTYPES[sources.opened(path, config).headers[weight_checks.EMBEDDING].dtype]
 
 
 def check_weights(path: Path, config: LlamaConfig, quant: QuantConfig | None = None) -> list[str]:
     """What keeps the weights in `path` from being a `config`, from the file headers alone. Those of
     a folder in 4 bits are weights for `quant`, which says whether their scales are nested."""
-    return _weight_problems(sources.opened(path, config), config, quant)
+    return weight_checks.problems(sources.opened(path, config), config, quant)
 
 
 def opened(path: Path, config: LlamaConfig, quant: QuantConfig | None = None) -> sources.Weights:
     """The weights in `path`, to be read one by one. Raises `ValueError` for what `load` does."""
     files = sources.opened(path, config)
-    problems = config_problems(path, config) + _weight_problems(files, config, quant)
+    problems = config_problems(path, config) + weight_checks.problems(files, config, quant)
     if problems:
         raise ValueError(_listed(f"the weights in {path} do not fit the model", problems))
     logging.info("Reading %s in %s", ", ".join(files.files), path)
     if files.unread:
         logging.warning("Not read, as transformers does not: %s in %s", files.unread, path)
-    if config.tie_embeddings and _HEAD in files.headers:
-        _check_tied(files)
+    if config.tie_embeddings:
+        weight_checks.require_tied(files)
     return files
 
 
@@ -147,7 +152,7 @@ def load(
     def placed(layout, sharding):
         if isinstance(sharding, Sharding):
             return placement.load(files, layout, sharding=sharding, dtype=dtype, pool=pool)
-        if _in_4_bits(files):
+        if weight_checks.in_4_bits(files):
             return placement.load_packed(files, layout, shardings=sharding, pool=pool)
         return placement.load_quantised(
             files, layout, shardings=sharding, dtype=dtype, quant=quant, pool=pool
@@ -242,86 +247,6 @@ def save(
 
 def _listed(heading: str, problems: list[str]) -> str:
     return f"{heading}:\n" + "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
-
-
-def _in_4_bits(files: sources.Weights) -> bool:
-    return any(f".{bnb.STATE}" in name for name in files.headers)
-
-
-def _kind_problems(files: sources.Weights, quant: QuantConfig | None) -> list[str]:
-    """Why weights in 4 bits are none for `quant`."""
-    double = any(name.endswith(".nested_absmax") for name in files.headers)
-    expected = QuantConfig(double=double)
-    if quant is not None and (quant.kind, quant.double) == (expected.kind, expected.double):
-        return []
-    found = "none" if quant is None else f"kind = {quant.kind!r} and double = {quant.double}"
-    return [
-        f"its weights are in 4 bits, for a frozen base with kind = {expected.kind!r} and double = "
-        f"{double}; the run's quant has {found}. Set that, or give the folder of the "
-        "full-precision weights"
-    ]
-
-
-def _weight_problems(
-    files: sources.Weights, config: LlamaConfig, quant: QuantConfig | None
-) -> list[str]:
-    if not files.headers:
-        return files.problems
-    expected = layout_lib.expected_weights(config)
-    packed: set[str] = set()
-    if _in_4_bits(files):
-        if problems := _kind_problems(files, quant):
-            return files.problems + problems
-        for layout in jax.tree.leaves(layout_lib.layouts(config)):
-            if nf4.LINEAR.fullmatch(layout.path):
-                for name in layout.names:
-                    packed.update(bnb.names(name, double=quant.double))
-                    del expected[name]
-    if config.tie_embeddings and _HEAD in files.headers:  # redundant; compared when it is read
-        expected[_HEAD] = expected[_EMBEDDING]
-    grouped: dict[tuple[str, str], list[int]] = {}
-
-    def report(name: str, text: str) -> None:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer is None:
-            grouped[name, text] = []
-            return
-        template = name.replace(f"layers.{layer[1]}.", "layers.{}.", 1)
-        grouped.setdefault((template, text), []).append(int(layer[1]))
-
-    for name, shape in expected.items():
-        header = files.headers.get(name)
-        if header is None:
-            report(name, f"is missing; expected shape {list(shape)}")
-        elif header.shape != shape:
-            report(name, f"has shape {list(header.shape)}; expected {list(shape)}")
-        elif header.dtype not in weight_files.DTYPES:
-            report(name, f"is of type {header.dtype}; expected F32, BF16 or F16")
-    for name in sorted(packed - files.headers.keys()):
-        report(name, "is missing; expected it of a weight in 4 bits")
-    for name, header in files.headers.items():
-        if name not in expected and name not in packed and not _IGNORED.fullmatch(name):
-            report(name, f"of shape {list(header.shape)} is not a weight of this model")
-    return files.problems + [
-        f"{name.replace('{}', _ranges(layers))} {text}" for (name, text), layers in grouped.items()
-    ]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as '0-2,5'."""
-    runs = itertools.groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])
-    spans = [[number for _, number in run] for _, run in runs]
-    return ",".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
-
-
-def _check_tied(files: sources.Weights) -> None:
-    """Raises `ValueError` if a file of a tied model carries a head that is not its embedding."""
-    embedding, head = (files.rows(name, slice(None)) for name in (_EMBEDDING, _HEAD))
-    if not np.array_equal(embedding, head):
-        raise ValueError(
-            f"{_HEAD} differs from {_EMBEDDING} although the model ties them; set "
-            "tie_word_embeddings to false in config.json, or remove the weight"
-        )
 
 
 def _within(generation_config: dict[str, Any], vocab_size: int) -> dict[str, Any]:

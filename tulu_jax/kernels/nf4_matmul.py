@@ -24,17 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from tulu_jax.kernels import nf4_tiles, target
+from tulu_jax.quant.nf4 import CODEBOOK
 
 BLOCK, LANES = nf4_tiles.BLOCK, nf4_tiles.LANES
 SUBLANES = 8
 PIECE = 256  # rows and columns of a product between which a part of the next tile is decoded
-# Normal float 4 (Dettmers et al. 2023), as bitsandbytes has it.
-CODEBOOK = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022833234, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 
 
 def matmul(
@@ -174,7 +168,7 @@ DECODERS = {"sublanes": _decode_sublanes, "bytes": _decode_bytes, "lanes": _deco
 
 def _table(decoder: str) -> np.ndarray:
     """float32 [2, 8, 128]: what a decoder looks up, before scaling."""
-    values = np.array(CODEBOOK, np.float32)
+    values = CODEBOOK
     if decoder == "lanes":
         return np.broadcast_to(np.tile(values, LANES // 16), (2, SUBLANES, LANES))
     halves = [values[0::2], values[1::2]] if decoder == "bytes" else [values[:8], values[8:]]

@@ -15,7 +15,6 @@ from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, UInt
 
 from tulu_jax import validation
-from tulu_jax.parallel import sharding
 
 A, B = "lora_a", "lora_b"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -120,12 +119,6 @@ def only(params: dict) -> dict:
     return {name: value for name, value in found.items() if not isinstance(value, dict) or value}
 
 
-def beside(params: dict, adapters: dict) -> dict:
-    """`params` with `adapters` beside their kernels."""
-    common = params.keys() & adapters.keys()
-    return params | adapters | {name: beside(params[name], adapters[name]) for name in common}
-
-
 def noise(step: jax.Array, key: jax.Array, rows: tuple[int, ...]) -> UInt[Array, "*rows 3"]:
     """What dropout depends on, for each row of an update: two words of the typed `key` folded with
     the update's number, and the place of the row in it. So a mask is the same however the update
@@ -189,11 +182,6 @@ def delta(
         x = jnp.where(keep, x * jnp.asarray(1 / (1 - config.dropout), x.dtype), 0)
     low = jnp.einsum("BTK,KR->BTR", x, a.astype(x.dtype))
     return jnp.einsum("BTR,RN->BTN", low, b.astype(x.dtype)) * jnp.asarray(config.scale, x.dtype)
-
-
-def gathered(leaf: jax.Array, name: str, dtype) -> jax.Array:
-    """An adapter's matrix of one layer, whole but over `tensor`."""
-    return sharding.whole(leaf.astype(dtype), name, but=("heads", "kv_heads", "mlp"))
 
 
 def merge(config: LoRAConfig, params: dict, dtype) -> dict:

@@ -212,11 +212,8 @@ class Checkpoints:
         """Raises `DamagedError` if what was read of `params` is not what was saved."""
 
         def check(step: int) -> None:
-            recorded = checkpoint_digests.load(self.folder / str(step))
+            recorded = checkpoint_digests.load_or_warn(self.folder / str(step))
             if recorded is None:
-                logging.warning(
-                    "%s cannot be verified: it was saved without digests", self.folder / str(step)
-                )
                 return
             found = {f"params/{path}": array.text() for path, array in params.items()}
             if problems := checkpoint_digests.differences(recorded, found):

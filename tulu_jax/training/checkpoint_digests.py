@@ -139,6 +139,14 @@ def load(folder: epath.Path) -> dict[str, Any] | None:
     return found
 
 
+def load_or_warn(folder: epath.Path) -> dict[str, Any] | None:
+    """`load`, with a word in the log for a checkpoint that nobody can verify."""
+    recorded = load(folder)
+    if recorded is None:
+        logging.warning("%s cannot be verified: it was saved without digests", folder)
+    return recorded
+
+
 def as_saved(recorded: Mapping[str, Any], tree: Any) -> Any:
     """`tree` of abstract arrays with the dtypes that were saved, so that bits can be compared."""
 
@@ -208,9 +216,8 @@ def verified(folder: epath.Path, like: Any, read: Callable[[Any], Any]) -> Any:
     Raises `ValueError` if its files, or these arrays, are not those that were saved; of a
     checkpoint of before it says that nobody can tell.
     """
-    recorded = load(folder)
+    recorded = load_or_warn(folder)
     if recorded is None:
-        logging.warning("%s cannot be verified: it was saved without digests", folder)
         return read(like)
     problems = file_problems_together(recorded, folder)
     if not problems or jax.process_count() == 1:  # then the arrays in damaged files are named too
