@@ -142,6 +142,13 @@ def test_adapters_begin_with_those_of_a_folder(home, tmp_path):
         for step in path:
             found = found[step.key]
         np.testing.assert_array_equal(leaf, found)
+    for changes, said in (
+        (dict(adapter__alpha=3.0), r"adapter\.alpha = 16\.0; this config has 3\.0"),
+        (dict(quant__double=False), r"quant\.double = True; this config has False"),
+        (dict(quant=None, adapter=None), "this config has None"),
+    ):
+        with pytest.raises(validation.UsageError, match=said):
+            trained.load(builders.replace(config, **changes), step=4)
     other = builders.replace(onto, seed=5)
     with pytest.raises(validation.UsageError, match="is of a base with weights"):
         trainer.Run(other)._start()

@@ -13,6 +13,7 @@ from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import Frozen
@@ -28,7 +29,8 @@ def saved_step(config: TrainConfig, step: int | None) -> int:
 
 def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, llama.Params]:
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
-    that training starts from. Raises `UsageError` if there is no such checkpoint."""
+    that training starts from. Raises `UsageError` if there is no such checkpoint, or if its adapter
+    or its base is another than that of `config`."""
     mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
@@ -37,12 +39,14 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
                 return mesh, base
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
             return mesh, Frozen(base=base).whole(adapters)
+        checkpoints = checkpoint_lib.Checkpoints(config.workdir)
+        about, folder = checkpoints.about(checkpoints.require(step)), checkpoints.folder / str(step)
+        validation.raise_if(agreement.adapter_problems(about, folder, config.adapter, config.quant))
         state, frozen = step_lib.abstract_state(config, mesh)
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:
             base = base_lib.initial_params(config, mesh)
-            trained_on = checkpoint_lib.Checkpoints(config.workdir).about(step)["weights"]
-            base_lib.require_same(config, state_lib.fingerprint(base), trained_on)
+            base_lib.require_same(config, state_lib.fingerprint(base), about["weights"])
             frozen = step_lib.split(config, base)[1]
             params = frozen.whole(params)
         return mesh, llama.own(params)

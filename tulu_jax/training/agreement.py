@@ -39,6 +39,21 @@ def model_problems(
     ] + param_problems(about["params"], abstract_params)
 
 
+def adapter_problems(
+    about: dict[str, Any], folder: epath.Path, adapter: Any, quant: Any
+) -> list[str]:
+    """Why the adapters of a checkpoint that says `about` of itself are not of these settings,
+    dataclasses or None, one line each: with another scale or base they are another model."""
+    settings = {"adapter": adapter, "quant": quant}
+    settings = {name: value and dataclasses.asdict(value) for name, value in settings.items()}
+    recorded = {name: about["must_match"].get(name) for name in settings}
+    return [
+        f"the checkpoint in {folder} was made with {name} = {before}; this config has {now}. Give "
+        "the gin file of that run, or its config.gin"
+        for name, before, now in differences(recorded, settings)
+    ]
+
+
 def param_shapes(params: dict) -> dict[str, list[int]]:
     """{parameter path: shape}, JSON-serialisable, as saved beside each checkpoint."""
     leaves = jax.tree.leaves_with_path(params)
