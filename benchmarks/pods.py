@@ -86,7 +86,7 @@ def runs() -> list[tuple[str, str]]:
         if "SLICE = " in path.read_text():
             config = cli.load(path.name, workdir="unused")
             size = slices.size_of(config.model.num_params)
-            known = slices.known(stage=config.objective.stage, size=size)
+            known = slices.known(stage=config.stage, size=size)
             found += [(path.name, pod) for pod in known if not pod.endswith("_wide")]
     return found
 
@@ -104,6 +104,7 @@ def dry_runs(wanted: list[tuple[str, str]]) -> list[dict]:
         config = cli.load(name, pod=pod, workdir="unused")
         sizes = (config.data.max_length, config.data.packing, config.batch_size, config.num_epochs)
         rest = (config.micro_batch_size, config.param_dtype, config.model, config.mesh)
+        rest += (config.adapter, config.quant)
         step = repr((*sizes, *rest, config.execution, config.objective, config.optimizer))
         if step not in compiled:
             compiled[step] = dry_run(name, pod)

@@ -15,14 +15,18 @@ import pytest
 
 from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
+from tulu_jax.models import lora
 from tulu_jax.objectives import dpo, sft
 from tulu_jax.parallel import mesh, slices
 from tulu_jax.planning.cycles import schedule
+from tulu_jax.quant import nf4
 from tulu_jax.training import optim
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 TOKENIZER = "--gin.TOKENIZER='unused'"  # else the embedded default trains its own
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "\nSLICE = " in path.read_text())
+ADAPTERS = [run for run in RUNS if "lora" in run]
+WHOLE = [run for run in RUNS if "lora" not in run]
 
 # Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
 # of 8,192 as benchmarks/dpo_packing.py measures them.
@@ -42,17 +46,47 @@ def load(run, *overrides, pod=None):
 
 def slices_of(run):
     """The slices that the run can take, but for those of the benchmarks."""
-    stage, size = run.split("_")[0], run.split("_")[-1]
-    return [name for name in slices.known(stage=stage, size=size) if not name.endswith("_wide")]
+    return [name for name in slices.known(**laid_out(run)) if not name.endswith("_wide")]
+
+
+def laid_out(run):
+    """The stage and the size that a run's layouts are found by."""
+    *kind, size = run.split("_")
+    adapter = f"{kind[0]}_" if "lora" in kind[0] else ""
+    return {"stage": adapter + ("dpo" if "dpo" in kind else "sft"), "size": size}
 
 
 def test_the_published_runs_are_there():
     sft_runs = ["sft_7b", "sft_13b", "sft_70b", "sft_code_7b", "sft_code_13b", "sft_code_34b"]
     ablations = ["sft_v1_7b", "sft_v1_13b", "sft_v1_70b", "sft_sharegpt_7b"]
-    assert set(RUNS) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations}
+    assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations}
+    sizes = ("7b", "13b", "70b")
+    of_sft = {f"{kind}_{size}" for kind in ("lora", "qlora") for size in sizes}
+    assert set(ADAPTERS) == of_sft | {"qlora_dpo_7b", "qlora_dpo_70b"}
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ADAPTERS)
+def test_recipe_values_of_adapters(run):
+    """arXiv 2311.10702, appendix B: QLoRA. DPO's are ours, as the file says."""
+    config, (kind, *_, size) = load(run), run.split("_")
+    assert config.model == model_config.named(f"llama2_{size}")
+    assert config.adapter == lora.LoRAConfig(rank=64, alpha=16.0, dropout=0.1, targets="all")
+    assert config.quant == (nf4.QuantConfig() if kind == "qlora" else None)
+    assert (config.execution.compute_dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+    optimizer = config.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.999, 0.0)
+    assert optimizer.clip_norm >= 1e30 and config.data.max_length == 4096
+    if "dpo" in run:
+        assert "ours, not the paper's" in (CONFIGS / f"{run}.gin").read_text()
+        assert isinstance(config.objective, dpo.DPOConfig) and config.data.train == "tulu_2_dpo"
+        assert config.base == f"gs://YOUR-BUCKET/tulu/runs/sft_{size}"
+    else:
+        assert config.data.train == "tulu_v2_sft" and config.base == config.data.tokenizer
+        assert (config.num_epochs, optimizer.warmup_ratio) == (5.0, 0.03)
+        assert optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("run", WHOLE)
 def test_recipe_values(run):
     config = load(run)
     stage, *kind, size = run.split("_")
@@ -84,10 +118,13 @@ def test_recipe_values(run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_slice_divides_and_is_filled(run):
-    """Each generation at least, and the paper's own slice among them."""
+    """Each generation at least, and the paper's own slice among them; of adapters, few chips."""
     names = slices_of(run)
-    assert {name.split("_")[0] for name in names} == {"v3", "v4", "v5e", "v5p", "v6e"}
-    assert "v3_256" in names and (not run.endswith("70b") or "v3_512" in names)
+    if run in WHOLE:
+        assert {name.split("_")[0] for name in names} == {"v3", "v4", "v5e", "v5p", "v6e"}
+        assert "v3_256" in names and (not run.endswith("70b") or "v3_512" in names)
+    else:
+        assert "v5e_8" in names or "v6e_8" in names
     for name in names:
         config = load(run, pod=name)
         devices = mesh.slice_devices(config.mesh.topology)
@@ -100,7 +137,7 @@ def test_every_slice_divides_and_is_filled(run):
 def test_every_layout_serves_a_run():
     """But for those of the benchmarks: one that no run takes is one that nobody has compiled."""
     used = {
-        id(slices.SLICES[name].layout(run.split("_")[0], run.split("_")[-1]))
+        id(slices.SLICES[name].layout(**laid_out(run)))
         for run in RUNS
         for name in slices_of(run)
     }
@@ -126,15 +163,15 @@ def test_updates_at_the_papers_own_batch():
     assert 3 * one_epoch.num_updates(PAIRS) == 5_808
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "v1" not in run and "share" not in run])
+@pytest.mark.parametrize("run", [run for run in RUNS if not re.search("v1|share|qlora_dpo", run)])
 def test_a_file_states_what_its_packed_batch_holds(run):
     """The comment of a complete file against the facts of the data."""
     config, text = load(run), (CONFIGS / f"{run}.gin").read_text()
     stated = re.search(
-        r"(\d+) rows hold ([\d.]+) (?:conversations|pairs) on average .*; ([\d,]+) updates", text
+        r"(\d+) rows hold ([\d.]+) (?:conversations|pairs) on average [^;]*;[\s#]*([\d,]+) updates", text
     )
     rows, examples, number = (float(x.replace(",", "")) for x in stated.groups())
-    total, a_row = V2_ROWS, 8192 / V2_MEAN
+    total, a_row = V2_ROWS, config.data.max_length / V2_MEAN
     if run.startswith("dpo"):
         total, a_row = PAIRS, PAIRS_A_ROW
     assert config.batch_size == rows

@@ -36,14 +36,15 @@ class Layout:
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """A topology, the sizes that fit on it, and layouts by stage; one for a stage and size, such as
-    'dpo_7b', stands before that of the stage."""
+    'dpo_7b', stands before that of the stage. Stages are 'sft', 'dpo', and these after 'lora_' and
+    'qlora_'."""
 
     topology: str
     sizes: tuple[str, ...]
     layouts: Mapping[str, Layout | None]
 
     def layout(self, stage: str, size: str | None) -> Layout | None:
-        """The layout of a run of `stage`, 'sft' or 'dpo', and `size`; None where there is none."""
+        """The layout of a run of `stage`, such as 'sft', and `size`; None where there is none."""
         if size not in self.sizes:
             return None
         return self.layouts.get(f"{stage}_{size}", self.layouts.get(stage))
@@ -55,6 +56,15 @@ _PARTED = Layout(16, 2, 8, row_parts=2)
 # Nobody has compiled 34B DPO.
 _256 = {"dpo_34b": None, "sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
 _WIDER = {"sft_7b": Layout(16, 1, 16, row_parts=2)}
+
+
+def _few(chips: int) -> Layout:
+    """A row a chip, of which all divide the weights."""
+    return Layout(chips, 1, 1, micro_batch_size=chips, remat_policy="nothing_saveable")
+
+
+_ALONE, _8 = _few(1), _few(8)
+_OF_8 = {f"{kind}_{stage}": _8 for kind in ("lora", "qlora") for stage in ("sft", "dpo")}
 
 SLICES = {
     "v3_256": Slice(
@@ -73,6 +83,14 @@ SLICES = {
         {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
     ),
     "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
+    # Adapters: rows of 4,096 one by one, on few chips.
+    "v4_2": Slice("v4:1x1x1", SMALL, {"qlora_sft": _ALONE, "lora_sft_7b": _ALONE}),
+    "v5e_1": Slice("v5e:1x1", ("7b",), {"qlora_sft": _ALONE, "qlora_dpo": _ALONE}),
+    "v5e_8": Slice("v5e:2x4", ALL, _OF_8),
+    "v5p_2": Slice("v5p:1x1x1", ALL, {"qlora_sft": _ALONE, "lora_sft_7b": _ALONE}),
+    "v6e_1": Slice("v6e:1x1", SMALL, {"qlora_sft": _ALONE, "lora_sft_7b": _ALONE}),
+    "v6e_4": Slice("v6e:2x2", ALL, {"qlora_sft": _few(4), "qlora_dpo": _few(4)}),
+    "v6e_8": Slice("v6e:2x4", ALL, _OF_8),
     # For many rows an update, as the benchmarks have: weights are gathered ring by ring. On v5p
     # products bind then, and halves of them are 1.4 % slower.
     "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128)}),
@@ -96,7 +114,7 @@ def known(*, stage: str, size: str | None) -> list[str]:
 
 
 def find(name: str, *, num_params: int, stage: str) -> tuple[MeshConfig, Layout]:
-    """The mesh and the layout of a run of `stage`, 'sft' or 'dpo', on the slice `name`.
+    """The mesh and the layout of a run of `stage`, such as 'sft', on the slice `name`.
 
     Raises `UsageError` with the nearest name, and the slices of such a run.
     """
