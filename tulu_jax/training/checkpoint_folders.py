@@ -1,5 +1,7 @@
 """What the folders of checkpoints say by their names and small files."""
 
+import re
+
 from absl import logging
 from etils import epath
 
@@ -7,6 +9,7 @@ from tulu_jax import strict_json, validation
 
 FOLDER = "checkpoints"  # of a workdir
 PARTS = ("_CHECKPOINT_METADATA", "about", "state")  # one of these makes a folder a checkpoint
+_STEP = "0|[1-9][0-9]*"  # the name of a step's folder
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
@@ -38,7 +41,16 @@ def only_ours(ocp):
             return self.all.find_step(base_path, step)
 
         def find_all(self, base_path):
-            for found in self.all.find_all(base_path):
+            """By a listing alone. Orbax's would ask the bucket what kind it is first, through a
+            client of its own, which takes minutes to give up."""
+            if not (base_path := epath.Path(base_path)).exists():
+                return
+            names = [path.name for path in base_path.iterdir()]
+            for step in sorted(int(name) for name in names if re.fullmatch(_STEP, name)):
+                try:
+                    found = self.all.find_step(base_path, step)
+                except ValueError:  # in a bucket, one that is being written
+                    continue
                 if is_checkpoint(found.path):
                     yield found
                 else:
