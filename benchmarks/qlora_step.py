@@ -109,14 +109,10 @@ class Ours:
         base = hf.load(folder, model, shardings=one, dtype="float32", quant=quant)
         trained, self.frozen = step_lib.split(config, base)
         if adapters is not None:
-            trained = jax.tree.map(
-                jnp.asarray, our_peft.load(epath.Path(adapters), ADAPTER, model)
-            )
+            trained = jax.tree.map(jnp.asarray, our_peft.load(epath.Path(adapters), ADAPTER, model))
         self.step = jax.jit(step_lib.make_train_step(config, 10**6), donate_argnums=0)
         opt_state = optim.make(config.optimizer, 10**6).init(trained)
-        self.state = TrainState(
-            step=jnp.zeros((), jnp.int32), params=trained, opt_state=opt_state
-        )
+        self.state = TrainState(step=jnp.zeros((), jnp.int32), params=trained, opt_state=opt_state)
         ones = jnp.ones((rows, length), jnp.int32)
         self.common = {
             "loss_mask": ones.astype(bool),
@@ -147,9 +143,7 @@ class Theirs:
             bnb_4bit_compute_dtype=torch.float32,
         )
         how = {"quantization_config": quant} if kind == "QLoRA" else {}
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **how
-        )
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
         torch.manual_seed(0)
         settings = peft.LoraConfig(
             r=ADAPTER.rank,
@@ -287,9 +281,16 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "name": "qlora_step", "ratio": ratios["QLoRA over theirs"], "target": 1.0, "ok": ok,
-                "load": load, "ratios": ratios, "tokens_per_s": rates, "losses": losses,
-                "bytes_a_parameter": held, "predicted": steps,
+                "name": "qlora_step",
+                "ratio": ratios["QLoRA over theirs"],
+                "target": 1.0,
+                "ok": ok,
+                "load": load,
+                "ratios": ratios,
+                "tokens_per_s": rates,
+                "losses": losses,
+                "bytes_a_parameter": held,
+                "predicted": steps,
             }  # fmt: skip
         )
     )

@@ -137,9 +137,7 @@ def test_every_slice_divides_and_is_filled(run):
 def test_every_layout_serves_a_run():
     """But for those of the benchmarks: one that no run takes is one that nobody has compiled."""
     used = {
-        id(slices.SLICES[name].layout(**laid_out(run)))
-        for run in RUNS
-        for name in slices_of(run)
+        id(slices.SLICES[name].layout(**laid_out(run))) for run in RUNS for name in slices_of(run)
     }
     for name, slice_ in slices.SLICES.items():
         if not name.endswith("_wide"):
@@ -168,7 +166,8 @@ def test_a_file_states_what_its_packed_batch_holds(run):
     """The comment of a complete file against the facts of the data."""
     config, text = load(run), (CONFIGS / f"{run}.gin").read_text()
     stated = re.search(
-        r"(\d+) rows hold ([\d.]+) (?:conversations|pairs) on average [^;]*;[\s#]*([\d,]+) updates", text
+        r"(\d+) rows hold ([\d.]+) (?:conversations|pairs) on average [^;]*;[\s#]*([\d,]+) updates",
+        text,
     )
     rows, examples, number = (float(x.replace(",", "")) for x in stated.groups())
     total, a_row = V2_ROWS, config.data.max_length / V2_MEAN
