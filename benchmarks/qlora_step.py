@@ -3,11 +3,11 @@
     python benchmarks/qlora_step.py            # losses, tokens/s, bytes of a base
     python benchmarks/qlora_step.py --predict  # and dry runs: a QLoRA step over a LoRA step on TPUs
 
-Losses: the same base, adapters of PEFT's own initialisation, batches, AdamW and rates on both sides,
-dropout 0, float32; the base in NF4 with nested scales by the table rule of bitsandbytes' CPU library
-('bnb_cpu'), so that both hold the same weights. Speed: every side in turn in one process, the same
-threads; transformers keeps all activations (no gradient checkpointing), with the fused AdamW. The
-last line is JSON, and `ratio` is ours over bitsandbytes + PEFT with a base in NF4.
+Losses: the same base, adapters of PEFT's own initialisation, batches, AdamW and rates on both
+sides, dropout 0, float32; the base in NF4 with nested scales by the table rule of bitsandbytes' CPU
+library ('bnb_cpu'), so that both hold the same weights. Speed: every side in turn in one process,
+the same threads; transformers keeps all activations (no gradient checkpointing), with the fused
+AdamW. The last line is JSON, and `ratio` is ours over bitsandbytes + PEFT with a base in NF4.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from tulu_jax.quant.nf4 import QuantConfig
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim
 from tulu_jax.training.checkpoint import CheckpointConfig
-from tulu_jax.training.state import Frozen, TrainState
+from tulu_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMON = dict(rope_theta=1e4, norm_eps=1e-5, max_positions=512, tie_embeddings=False)
@@ -278,22 +278,10 @@ def main() -> None:
         and all(ratios[name] >= target for name, target in TARGETS.items())
         and all(step["ratio"] <= STEP for step in steps.values())
     )
-    print(
-        json.dumps(
-            {
-                "name": "qlora_step",
-                "ratio": ratios["QLoRA over theirs"],
-                "target": 1.0,
-                "ok": ok,
-                "load": load,
-                "ratios": ratios,
-                "tokens_per_s": rates,
-                "losses": losses,
-                "bytes_a_parameter": held,
-                "predicted": steps,
-            }  # fmt: skip
-        )
-    )
+    summary = {"name": "qlora_step", "ratio": ratios["QLoRA over theirs"], "target": 1.0, "ok": ok}
+    more = {"load": load, "ratios": ratios, "tokens_per_s": rates, "losses": losses}
+    more |= {"bytes_a_parameter": held, "predicted": steps}
+    print(json.dumps(summary | more))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ Compiled programs are kept from one session to the next (`caches`), also by the 
 start. A test that is not `slow` and takes over `limit_seconds` fails the run (`time_limit`).
 """
 
+import gc
 import os
 import pathlib
+import shutil
 
 import caches
 import time_limit
@@ -27,6 +29,10 @@ import pytest
 from raw_rows import identity
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Traces of jax are millions of objects that live on. To look through all of them again and again
+# took a fifth of the suite.
+gc.set_threshold(50_000, 20, 1_000)
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
@@ -57,6 +63,18 @@ def tokenizer_dir(tmp_path_factory) -> str:
     from tulu_jax.data import tulu_tiny
 
     return tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def put_tokenizer(tokenizer_dir):
+    """`put_tokenizer(folder)`: that tokenizer where `tulu_tiny.tokenizer(folder)` finds it; its
+    folder there."""
+
+    def put(folder: pathlib.Path) -> str:
+        source = pathlib.Path(tokenizer_dir)
+        return str(shutil.copytree(source, folder / source.name, dirs_exist_ok=True))
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from tulu_jax import validation
-from tulu_jax.data import tulu_tiny
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import lease
 from tulu_jax.training import metrics as metrics_lib
@@ -38,9 +37,9 @@ EVAL_EVERY = 1000
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_tokenizer):
     folder = tmp_path_factory.mktemp("full_disk")
-    tulu_tiny.tokenizer(str(folder / "cache/tulu_tiny_tokenizer"))
+    put_tokenizer(folder / "cache/tulu_tiny_tokenizer")
     (folder / "small.gin").write_text(SMALL)
     return folder
 
@@ -123,10 +122,10 @@ def test_a_disk_that_fills_up_keeps_the_run_and_its_curve(home, disk):
     assert not [*out.parent.iterdir()]
 
 
-def test_a_cache_without_room_is_refused_and_goes_on(home, disk):
+def test_a_cache_without_room_is_refused_and_goes_on(home, disk, put_tokenizer):
     cache = disk(0.25)
     (cache / "cache").mkdir()
-    tulu_tiny.tokenizer(str(cache / "cache/tulu_tiny_tokenizer"))
+    put_tokenizer(cache / "cache/tulu_tiny_tokenizer")
     (home / "cached.gin").write_text(
         "from __gin__ import dynamic_registration\n"
         "from tulu_jax.data import loader\n"

@@ -11,7 +11,6 @@ import commands
 import jax
 from raw_rows import chats, write_jsonl
 
-from tulu_jax.data import tulu_tiny
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 
@@ -57,12 +56,14 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_moved_run_converts_and_generates_on_another_machine(tmp_path, monkeypatch):
+def test_a_moved_run_converts_and_generates_on_another_machine(
+    tmp_path, monkeypatch, put_tokenizer
+):
     """Trained on eight devices from rows and a base that are gone since; on one, and on eight."""
     monkeypatch.chdir(tmp_path)
     away, run, moved = tmp_path / "away", tmp_path / "run", tmp_path / "elsewhere/run"
     away.mkdir()
-    tokenizer = tulu_tiny.tokenizer(str(away / "tokenizer"))
+    tokenizer = put_tokenizer(away / "tokenizer")
     model = builders.replace(builders.MODEL, max_positions=2048)
     params = jax.jit(lambda: llama.init_params(model, jax.random.key(3)))()
     hf.save(

@@ -12,7 +12,6 @@ import time
 import numpy as np
 import pytest
 
-from tulu_jax.data import tulu_tiny
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
 
@@ -45,12 +44,12 @@ PEER_TIMEOUT = 20
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_tokenizer):
     """A folder whose gin files, tokenizer and encode cache the tests share."""
     folder = tmp_path_factory.mktemp("processes")
     for stage in ("tulu_tiny_sft", "tulu_tiny_dpo"):
         (folder / f"{stage}_small.gin").write_text(CONFIG.format(stage=stage))
-    tulu_tiny.tokenizer(str(folder / "cache/tulu_tiny_tokenizer"))
+    put_tokenizer(folder / "cache/tulu_tiny_tokenizer")
     return folder
 
 

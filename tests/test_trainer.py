@@ -45,10 +45,10 @@ EVAL_EVERY = 1000
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_tokenizer):
     """A folder with a tokenizer and an encode cache that the tests of this file share."""
     folder = tmp_path_factory.mktemp("trainer")
-    tulu_tiny.tokenizer(str(folder / "cache/tulu_tiny_tokenizer"))
+    put_tokenizer(folder / "cache/tulu_tiny_tokenizer")
     for stage in ("tulu_tiny_sft", "tulu_tiny_dpo"):
         (folder / f"small_{stage}.gin").write_text(SMALL.format(stage=stage))
     return folder

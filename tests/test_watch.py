@@ -15,7 +15,6 @@ import pytest
 
 from tulu_jax import step as step_lib
 from tulu_jax import trainer, validation
-from tulu_jax.data import tulu_tiny
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -111,9 +110,9 @@ class Hanging(sft.SFTConfig):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_tokenizer):
     folder = tmp_path_factory.mktemp("watch")
-    tulu_tiny.tokenizer(str(folder / "cache/tulu_tiny_tokenizer"))
+    put_tokenizer(folder / "cache/tulu_tiny_tokenizer")
     (folder / "cursed.py").write_text(CURSED)
     (folder / "cursed.gin").write_text(RUN)
     return folder

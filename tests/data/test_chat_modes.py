@@ -142,8 +142,12 @@ def assert_as_the_slow_encoder(conversation, llama2, pieces):
         assert ours.ids.tolist() == theirs, mode
 
 
-def test_real_conversations_as_the_slow_encoder(real_chats, llama2, pieces):
-    for conversation in real_chats:
+SOME, ALL = 6, pytest.param(1, marks=pytest.mark.slow)  # every sixth conversation, or each
+
+
+@pytest.mark.parametrize("every", [SOME, ALL])
+def test_real_conversations_as_the_slow_encoder(real_chats, llama2, pieces, every):
+    for conversation in real_chats[::every]:
         assert_as_the_slow_encoder(conversation, llama2, pieces)
 
 
@@ -177,7 +181,7 @@ CHATS = st.lists(
 )
 
 
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(deadline=None, max_examples=80)
 @hypothesis.given(CHATS)
 def test_drawn_conversations_as_the_slow_encoder(llama2, pieces, conversation):
     assert_as_the_slow_encoder(conversation, llama2, pieces)
@@ -206,15 +210,16 @@ def test_the_header_of_a_first_assistant_turn(llama2):
         assert encoded.loss_mask[: len(header)].sum() == trained
 
 
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(deadline=None, max_examples=80)
 @hypothesis.given(CHATS, st.integers(2, 60))
 def test_drawn_conversations_are_trained_as_the_originals(llama2, pieces, conversation, length):
     assert_trained_as_the_originals(conversation, llama2, pieces)
     assert_trained_as_the_originals(conversation, llama2, pieces, max_seq_length=length)
 
 
-def test_real_conversations_are_trained_as_the_originals(real_chats, llama2, pieces):
-    for conversation in real_chats:
+@pytest.mark.parametrize("every", [SOME, ALL])
+def test_real_conversations_are_trained_as_the_originals(real_chats, llama2, pieces, every):
+    for conversation in real_chats[::every]:
         if len(conversation) < 12:  # the rule encodes a text once for each of its turns
             assert_trained_as_the_originals(conversation, llama2, pieces)
 

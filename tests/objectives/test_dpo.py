@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.data import tulu_tiny
 from tulu_jax.models import llama
 from tulu_jax.objectives import dpo, preference_losses
 from tulu_jax.parallel import mesh as mesh_lib
@@ -29,9 +28,9 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory):
+def chats(tokenizer_dir):
     """Real ids of pairs with prompts of one, three and five turns, and one with a system turn."""
-    tokenizer = chat_lib.load_tokenizer(tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("t"))))
+    tokenizer = chat_lib.load_tokenizer(tokenizer_dir)
     turns = [
         {"role": "user", "content": "Opposite of hot?"},
         {"role": "assistant", "content": "cold"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tulu_jax import preflight, trainer
-from tulu_jax.data import loader, registry, tulu_tiny
+from tulu_jax.data import loader, registry
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 from tulu_jax.objectives import dpo, dpo_feed
@@ -34,13 +34,8 @@ def rows_of_a_task(part: str) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tulu_tiny.tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 @pytest.fixture
-def config(tmp_path, tokenizer):
+def config(tmp_path, tokenizer_dir):
     """A packed DPO run on two tasks, which exist for this test."""
     for name in TASKS:
         registry.TaskRegistry.add(
@@ -54,7 +49,7 @@ def config(tmp_path, tokenizer):
             )
         )
     mixture = registry.Mixture(name="both", tasks=dict.fromkeys(TASKS))
-    made = builders.train_config(tmp_path, tokenizer=tokenizer, dpo_stage=True)
+    made = builders.train_config(tmp_path, tokenizer=tokenizer_dir, dpo_stage=True)
     yield builders.replace(made, data__train=mixture, data__packing="best_fit")
     for name in TASKS:
         registry.TaskRegistry.remove(name)

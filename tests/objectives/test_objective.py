@@ -69,9 +69,11 @@ CHECKPOINT_EVERY = 3
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_tokenizer):
     """A folder with a tokenizer, and encoded rows that the tests of this file share."""
-    return tmp_path_factory.mktemp("home")
+    folder = tmp_path_factory.mktemp("home")
+    put_tokenizer(folder / "tokenizer")
+    return folder
 
 
 def run_config(home, tmp_path, **changes):

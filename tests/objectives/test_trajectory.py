@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from tulu_jax.data import tulu_tiny
 from tulu_jax.interop import hf
 from tulu_jax.models import llama
 
@@ -26,11 +25,11 @@ def benchmark():
     return module
 
 
-def test_losses_of_five_updates_are_those_of_trl(benchmark, tmp_path):
+def test_losses_of_five_updates_are_those_of_trl(benchmark, tmp_path, tokenizer_dir):
     """The same weights, ids, order, AdamW and schedule; each side has its own reference."""
     config = builders.train_config(
         tmp_path,
-        tokenizer=tulu_tiny.tokenizer(str(tmp_path / "tokenizer")),
+        tokenizer=tokenizer_dir,
         dpo_stage=True,
         base=str(tmp_path / "hf"),
         num_steps=5,
