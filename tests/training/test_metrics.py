@@ -152,3 +152,11 @@ def test_a_workdir_without_metrics_and_a_broken_line(tmp_path):
     (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": \n')
     with pytest.raises(validation.UsageError, match="a line that is not JSON"):
         metrics.read(str(tmp_path))
+
+
+def test_tensorboard_does_not_bring_torch():
+    """Which would be most of a start."""
+    code = "import sys; from tulu_jax.training import metrics; metrics._tensorboard();"
+    code += "print([name for name in ('torch', 'tensorboardX') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['tensorboardX']"

@@ -1,6 +1,7 @@
 """What a run reports: JSONL always, TensorBoard, Weights & Biases if asked for; rates and MFU."""
 
 import dataclasses
+import sys
 import tempfile
 import time
 import uuid
@@ -62,10 +63,8 @@ class Recorder:
             atomic.write_text(path, "".join(kept))
             self._file = path.open("a")
         if config.tensorboard:
-            import tensorboardX
-
             where = self._local.name if self._local else str(folder / "tensorboard")
-            self._tensorboard = tensorboardX.SummaryWriter(where, purge_step=start_step + 1)
+            self._tensorboard = _tensorboard().SummaryWriter(where, purge_step=start_step + 1)
         if config.wandb_project:
             self._wandb = _start_wandb(config.wandb_project, folder, run_config)
 
@@ -114,6 +113,20 @@ class Recorder:
             self._local.cleanup()
         if self._wandb:
             self._wandb.finish()
+
+
+def _tensorboard():
+    """tensorboardX. It imports torch where there is one, for tensors that nobody here gives it:
+    5 seconds of every start, so it is told that there is none."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _start_wandb(project: str, folder: epath.Path, run_config: dict):
