@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import caches
 import numpy as np
 import pytest
 
@@ -39,6 +40,12 @@ NUM_STEPS = 6
 CHECKPOINT_EVERY = 3
 EVAL_EVERY = 1000
 """
+# Shards of whole blocks of a quantised base.
+WIDE = """
+config.LlamaConfig.embed_dim = 128
+config.LlamaConfig.mlp_dim = 128
+config.LlamaConfig.head_dim = 32
+"""
 DEVICES = 8
 PEER_TIMEOUT = 20
 
@@ -49,6 +56,8 @@ def home(tmp_path_factory, put_tokenizer):
     folder = tmp_path_factory.mktemp("processes")
     for stage in ("tulu_tiny_sft", "tulu_tiny_dpo"):
         (folder / f"{stage}_small.gin").write_text(CONFIG.format(stage=stage))
+    qlora = CONFIG.format(stage="tulu_tiny_qlora") + WIDE
+    (folder / "tulu_tiny_qlora_small.gin").write_text(qlora)
     put_tokenizer(folder / "cache/tulu_tiny_tokenizer")
     return folder
 
@@ -65,7 +74,7 @@ def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=())
     ]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} {caches.QUICK}",
     }
     return [
         subprocess.Popen(
@@ -108,10 +117,13 @@ def assert_same_curve(found, expected):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-def test_two_processes_give_the_curve_of_one(home, tmp_path):
-    """On pairs; on conversations, through deaths, below."""
-    finish(start(home, tmp_path / "one", count=1, stage="tulu_tiny_dpo"))
-    finish(start(home, tmp_path / "two", count=2, stage="tulu_tiny_dpo"))
+@pytest.mark.parametrize(
+    "stage", ["tulu_tiny_dpo", pytest.param("tulu_tiny_qlora", marks=pytest.mark.slow)]
+)
+def test_two_processes_give_the_curve_of_one(home, tmp_path, stage):
+    """On pairs, and of adapters on a quantised base; on conversations, through deaths, below."""
+    finish(start(home, tmp_path / "one", count=1, stage=stage))
+    finish(start(home, tmp_path / "two", count=2, stage=stage))
     assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 

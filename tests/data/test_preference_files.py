@@ -81,7 +81,10 @@ def test_the_first_revision_keeps_its_ties_and_the_second_drops_them(tmp_path):
         assert len(found.examples) == kept and sum(found.dropped.values()) == 1 - kept
 
 
-def test_missing_files_say_what_to_download(tmp_path):
+def test_missing_files_say_what_to_download(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it is asked on
     task = registry.TaskRegistry.get("ultrafeedback_h4_first")
     with pytest.raises(FileNotFoundError, match=rf"train_prefs-.*revision {preferences.H4_FIRST}"):
         examples.load_examples(task, drawing(data_root=str(tmp_path)))
