@@ -42,6 +42,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(time_limit.Compiled())
     if not hasattr(config, "workerinput"):  # the reports of all workers come to one process
         limit = time_limit.TimeLimit(float(config.getini("limit_seconds")))
         config.pluginmanager.register(limit)
