@@ -7,8 +7,6 @@ import pathlib
 import platform
 
 BYTES = 2 << 30  # of all versions together
-# Of XLA on a CPU, for programs that run for a moment: half the seconds of their compilation.
-QUICK = "--xla_backend_optimization_level=1"
 
 
 def root() -> pathlib.Path:

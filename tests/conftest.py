@@ -14,7 +14,7 @@ import caches
 import time_limit
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {caches.QUICK}"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 # Threads of XLA's pool: a fake device may wait in several collectives at once, and where two cores
 # give eight threads, all may wait.

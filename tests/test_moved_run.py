@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import builders
-import caches
 import commands
 import jax
 from raw_rows import chats, write_jsonl
@@ -45,7 +44,7 @@ EVAL_EVERY = None
 def on_one_device(module: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", f"tulu_jax.{module}", *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": caches.QUICK},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import caches
 import numpy as np
 import pytest
 
@@ -74,7 +73,7 @@ def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=())
     ]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} {caches.QUICK}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
     }
     return [
         subprocess.Popen(

@@ -8,7 +8,6 @@ import sys
 import time
 
 import builders
-import caches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +150,7 @@ def skipped_steps(workdir):
 
 def test_a_killed_run_skips_the_same_updates_again(home, tmp_path):
     """SIGKILL in the midst of them: the same losses, the same updates skipped, to the bit."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": caches.QUICK}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [
         *(sys.executable, "-m", "tulu_jax.train", "--gin_file=cursed.gin"),
         "--allow_import=cursed",
@@ -193,7 +192,7 @@ def test_a_hung_update_ends_the_run_with_stacks_and_its_lease_is_given_up(home, 
     text = RUN.replace("cursed.Cursed()", "hanging.Hanging()").replace("cursed", "hanging")
     kept = [line for line in text.splitlines() if "_of" not in line]
     (home / "hanging.gin").write_text("\n".join([*kept, "watch.WatchConfig.hung_after = 15"]))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": caches.QUICK}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment["PYTHONPATH"] = f"{home}:{environment.get('PYTHONPATH', '')}"
     command = [
         *(sys.executable, "-m", "tulu_jax.train", "--gin_file=hanging.gin"),
