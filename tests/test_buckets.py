@@ -278,6 +278,7 @@ def test_what_does_not_answer_is_given_up_and_asked_again(trained, proxy, monkey
     assert proxy.done["stall"] == 2
 
 
+@pytest.mark.slow
 def test_a_bucket_that_stays_away_ends_the_run_and_the_next_goes_on(
     home, local, bucket, proxy, monkeypatch
 ):

@@ -116,9 +116,8 @@ def assert_same_curve(found, expected):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "stage", ["tulu_tiny_dpo", pytest.param("tulu_tiny_qlora", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tulu_tiny_dpo", "tulu_tiny_qlora"])
 def test_two_processes_give_the_curve_of_one(home, tmp_path, stage):
     """On pairs, and of adapters on a quantised base; on conversations, through deaths, below."""
     finish(start(home, tmp_path / "one", count=1, stage=stage))
