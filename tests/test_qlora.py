@@ -97,7 +97,7 @@ def test_a_run_on_a_quantised_base(home, tmp_path):
     assert apart[0] < 1e-5 < apart[1]
 
 
-@pytest.mark.parametrize("reference", ["resident", "cached"])
+@pytest.mark.parametrize("reference", ["resident", pytest.param("cached", marks=pytest.mark.slow)])
 def test_one_base_is_policy_and_reference(home, tmp_path, reference):
     """The first loss is ln 2, and exactly so if both are computed in one program."""
     config = run_config(home, tmp_path, dpo_stage=True, batch_size=8, num_steps=3)

@@ -10,6 +10,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import soak
 
 
+@pytest.mark.slow
 def test_kills_and_sigterm_change_no_number():
     found = soak.soak(kills=2, terms=1, flips=0, faults=0, seed=3, stages=("sft",))
     assert found.wrong == []

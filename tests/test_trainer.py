@@ -38,7 +38,7 @@ metrics.LoggingConfig.tensorboard = False
 MAX_LENGTH = 64
 BATCH_SIZE = 8
 BASE = None
-NUM_STEPS = 100
+NUM_STEPS = 60
 CHECKPOINT_EVERY = 5
 EVAL_EVERY = 1000
 """
@@ -126,11 +126,11 @@ def saved_steps(workdir):
 def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
     """SIGKILL at a random update, start again: the same losses, token counts and evaluation."""
     finish(start(home, stage, tmp_path / "whole"))
-    step = random.SystemRandom().randint(10, 60)
+    step = random.SystemRandom().randint(10, 40)
     killed = start(home, stage, tmp_path / "killed")
     kill_at(killed, tmp_path / "killed", step)
     left = saved_steps(tmp_path / "killed")
-    assert left and max(left) < 100, f"killed at {step}, checkpoints {left}"
+    assert left and max(left) < 60, f"killed at {step}, checkpoints {left}"
     message = finish(start(home, stage, tmp_path / "killed"))
     assert f"Resuming from step {max(left)}" in message
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole"), step
@@ -169,7 +169,7 @@ def test_of_two_runs_in_one_workdir_one_is_refused(home, tmp_path):
     holder = both[codes.index(0)].pid
     assert f"{workdir} is held by process {holder} on " in said[codes.index(2)]
     steps = [line["step"] for line in metrics_lib.read(str(workdir)) if "train/loss" in line]
-    assert steps == list(range(1, 101)) and not (workdir / lease.FILE).exists()
+    assert steps == list(range(1, 61)) and not (workdir / lease.FILE).exists()
 
 
 def test_files_in_a_workdir_that_no_run_wrote_stay(home, tmp_path):
@@ -217,7 +217,7 @@ def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     assert f"Last good checkpoint: step {good}" in message
     assert max(saved_steps(workdir)) == good
     finish(start(home, "tulu_tiny_sft", workdir))
-    assert max(saved_steps(workdir)) == 100
+    assert max(saved_steps(workdir)) == 60
 
 
 def test_kill_during_a_checkpoint_keeps_the_previous_one(home, tmp_path):
@@ -232,7 +232,7 @@ def test_kill_during_a_checkpoint_keeps_the_previous_one(home, tmp_path):
     assert torn and all(not name.isdigit() for name in torn)
     message = finish(start(home, "tulu_tiny_sft", workdir))
     assert f"Resuming from step {good}" in message
-    assert max(saved_steps(workdir)) == 100
+    assert max(saved_steps(workdir)) == 60
 
 
 def run_config(home, tmp_path, **changes):

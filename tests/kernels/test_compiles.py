@@ -84,6 +84,7 @@ def test_compiles_and_uses_every_core(chip, shape):
         assert len(kernel.branches["compute"]) == len(flash.kinds(512))
 
 
+@pytest.mark.slow
 def test_a_sharded_model_compiles_with_it(absent_slices):
     """Rows, heads and the sequence sharded over 8 chips that are not there."""
     slice_ = topology.parse("v5e:2x4")

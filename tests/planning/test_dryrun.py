@@ -76,6 +76,7 @@ def test_what_a_divided_step_should_not_have_is_found():
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path, capsys):
     fragments = []
     for folder in (tmp_path / "one", tmp_path / "two"):
