@@ -332,8 +332,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path):
 @pytest.fixture
 def bucket(monkeypatch):
     """`gs://` as a file system in memory, behind the interface the real one has."""
-    import fsspec
     from etils.epath import backend
+    from fsspec import registry
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Bucket(MemoryFileSystem):
@@ -345,9 +345,11 @@ def bucket(monkeypatch):
             path = path.removeprefix("gs://").removeprefix("gcs://").strip("/")
             return "/" + path if path else ""
 
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    with monkeypatch.context() as patch:  # those who come later in this process have the real one
+        patch.setitem(registry._registry, "gcs", Bucket)
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        yield Bucket.store
     backend.fsspec_backend._get_filesystem.cache_clear()
-    return Bucket.store
 
 
 def test_a_bucket_serves_as_well_as_a_disk(tmp_path, bucket):
