@@ -333,8 +333,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path):
 def bucket(monkeypatch):
     """`gs://` as a file system in memory, behind the interface the real one has."""
     from etils.epath import backend
-    from fsspec import registry
     from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.registry import _registry
 
     class Bucket(MemoryFileSystem):
         protocol = ("gcs", "gs")
@@ -346,7 +346,7 @@ def bucket(monkeypatch):
             return "/" + path if path else ""
 
     with monkeypatch.context() as patch:  # those who come later in this process have the real one
-        patch.setitem(registry._registry, "gcs", Bucket)
+        patch.setitem(_registry, "gcs", Bucket)
         backend.fsspec_backend._get_filesystem.cache_clear()
         yield Bucket.store
     backend.fsspec_backend._get_filesystem.cache_clear()
