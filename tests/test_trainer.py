@@ -122,7 +122,9 @@ def saved_steps(workdir):
     return checkpoint_lib.Checkpoints(str(workdir)).steps()
 
 
-@pytest.mark.parametrize("stage", ["tulu_tiny_sft", "tulu_tiny_dpo"])
+@pytest.mark.parametrize(
+    "stage", ["tulu_tiny_sft", pytest.param("tulu_tiny_dpo", marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_run_is_bit_identical(home, tmp_path, stage):
     """SIGKILL at a random update, start again: the same losses, token counts and evaluation."""
     finish(start(home, stage, tmp_path / "whole"))

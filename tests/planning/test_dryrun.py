@@ -51,6 +51,7 @@ def test_a_step_is_compiled_and_reported(tmp_path):
     assert_reported(tmp_path, process.stdout)
 
 
+@pytest.mark.slow
 def test_a_step_on_pairs_is_compiled_and_reported(tmp_path, capsys):
     command = ("--gin_file=tulu_tiny_dpo.gin", "--topology=v5e:2x2", f"--out={tmp_path}")
     status = commands.run("dryrun", *command)
