@@ -43,7 +43,7 @@ def only_ours(ocp):
         def find_all(self, base_path):
             """By a listing alone. Orbax's would ask the bucket what kind it is first, through a
             client of its own, which takes minutes to give up."""
-            if not (base_path := epath.Path(base_path)).exists():
+            if not (base_path := epath.Path(base_path)).is_dir():
                 return
             names = [path.name for path in base_path.iterdir()]
             for step in sorted(int(name) for name in names if re.fullmatch(_STEP, name)):
