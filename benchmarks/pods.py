@@ -104,8 +104,10 @@ def dry_runs(wanted: list[tuple[str, str]]) -> list[dict]:
         config = cli.load(name, pod=pod, workdir="unused")
         sizes = (config.data.max_length, config.data.packing, config.batch_size, config.num_epochs)
         rest = (config.micro_batch_size, config.param_dtype, config.model, config.mesh)
-        rest += (config.adapter, config.quant)
-        step = repr((*sizes, *rest, config.execution, config.objective, config.optimizer))
+        adapters = (config.adapter, config.quant)
+        step = repr(
+            (*sizes, *rest, *adapters, config.execution, config.objective, config.optimizer)
+        )
         if step not in compiled:
             compiled[step] = dry_run(name, pod)
         result = compiled[step] | {"file": name, "same_as": compiled[step]["file"]}

@@ -133,3 +133,12 @@ def test_only_kernels_import_pallas():
         names = list(imports(PACKAGE / module))
         if any("pallas" in name for name in names):
             assert module.startswith("kernels/"), module
+
+
+def test_shapes_are_checked_wherever_they_are_written(pytestconfig):
+    """`pyproject.toml` lists what is checked as tests run; a shape elsewhere would be a comment."""
+    checked = pytestconfig.getoption("jaxtyping_packages").split(",")[:-1]
+    for module in MODULES:
+        if any(name.split(".")[0] == "jaxtyping" for name in imports(PACKAGE / module)):
+            dotted = f"tulu_jax.{module.removesuffix('.py').replace('/', '.')}"
+            assert any(f"{dotted}.".startswith(f"{name}.") for name in checked), module

@@ -1,32 +1,8 @@
-"""A test that takes too long fails the run by its name.
-
-What XLA compiled in a test does not count: it is kept for the next run, and a first one on a new
-machine is no fault of the test.
-"""
+"""A test that takes too long fails the run by its name."""
 
 import collections
 
-import jax
 import pytest
-
-COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax
-
-
-class Compiled:
-    """Writes into each report how long XLA compiled: `compiled`, in seconds."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **_) -> None:
-        if event == COMPILED:
-            self.seconds += seconds
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = (yield).get_result()
-        report.compiled, self.seconds = self.seconds, 0.0
 
 
 class TimeLimit:
@@ -41,7 +17,7 @@ class TimeLimit:
 
     def pytest_runtest_logreport(self, report):
         if "slow" not in report.keywords:
-            self.seconds[report.nodeid] += report.duration - getattr(report, "compiled", 0.0)
+            self.seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self, session, exitstatus):
         if self.over() and exitstatus == pytest.ExitCode.OK:
