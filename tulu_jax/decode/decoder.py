@@ -320,6 +320,7 @@ class _Call:
                 fills, copies = schedule.admit(decoder.row_length)
                 self._fill(fills)
                 self._copy(copies)
+            assert schedule.rows, "no row fits in the cache, which `_check` rules out"
             schedule.grow(decoder.steps)
             before = {id(row): len(row.ids) for row in schedule.rows}
             self._burst()
@@ -553,7 +554,7 @@ def _steps(params, cache, rows, refill, *, config, execution, steps, attend, key
             config, execution, params, cache, see,
             tokens=rows["token"], positions=rows["position"],
         )  # fmt: skip
-        logits = llama.project(hidden[:, None], params)[:, 0]
+        logits = llama.project_one(hidden, params)
         tokens, logps = sampling_lib.choose(
             logits, count=rows["count"], key_impl=key_impl, **settings
         )

@@ -136,7 +136,8 @@ class Schedule:
             key=lambda part: (-len(self.of_part(part)), len(self.pages.free[part]), -part),
         )
         others = len(self.of_part(part))
-        if others >= self.slots or len(self.pages.free[part]) < count + 1 + others:
+        ahead = others + 1 if others else 0  # pages that rows will soon want
+        if others >= self.slots or len(self.pages.free[part]) < count + ahead:
             return False
         if ends[part] and count and ends[part] + count * self.page > length:
             return False

@@ -362,6 +362,15 @@ def project(hidden: Float[Array, "B T D"], params: Params) -> Float[Array, "B T 
     return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
 
+def project_one(hidden: Float[Array, "B D"], params: Params) -> Float[Array, "B V"]:
+    """`project` of one position a row, in the order of operands that is fastest on a CPU."""
+    dtypes = dict(preferred_element_type=jnp.float32)
+    if "lm_head" in params:
+        kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+        return jnp.einsum("BD,DV->BV", hidden, kernel, **dtypes)
+    return jnp.einsum("VD,BD->VB", unembedding(params).astype(hidden.dtype), hidden, **dtypes).T
+
+
 def keys_and_values(
     config: LlamaConfig,
     execution: ExecutionConfig,

@@ -10,12 +10,11 @@ that a row does not have adds exact zeros to what the row saw, so that the bits 
 neither on how long other rows are nor on where its pages lie.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tulu_jax.kernels import target
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
@@ -69,12 +68,22 @@ def _attend(q, k, v, cache, layer, table, positions, active):
         for name, x in (("k", k), ("v", v))
     }
     (B, _, N, H), K = q.shape, k.shape[2]
-    q = q.reshape(B, K, N // K, H)
-    seen = jnp.where(active != 0, positions + 1, 0)
+    rows = (q.reshape(B, K, N // K, H), table, jnp.where(active != 0, positions + 1, 0))
+    if target.platform() == "cpu":
+        # Row by row each reads its own pages alone, and a slice is faster than a gather.
+        out = jax.lax.map(lambda row: _seen(cache, layer, *(x[None] for x in row))[0], rows)
+    else:
+        out = _seen(cache, layer, *rows)
+    return out.astype(q.dtype).reshape(B, 1, N, H), cache
+
+
+def _seen(cache, layer, q, table, seen):
+    """float32 [B, K, G, H]: what the queries [B, K, G, H] see of their first `seen` positions."""
+    (*one, H), page = q.shape, cache["k"].shape[3]
 
     def look(j, carry):
         acc, largest, total = carry
-        keys, values = (cache[name][layer, table[:, j]] for name in ("k", "v"))  # [B, K, page, H]
+        keys, values = (_page(cache[name], layer, table[:, j]) for name in ("k", "v"))
         scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
         visible = (j * page + jnp.arange(page))[None] < seen[:, None]
         visible = visible[:, None, None]
@@ -87,16 +96,20 @@ def _attend(q, k, v, cache, layer, table, positions, active):
         )
         return acc * decay + added, new_largest, total * decay + exp.sum(-1, keepdims=True)
 
-    one = (B, K, N // K, 1)
     start = (
-        jnp.zeros((*one[:3], H), jnp.float32),
-        jnp.full(one, MASKED, jnp.float32),
-        jnp.zeros(one, jnp.float32),
+        jnp.zeros((*one, H), jnp.float32),
+        jnp.full((*one, 1), MASKED, jnp.float32),
+        jnp.zeros((*one, 1), jnp.float32),
     )
-    pages = (seen.max() + page - 1) // page
-    acc, _, total = jax.lax.fori_loop(0, pages, look, start)
-    out = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return out.astype(q.dtype).reshape(B, 1, N, H), cache
+    acc, _, total = jax.lax.fori_loop(0, (seen.max() + page - 1) // page, look, start)
+    return acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+
+
+def _page(cache, layer, places):
+    """Pages `places` [B] of a layer: [B, K, page, H]."""
+    if places.shape[0] > 1:
+        return cache[layer, places]
+    return jax.lax.dynamic_slice(cache, (layer, places[0], 0, 0, 0), (1, 1, *cache.shape[2:]))[0]
 
 
 def _written(cache, rows, layer, place, offset):
@@ -157,8 +170,3 @@ def _moved(cache, source, taken, places):
         return jax.lax.dynamic_update_slice(cache, found, (0, places[i], 0, 0, 0))
 
     return jax.lax.fori_loop(0, taken.shape[0], move, cache)
-
-
-def over(table, positions, active):
-    """`attend` of the rows of a step, as `llama.step` takes it."""
-    return functools.partial(attend, table=table, positions=positions, active=active)
