@@ -147,9 +147,7 @@ def test_a_step_over_pages_equals_the_whole_row():
             paged_attention.attend, table=table, positions=positions, active=jnp.asarray([0, 1])
         )
         tokens = jnp.asarray([7, row["tokens"][4 + n]])
-        out, cache = llama.step(
-            TINY, EXACT, params, cache, see, tokens=tokens, positions=positions
-        )
+        out, cache = llama.step(TINY, EXACT, params, cache, see, tokens=tokens, positions=positions)
         np.testing.assert_allclose(out[1], expected[n], atol=1e-5)
 
 

@@ -29,7 +29,5 @@ def settled(text: str, stop: Sequence[str]) -> str:
     """What of the `text` of a continuation stays, whatever comes: without an incomplete character
     at its end, or what may be the beginning of a string of `stop`."""
     text = text.rstrip(BROKEN)
-    held = max(
-        (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0
-    )
+    held = max((n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
     return text[: len(text) - held]

@@ -378,7 +378,9 @@ class _Call:
         by_part = [schedule.of_part(part) for part in range(schedule.parts)]
         most = max(map(len, by_part))
         size = min(max(FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most))
-        placed = [(p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)]
+        placed = [
+            (p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)
+        ]
         out, steps, self.cache = _steps(
             self.params,
             self.cache,

@@ -141,9 +141,7 @@ class Schedule:
             return False
         if ends[part] and count and ends[part] + count * self.page > length:
             return False
-        prefix = Prefix(
-            part=part, pages=self.pages.take(part, count), full=positions // self.page
-        )
+        prefix = Prefix(part=part, pages=self.pages.take(part, count), full=positions // self.page)
         self.prefixes[prompt] = prefix
         if count:
             fill = Fill(prompt=prompt, part=part, start=ends[part], pages=prefix.pages)

@@ -61,7 +61,10 @@ class Sampling:
                 f"{name} = {value} at temperature 0, which takes the likeliest token alone; set a "
                 f"temperature, or {name} = {neutral}",
             )
-        yield all(i >= 0 for i in self.stop_ids), f"stop_ids = {self.stop_ids}: expected no negative"
+        yield (
+            all(i >= 0 for i in self.stop_ids),
+            f"stop_ids = {self.stop_ids}: expected no negative",
+        )
         for text in self.stop:
             yield bool(text), "a string of `stop` is empty, and would end every text at once"
             yield (
@@ -127,9 +130,7 @@ def kept(
     k = jnp.where(top_k > 0, top_k, logits.shape[1])
     among = _largest(order, lambda mask: mask.sum(axis=-1) >= k)
     probabilities = jax.nn.softmax(jnp.where(among, logits, -jnp.inf), axis=-1)
-    nucleus = _largest(
-        order, lambda mask: jnp.where(mask, probabilities, 0).sum(axis=-1) >= top_p
-    )
+    nucleus = _largest(order, lambda mask: jnp.where(mask, probabilities, 0).sum(axis=-1) >= top_p)
     return among & nucleus
 
 

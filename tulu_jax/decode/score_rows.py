@@ -145,9 +145,7 @@ def score(hidden, unembedding, batch: dict) -> tuple[jax.Array, jax.Array]:
 
     B, P, D = scored.shape
     chunks = scored.reshape(B, P // CHUNK, CHUNK, D).swapaxes(0, 1)
-    totals, likeliest = (
-        x.swapaxes(0, 1).reshape(B, P) for x in jax.lax.map(chunk, chunks)
-    )
+    totals, likeliest = (x.swapaxes(0, 1).reshape(B, P) for x in jax.lax.map(chunk, chunks))
     at, targets = batch["at"], batch["targets"]
     own = jnp.take_along_axis(scored, at[:, :, None], axis=1)  # [B, E, D]
     logits = jnp.einsum(

@@ -123,9 +123,7 @@ def _written(cache, rows, layer, place, offset):
     return jax.lax.fori_loop(0, rows.shape[0], write, cache)
 
 
-def filled(
-    cache: Cache, rows: Cache, taken: Int[Array, "C"], places: Int[Array, "C"]
-) -> Cache:
+def filled(cache: Cache, rows: Cache, taken: Int[Array, "C"], places: Int[Array, "C"]) -> Cache:
     """The cache with keys and values of rows, [L, B, T, K, H], which are cut in pages of their own:
     B · T / page of them, of which page `taken[i]` goes to page `places[i]`.
 
