@@ -1,9 +1,9 @@
-"""Generation, new tokens/s on the CPU: ours against transformers + torch, same weights and requests.
+"""Generation, new tokens/s on the CPU: ours against transformers + torch, same requests.
 
     python benchmarks/decode.py        batch 1 and batch 32, alternating, medians; ratio > 1: faster
 
-Both sides: greedy, float32, the same thread count, a random Llama of 15M with a vocabulary of
-32,000. Batch 32 has prompts of 600 to 900 ids and answers of 50 to 400, as GSM8K with eight examples
+Both sides: greedy, float32, the same thread count and weights, a random Llama of 15M with 32,000
+ids. Batch 32 has prompts of 600 to 900 ids and answers of 50 to 400, as GSM8K with eight examples
 has them. The answers' lengths stand in for where a trained model would end: ours sees the length of
 one when it is reached, and takes requests as they come. `generate` of transformers gets the batch
 padded on the left and goes on to the longest answer, as it does with a model that ends its answers.

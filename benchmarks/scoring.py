@@ -139,9 +139,7 @@ def main() -> None:
     params = jax.jit(lambda: llama.init_params(MODEL, jax.random.key(0)))()
     results = {}
     print(f"{threads} threads, float32, {arguments.rounds} alternating rounds, medians")
-    print(
-        f"{'examples':>8} {'questions':>9} {'ours /s':>8} {'theirs /s':>9} {'ratio':>6}  gap  against"
-    )
+    print("examples questions  ours /s theirs /s  ratio  gap  against")
     with tempfile.TemporaryDirectory() as folder:
         hf.save(f"{folder}/hf", params, MODEL, dtype="float32", generation_config={},
                 write_tokenizer=None)  # fmt: skip

@@ -11,6 +11,7 @@ from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import decoder as decoder_lib
+from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
@@ -89,7 +90,7 @@ class Generator:
     """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`.
 
     `step` is that of the checkpoint (None: the latest, and then known), or None with `initial`: the
-    parameters that training starts from. `sampling` are further fields of `Sampling`, and `stop_ids`
+    parameters that training starts from. `sampling` are further fields of `Sampling`; `stop_ids`
     come to that of the tokenizer.
     """
 
@@ -117,7 +118,7 @@ class Generator:
         conversations: list[Messages],
         *,
         keys: jax.Array | None = None,
-        stream: Callable[[decoder_lib.Piece], None] | None = None,
+        stream: Callable[[results_lib.Piece], None] | None = None,
     ) -> list[str]:
         """The assistant's next turn in each conversation, without its `</s>`; of several samples
         one after the other. `keys` are those of the conversations: None draws new ones."""

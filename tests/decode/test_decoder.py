@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tulu_jax import validation
-from tulu_jax.decode import decoder as decoder_lib
+from tulu_jax.decode import programs
 from tulu_jax.decode.decoder import Decoder
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.interop import hf
@@ -218,9 +218,9 @@ def test_few_programs_are_compiled_and_slots_are_used(ours):
     prompts = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, 24)]
     samplings = [Sampling(max_new_tokens=int(n)) for n in rng.integers(2, 40, 24)]
     ours(prompts, samplings)
-    compiled = decoder_lib._steps._cache_size(), decoder_lib._filled._cache_size()
+    compiled = programs.run_steps._cache_size(), programs.fill._cache_size()
     ours(prompts[:5], samplings[5:10])
-    assert compiled == (decoder_lib._steps._cache_size(), decoder_lib._filled._cache_size())
+    assert compiled == (programs.run_steps._cache_size(), programs.fill._cache_size())
     ours(prompts, samplings)
     usage = ours.decoder.usage
     assert usage.useful == sum(sampling.max_new_tokens for sampling in samplings)
@@ -228,7 +228,7 @@ def test_few_programs_are_compiled_and_slots_are_used(ours):
         usage.useful / usage.decoded > 0.85
     )  # of answers of 2 to 40; of 50 to 400 it is above 0.9
     assert usage.live / usage.held > 0.85
-    assert [decoder_lib.rounded(n) for n in (1, 3, 8, 9, 13, 17, 100)] == [1, 4, 8, 10, 14, 20, 112]
+    assert [programs.rounded(n) for n in (1, 3, 8, 9, 13, 17, 100)] == [1, 4, 8, 10, 14, 20, 112]
 
 
 def load(folder):

@@ -180,14 +180,16 @@ class Schedule:
         self.rows.append(row)
         return True
 
-    def _forget_others(self, prompt: int) -> bool:
-        """Gives back the pages of computed prompts that wait behind `prompt`; whether there were
-        any."""
-        others = [other for other in self.prefixes if other != prompt]
-        for other in others:
-            prefix = self.prefixes.pop(other)
+    def _forget(self, prompts: list[int]) -> bool:
+        """Gives back the pages of computed prompts whose samples have not all begun, which will be
+        computed again; whether there were any."""
+        for prompt in prompts:
+            prefix = self.prefixes.pop(prompt)
             self.pages.release(prefix.part, prefix.pages)
-        return bool(others)
+        return bool(prompts)
+
+    def _forget_others(self, prompt: int) -> bool:
+        return self._forget([other for other in self.prefixes if other != prompt])
 
     def grow(self, steps: int) -> None:
         """Pages for `steps` more tokens of every row, the oldest first."""
@@ -196,7 +198,7 @@ class Schedule:
             while row in self.rows and len(row.pages) * self.page < row.position + ahead:
                 if self.pages.free[row.part]:
                     row.pages += self.pages.take(row.part, 1)
-                else:
+                elif not self._forget([i for i, p in self.prefixes.items() if p.part == row.part]):
                     self._put_back(self.of_part(row.part)[-1])
 
     def _put_back(self, row: Row) -> None:
@@ -214,12 +216,11 @@ class Schedule:
         return self.page * sum(len(holders) for holders in self.pages.holders)
 
     def live(self) -> int:
-        """Positions that are computed or will be used, as `held` counts them."""
-        shared = {
-            (row.part, page): self.page
-            for row in self.rows
-            for page in row.pages[: row.position // self.page]
-        }
-        tails = sum(row.position % self.page for row in self.rows)
-        waiting = sum(len(self.prompts[prompt]) - 1 for prompt in self.prefixes)
-        return sum(shared.values()) + tails + waiting
+        """Positions in them that are computed, as `held` counts them."""
+        ends = [(row.part, row.pages, row.position) for row in self.rows]
+        ends += [
+            (prefix.part, prefix.pages, len(self.prompts[prompt]) - 1)
+            for prompt, prefix in self.prefixes.items()
+        ]
+        full = {(part, page) for part, pages, end in ends for page in pages[: end // self.page]}
+        return self.page * len(full) + sum(end % self.page for _, _, end in ends)

@@ -105,7 +105,9 @@ def _add(row, members, shared, asked, prompts, continuations) -> None:
 
 def sizes(rows: Sequence[Row]) -> tuple[int, int]:
     """Room for the scored places and for the entries of any of `rows`."""
-    places, entries = (max(map(len, x)) for x in zip(*((r.places, r.entries) for r in rows)))
+    places, entries = (
+        max(map(len, x)) for x in zip(*((r.places, r.entries) for r in rows), strict=True)
+    )
     return -(-places // CHUNK) * CHUNK, 1 << (entries - 1).bit_length()
 
 

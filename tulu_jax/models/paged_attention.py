@@ -10,12 +10,14 @@ that a row does not have adds exact zeros to what the row saw, so that the bits 
 neither on how long other rows are nor on where its pages lie.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tulu_jax.kernels import target
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
 
@@ -29,6 +31,14 @@ def empty_cache(config: LlamaConfig, *, pages: int, page: int, dtype: str) -> Ca
     """Zeros [L, pages, K, page, H]; `pages` are those of all devices together."""
     shape = (config.num_layers, pages, config.num_kv_heads, page, config.head_dim)
     return {name: sharding.constrain(jnp.zeros(shape, dtype), *AXES) for name in ("k", "v")}
+
+
+def for_prompts(execution: ExecutionConfig) -> ExecutionConfig:
+    """How prompts are computed: on other devices than TPUs 'auto' is 'blockwise', whose blocks are
+    the pages, so that a prompt has the same sums wherever it lies in a row."""
+    if execution.attention in ("auto", "triangular") and target.platform() != "tpu":
+        return dataclasses.replace(execution, attention="blockwise")
+    return execution
 
 
 def attend(
@@ -123,11 +133,11 @@ def _written(cache, rows, layer, place, offset):
     return jax.lax.fori_loop(0, rows.shape[0], write, cache)
 
 
-def filled(cache: Cache, rows: Cache, taken: Int[Array, "C"], places: Int[Array, "C"]) -> Cache:
+def filled(cache: Cache, rows: Cache, taken: Int[Array, "T"], places: Int[Array, "T"]) -> Cache:
     """The cache with keys and values of rows, [L, B, T, K, H], which are cut in pages of their own:
     B · T / page of them, of which page `taken[i]` goes to page `places[i]`.
 
-    On a mesh both count those of a device's part, and C is divided as rows are.
+    On a mesh both count those of a device's part, and these lists are divided as rows are.
     """
     rows_spec = sharding.spec("layers", "batch", None, "kv_heads", None)
     listed, cached = sharding.spec("batch"), sharding.spec(*AXES)
@@ -147,7 +157,7 @@ def filled(cache: Cache, rows: Cache, taken: Int[Array, "C"], places: Int[Array,
     return sharding.per_device(local, specs, cached)(cache, rows, taken, places)
 
 
-def copied(cache: Cache, taken: Int[Array, "C"], places: Int[Array, "C"]) -> Cache:
+def copied(cache: Cache, taken: Int[Array, "T"], places: Int[Array, "T"]) -> Cache:
     """The cache with a copy of page `taken[i]` at page `places[i]`, counted as `filled` does."""
     listed, cached = sharding.spec("batch"), sharding.spec(*AXES)
     cached = {"k": cached, "v": cached}

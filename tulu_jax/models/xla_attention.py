@@ -152,8 +152,9 @@ def _in_blocks(x, block):
 
 
 def list_tiles(offset, block=None, **ids):
-    """The ids in blocks of `block` (None: BLOCK), and which key blocks each query block has to look at: `order` int32
-    [query blocks, key blocks], of which the first `counts` [query blocks] hold a visible key."""
+    """The ids in blocks of `block` (None: BLOCK), and which key blocks each query block has to look
+    at: `order` int32 [query blocks, key blocks], of which the first `counts` [query blocks] hold a
+    visible key."""
     ids = {name: None if x is None else _in_blocks(x, block or BLOCK) for name, x in ids.items()}
     blocks_k = ids["kv_segments"].shape[0]
 
