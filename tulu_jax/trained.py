@@ -1,5 +1,7 @@
 """What a run trained: its parameters, its tokenizer, its replies."""
 
+from collections.abc import Callable
+
 import jax
 from etils import epath
 
@@ -8,7 +10,9 @@ from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import tokenizer_files
-from tulu_jax.decode import sampler
+from tulu_jax.decode import decoder as decoder_lib
+from tulu_jax.decode import results as results_lib
+from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
@@ -86,7 +90,8 @@ class Generator:
     """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`.
 
     `step` is that of the checkpoint (None: the latest, and then known), or None with `initial`: the
-    parameters that training starts from.
+    parameters that training starts from. `sampling` are further fields of `Sampling`; `stop_ids`
+    come to that of the tokenizer.
     """
 
     def __init__(
@@ -95,34 +100,41 @@ class Generator:
         *,
         step: int | None = None,
         initial: bool = False,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int = 0,
+        **sampling,
     ):
         self.config = config
         self.step = None if initial else saved_step(config, step)
-        self.mesh, self.params = load(config, step=self.step)
         with validation.reading():
             self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
-        self.settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        stop_ids = (self.tokenizer.eos_id, *sampling.pop("stop_ids", ()))
+        self.sampling = Sampling(stop_ids=stop_ids, **sampling)
+        self.mesh, self.params = load(config, step=self.step)
+        self.decoder = decoder_lib.Decoder(config.model, config.execution)
         self.key = jax.random.key(seed)
 
-    def replies(self, conversations: list[Messages]) -> list[str]:
-        """The assistant's next turn in each conversation, without its `</s>`."""
+    def replies(
+        self,
+        conversations: list[Messages],
+        *,
+        keys: jax.Array | None = None,
+        stream: Callable[[results_lib.Piece], None] | None = None,
+    ) -> list[str]:
+        """The assistant's next turn in each conversation, without its `</s>`; of several samples
+        one after the other. `keys` are those of the conversations: None draws new ones."""
         prompts = [
             chat_lib.generation_prompt(messages, self.tokenizer, chat=self.config.data.chat)
             for messages in conversations
         ]
-        self.key, key = jax.random.split(self.key)
+        if keys is None:
+            self.key, keys = jax.random.split(self.key)
         with jax.set_mesh(self.mesh):
-            new_tokens = sampler.generate(
-                self.config.model,
-                self.config.execution,
+            results = self.decoder.generate(
                 self.params,
                 prompts,
-                eos_id=self.tokenizer.eos_id,
-                key=key,
-                **self.settings,
+                self.sampling,
+                keys,
+                detokenize=self.tokenizer.decode,
+                stream=stream,
             )
-        return [self.tokenizer.decode(ids).strip() for ids in new_tokens]
+        return [result.text.strip() for result in results]

@@ -1,17 +1,21 @@
 """The chat loop: what is asked of the model, and the commands."""
 
+from tulu_jax import validation
 from tulu_jax.decode import chat_loop
 
 
-def talk(*lines):
+def talk(*lines, system=""):
     """What was written, the conversations the model saw, and the conversation at the end."""
     written, seen = [], []
 
     def respond(messages):
         seen.append(messages)
-        return f"answer {len(seen)}"
+        if messages[-1]["content"] == "too long":
+            raise validation.UsageError("no room")
+        written.append(f"answer {len(seen)}")
+        return written[-1]
 
-    messages = chat_loop.converse(respond, lines=lines, write=written.append)
+    messages = chat_loop.converse(respond, lines=lines, write=written.append, system=system)
     return written, seen, messages
 
 
@@ -23,7 +27,7 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def system(text):
+def told(text):
     return {"role": "system", "content": text}
 
 
@@ -36,13 +40,13 @@ def test_turns_accumulate_and_blank_lines_are_skipped():
 
 def test_reset_keeps_the_system_message():
     _, seen, messages = talk("/system Be brief. ", "a", "/reset", "b")
-    assert seen == [[system("Be brief."), user("a")], [system("Be brief."), user("b")]]
+    assert seen == [[told("Be brief."), user("a")], [told("Be brief."), user("b")]]
     assert messages[-1] == assistant("answer 2")
 
 
 def test_system_starts_anew_and_without_text_removes_it():
     _, seen, _ = talk("a", "/system One", "b", "/system", "c")
-    assert seen == [[user("a")], [system("One"), user("b")], [user("c")]]
+    assert seen == [[user("a")], [told("One"), user("b")], [user("c")]]
 
 
 def test_an_unknown_command_is_not_sent_to_the_model():
@@ -51,20 +55,16 @@ def test_an_unknown_command_is_not_sent_to_the_model():
     assert seen == messages == []
 
 
-def test_reply_encodes_generates_and_decodes():
-    calls = []
+def test_a_conversation_begins_under_a_system_message_which_reset_keeps():
+    _, seen, _ = talk("a", "/reset", "b", system="Be brief.")
+    assert seen == [[told("Be brief."), user("a")], [told("Be brief."), user("b")]]
 
-    def encode(messages):
-        calls.append(messages)
-        return [1, 2]
 
-    answer = chat_loop.reply(
-        [user("hi")],
-        encode=encode,
-        generate=lambda prompt: [*prompt, 3],
-        decode=lambda ids: f" {ids}\n",
-    )
-    assert (answer, calls) == ("[1, 2, 3]", [[user("hi")]])
+def test_what_is_refused_is_told_and_taken_back():
+    written, seen, messages = talk("a", "too long", "b")
+    assert written[1] == "(no room; /reset starts anew)"
+    assert seen[2] == [user("a"), assistant("answer 1"), user("b")]
+    assert len(messages) == 4
 
 
 def test_terminal_lines_end_with_the_input(monkeypatch):

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from hf_models import FLOAT32, VARIANTS, assert_equal_trees, one_device, random_llama, random_params
 
 from tulu_jax import atomic, process_identity
-from tulu_jax.decode import sampler
+from tulu_jax.decode import decoder
+from tulu_jax.decode.sampling import Sampling
 from tulu_jax.interop import folder, hf
 
 CONFIG = hf.LlamaConfig(
@@ -63,10 +65,10 @@ def test_the_export_opens_in_transformers_and_generates_what_we_do(tmp_path, var
         max_shard_bytes=20_000,
     )
     prompt = [1, 7, 30, 22]
-    ours = sampler.generate(
-        config, FLOAT32, params, [prompt], max_new_tokens=24, eos_id=2, temperature=0.0,
-        top_p=1.0, key=sampler.jax.random.key(0),
-    )[0]  # fmt: skip
+    sampling = Sampling(max_new_tokens=24, stop_ids=(2,))
+    (ours,) = decoder.Decoder(config, FLOAT32, page=8).generate(
+        params, [prompt], sampling, jax.random.key(0)
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert model.dtype == getattr(torch, dtype)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
@@ -77,7 +79,7 @@ def test_the_export_opens_in_transformers_and_generates_what_we_do(tmp_path, var
         max_new_tokens=24,
         do_sample=False,
     )
-    assert ours == theirs[0, len(prompt) :].tolist()
+    assert ours.ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_a_trained_export_opens_with_its_tokenizer(tmp_path, shared_data):

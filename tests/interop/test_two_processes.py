@@ -21,7 +21,8 @@ jax.distributed.initialize(address, 2, int(rank))
 sys.path.insert(0, "tests/interop")
 from test_hf_export import CONFIG, IDS
 from hf_models import FLOAT32
-from tulu_jax.decode import sampler
+from tulu_jax.decode import decoder
+from tulu_jax.decode.sampling import Sampling
 from tulu_jax.interop import hf, weight_files
 from tulu_jax.models import llama
 from tulu_jax.parallel import mesh as mesh_lib, sharding as sharding_lib
@@ -41,11 +42,11 @@ with jax.set_mesh(mesh_lib.make(mesh_lib.MeshConfig(fsdp=2, tensor=2))) as mesh:
     assert 2 * sum(block.size for block in read) == CONFIG.num_params, read
     hf.save(target, params, CONFIG, dtype="float32", generation_config=IDS, write_tokenizer=None)
     assert os.path.exists(os.path.join(target, "config.json"))  # complete for both
-    replies = sampler.generate(
-        CONFIG, FLOAT32, params, [[1, 5, 9]], max_new_tokens=8, eos_id=2, temperature=0.0,
-        top_p=1.0, key=jax.random.key(0),
-    )
-print("replies", replies)
+    ours = decoder.Decoder(CONFIG, FLOAT32, page=8)
+    sampling = Sampling(max_new_tokens=8, stop_ids=(2,))
+    replies = ours.generate(params, [[1, 5, 9], [1, 7]], sampling, jax.random.key(0))
+    scores = ours.score(params, [[1, 5, 9]], [[4, 8]])
+print("replies", replies, scores)
 """
 
 

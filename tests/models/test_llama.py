@@ -1,6 +1,7 @@
 """Sizes, packing and numerics of the model itself; parity with Hugging Face is in tests/interop."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tulu_jax.models import config as config_lib
-from tulu_jax.models import layers, llama
+from tulu_jax.models import layers, llama, paged_attention
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 
 TINY = LlamaConfig(
@@ -128,27 +129,26 @@ def test_bfloat16_compute_is_close_and_its_statistics_are_float32():
     assert float(jnp.abs(rounded - exact).max()) < 0.1 * scale  # bfloat16 keeps 8 bits
 
 
-def test_decoding_with_a_cache_equals_the_whole_row():
+def test_a_step_over_pages_equals_the_whole_row():
+    """A row's prompt from a packed row into pages that are not in order, then a token a step; the
+    other row of the batch has ended."""
     params = llama.init_params(TINY, jax.random.key(0))
-    row = packed_inputs([12], 12)
-    inputs = batch_of(row)
-    expected = llama.hidden_states(TINY, EXACT, params, **inputs)
-    cache = llama.empty_cache(TINY, 1, 16, "float32")
-    slots = jnp.arange(16)[None]
-    hidden = []
-    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 12)):
-        piece = {name: value[:, start:stop] for name, value in inputs.items()}
-        out, cache = llama.decode(
-            TINY,
-            EXACT,
-            params,
-            cache,
-            **piece,
-            kv_segment_ids=(slots < stop).astype(jnp.int32),
-            slot=jnp.int32(start),
+    row = packed_inputs([4, 8, 4], 16)  # of which the second is decoded from its third token on
+    expected = llama.hidden_states(TINY, EXACT, params, **batch_of(row))[0, 4:12]
+    cache = paged_attention.empty_cache(TINY, pages=6, page=4, dtype="float32")
+    kept = llama.keys_and_values(TINY, EXACT, params, block=None, **batch_of(row))
+    places = jnp.asarray([[paged_attention.NOBODYS, 5, 3, paged_attention.NOBODYS]])
+    cache = paged_attention.filled(cache, kept, jnp.arange(4), places[0])
+    cache = paged_attention.copied(cache, jnp.asarray([3]), jnp.asarray([1]))
+    table = jnp.asarray([[0, 0], [5, 1]])
+    for n in range(2, 8):
+        positions = jnp.asarray([n, n])
+        see = functools.partial(
+            paged_attention.attend, table=table, positions=positions, active=jnp.asarray([0, 1])
         )
-        hidden.append(out)
-    np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-5)
+        tokens = jnp.asarray([7, row["tokens"][4 + n]])
+        out, cache = llama.step(TINY, EXACT, params, cache, see, tokens=tokens, positions=positions)
+        np.testing.assert_allclose(out[1], expected[n], atol=1e-5)
 
 
 def test_a_leaked_tracer_would_break_the_second_trace():

@@ -1,19 +1,10 @@
-"""Talking to a model: a conversation's next reply, and the terminal loop around it."""
+"""Talking to a model in a terminal."""
 
 from collections.abc import Callable, Iterable
 
+from tulu_jax import validation
+
 Message = dict[str, str]
-
-
-def reply(
-    messages: list[Message],
-    *,
-    encode: Callable[[list[Message]], list[int]],
-    generate: Callable[[list[int]], list[int]],
-    decode: Callable[[list[int]], str],
-) -> str:
-    """The assistant's next turn: `encode` renders a prompt, `decode` drops the end marker."""
-    return decode(generate(encode(messages))).strip()
 
 
 def converse(
@@ -21,13 +12,17 @@ def converse(
     *,
     lines: Iterable[str],
     write: Callable[[str], None],
+    system: str = "",
 ) -> list[Message]:
     """Answers each of `lines` until they end; returns the conversation.
 
-    `/system TEXT` starts a new conversation under that system message (none without TEXT), `/reset`
-    starts anew under the same one. `lines` may be `terminal_lines()`, `write` may be `print`.
+    `respond` shows its answer itself, as it comes, and gives it back; what it refuses
+    (`UsageError`), such as a conversation that has become too long, is told, and the line is taken
+    back. `/system TEXT` starts a new conversation under that system message (none without TEXT),
+    `/reset` starts anew under the same one, the first time `system`. `lines` may be
+    `terminal_lines()`, `write` may be `print`.
     """
-    messages: list[Message] = []
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for line in map(str.strip, lines):
         command, _, rest = line.partition(" ")
         if command == "/reset":
@@ -40,10 +35,13 @@ def converse(
         elif command.startswith("/"):
             write(f"{command} is unknown; there are /reset and /system TEXT")
         elif line:
-            messages = [*messages, {"role": "user", "content": line}]
-            answer = respond(messages)
-            messages = [*messages, {"role": "assistant", "content": answer}]
-            write(answer)
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = respond(asked)
+            except validation.UsageError as error:
+                write(f"({error}; /reset starts anew)")
+            else:
+                messages = [*asked, {"role": "assistant", "content": answer}]
     return messages
 
 

@@ -65,7 +65,7 @@ def prepare(
     """What `attend` needs to know of a batch, made once and shared by all layers.
 
     `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks; `block`
-    is the kernel's, None for the tuned one.
+    is the queries and keys of a block of 'pallas' or 'blockwise', None for the tuned one.
     `branches` None means that no segment branches. Raises `UsageError` for an implementation that
     does not exist or does not run here; nothing is substituted.
     """
@@ -88,7 +88,7 @@ def prepare(
         "kv_branches": kv_branches,
     }
     if implementation == "blockwise":
-        return {"tiles": xla_attention.list_tiles(offset, **ids)}
+        return {"tiles": xla_attention.list_tiles(offset, block, **ids)}
     T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
     visible = xla_attention.visible_pairs(offset + jnp.arange(T), jnp.arange(S), **ids)
     if implementation == "xla":

@@ -164,7 +164,8 @@ class SelfAttention(nnx.Module):
 
     Parts are projected one by one, so that each can be gathered before and scattered after while
     another is multiplied (`Block`); queries see the keys of all, so attention itself takes them
-    joined.
+    joined. It is `attend(q, k, v)`, which gives what the queries see and what is kept of the layer:
+    `attend_in_rows` with what it needs to know, or that of a decoder over its cache.
     """
 
     def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
@@ -175,19 +176,21 @@ class SelfAttention(nnx.Module):
         self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), **made)
         self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), **made)
 
-    def __call__(self, parts, *, angles, visibility, cache, query_offset, noise):
+    def __call__(self, parts, *, angles, attend, noise):
         q = rotate(_joined(self.q_proj(parts, noise)), *angles)
         k = rotate(_joined(self.k_proj(parts, noise)), *angles)
         v = _joined(self.v_proj(parts, noise))
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, query_offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, query_offset, axis=1)
-            cache = {"k": k, "v": v}
-        # Over `context` the queries stay sharded and keys and values are gathered.
-        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
-        out = attention_lib.attend(q, k, v, visibility)
-        return self.o_proj(_parted(out, len(parts)), noise), cache
+        out, kept = attend(q, k, v)
+        return self.o_proj(_parted(out, len(parts)), noise), kept
+
+
+def attend_in_rows(q, k, v, *, visibility, keep: bool):
+    """What queries see of their own rows, and with `keep` those keys and values, else None."""
+    kept = {"k": k, "v": v} if keep else None
+    # Over `context` the queries stay sharded and keys and values are gathered.
+    k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
+    k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
+    return attention_lib.attend(q, k, v, visibility), kept
 
 
 class MLP(nnx.Module):
@@ -228,8 +231,8 @@ class Block(nnx.Module):
     def __call__(self, x, *, row_parts: int, noise=None, **attention_inputs):
         parts = _cut(x, row_parts)
         noise = noise and dataclasses.replace(noise, parts=_parted(noise.parts[0], len(parts)))
-        parts, cache = self._attended(parts, noise, attention_inputs)
-        return jnp.concatenate(self._fed_forward(parts, noise), axis=1), cache
+        parts, kept = self._attended(parts, noise, attention_inputs)
+        return jnp.concatenate(self._fed_forward(parts, noise), axis=1), kept
 
     def half(self, x, which: str, *, row_parts: int, **attention_inputs):
         """What `x` [B, S, D] is after the attention, or what it is after the MLP alone."""
@@ -241,8 +244,8 @@ class Block(nnx.Module):
     def _attended(self, parts, noise, attention_inputs):
         with jax.named_scope("attention"):
             normed = _gathered(self.input_layernorm, parts)
-            outs, cache = self.self_attn(normed, noise=noise, **attention_inputs)
-            return [checkpoint_name(part, "residual") for part in _added(parts, outs)], cache
+            outs, kept = self.self_attn(normed, noise=noise, **attention_inputs)
+            return [checkpoint_name(part, "residual") for part in _added(parts, outs)], kept
 
     def _fed_forward(self, parts, noise):
         with jax.named_scope("mlp"):

@@ -27,7 +27,8 @@ from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
-Cache = dict[str, jax.Array]
+Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, Any], tuple[jax.Array, Cache]]
 
 NOISE = "noise"  # the field of a batch that `lora.noise` makes
 PARTS = ("model", "lm_head")  # of the parameters, at the top
@@ -46,9 +47,9 @@ class Embedding(nnx.Module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a device's trunk runs on: rows of queries, [B, T] each, and of the keys they may see,
-    [B, S]; `query_offset` is the place of the first query among the keys. `cache` are the keys and
-    values of a decoder, [L, B, S, K, H] each, or None; branches None: no segment branches; `noise`
-    [B, T, 3] (`lora.by_position`) None: no dropout."""
+    [B, S]; `query_offset` is the place of the first query among the keys. Branches None: no segment
+    branches; `noise` [B, T, 3] (`lora.by_position`) None: no dropout. `keep`: keys and values are
+    asked for, [L, B, T, K, H]. `block` is that of attention, None as the execution has it."""
 
     tokens: Any
     segment_ids: Any
@@ -56,9 +57,10 @@ class Inputs:
     branches: Any = None
     kv_segment_ids: Any
     kv_branches: Any = None
-    cache: Cache | None = None
     query_offset: Any
     noise: Any = None
+    keep: bool = False
+    block: int | None = None
 
 
 class Trunk(nnx.Module):
@@ -79,53 +81,77 @@ class Trunk(nnx.Module):
     def __call__(self, inputs: Inputs):
         own = sharding.own(inputs.tokens, 1, "tensor")
         x = self.embed_tokens(own, jnp.dtype(self.execution.compute_dtype))
-        x, cache = self.through(x, inputs)
+        x, kept = self.through(x, inputs)
+        return self.norm(x), kept
+
+    def step(self, tokens, positions, cache: Cache, attend: Attend):
+        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache."""
+        x = self.embed_tokens(tokens, jnp.dtype(self.execution.compute_dtype))
+        angles = self.angles(positions)
+
+        def body(carry, layer):
+            x, cache = carry
+            block, number = layer
+            return block(
+                x,
+                angles=angles,
+                attend=lambda q, k, v: attend(q, k, v, cache, number),
+                row_parts=1,
+            ), None
+
+        numbered = (self.layers, jnp.arange(self.config.num_layers))
+        (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
         return self.norm(x), cache
 
     def through(self, x, inputs: Inputs):
-        """Hidden states behind the layers, and the new cache."""
+        """Hidden states behind the layers, and with `inputs.keep` their keys and values."""
         seen = self.seen(inputs, x.dtype)
 
         def body(x, layer):
-            block, cache, number = layer
+            block, number = layer
             noise = None if number is None else layers.Noise(number, [inputs.noise])
-            return block(x, cache=cache, noise=noise, **seen)
+            return block(x, noise=noise, **seen)
 
-        if self.execution.remat and inputs.cache is None:
+        if self.execution.remat and not inputs.keep:
             policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         drops = inputs.noise is not None
         numbers = jnp.arange(self.config.num_layers) if drops else None
-        return jax.lax.scan(body, x, (self.layers, inputs.cache, numbers))
+        return jax.lax.scan(body, x, (self.layers, numbers))
+
+    def angles(self, positions):
+        return layers.rotary_angles(
+            positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+        )
 
     def seen(self, inputs: Inputs, dtype) -> dict[str, Any]:
         """What every layer takes beside its activations of `dtype`."""
-        return dict(
-            angles=layers.rotary_angles(
-                inputs.positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
-            ),
-            visibility=attention_lib.prepare(
-                segment_ids=inputs.segment_ids,
-                kv_segment_ids=inputs.kv_segment_ids,
-                branches=inputs.branches,
-                kv_branches=inputs.kv_branches,
-                query_offset=inputs.query_offset,
-                implementation=attention_lib.choose(
-                    self.execution.attention,
-                    queries=inputs.tokens.shape[1],
-                    keys=inputs.kv_segment_ids.shape[1],
-                    platform=target.platform(),
-                    dtype=dtype,
-                ),
-                heads=(
-                    self.config.num_heads // sharding.axis_size("heads"),
-                    self.config.num_kv_heads // sharding.axis_size("kv_heads"),
-                    self.config.head_dim,
-                ),
-                dtype=dtype,
-                block=self.execution.attention_block,
-            ),
+        visibility = attention_lib.prepare(
+            segment_ids=inputs.segment_ids,
+            kv_segment_ids=inputs.kv_segment_ids,
+            branches=inputs.branches,
+            kv_branches=inputs.kv_branches,
             query_offset=inputs.query_offset,
+            implementation=attention_lib.choose(
+                self.execution.attention,
+                queries=inputs.tokens.shape[1],
+                keys=inputs.kv_segment_ids.shape[1],
+                platform=target.platform(),
+                dtype=dtype,
+            ),
+            heads=(
+                self.config.num_heads // sharding.axis_size("heads"),
+                self.config.num_kv_heads // sharding.axis_size("kv_heads"),
+                self.config.head_dim,
+            ),
+            dtype=dtype,
+            block=inputs.block or self.execution.attention_block,
+        )
+        return dict(
+            angles=self.angles(inputs.positions),
+            attend=functools.partial(
+                layers.attend_in_rows, visibility=visibility, keep=inputs.keep
+            ),
             row_parts=self.execution.row_parts or 1,
         )
 
@@ -336,35 +362,54 @@ def project(hidden: Float[Array, "B T D"], params: Params) -> Float[Array, "B T 
     return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: str) -> Cache:
-    """Keys and values of `length` slots for each layer: [L, B, S, K, H] zeros."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+def project_one(hidden: Float[Array, "B D"], params: Params) -> Float[Array, "B V"]:
+    """`project` of one position a row, in the order of operands that is fastest on a CPU."""
+    dtypes = dict(preferred_element_type=jnp.float32)
+    if "lm_head" in params:
+        kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+        return jnp.einsum("BD,DV->BV", hidden, kernel, **dtypes)
+    return jnp.einsum("VD,BD->VB", unembedding(params).astype(hidden.dtype), hidden, **dtypes).T
 
 
-def decode(
+def keys_and_values(
     config: LlamaConfig,
     execution: ExecutionConfig,
     params: Params,
-    cache: Cache,
     *,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    kv_segment_ids: Int[Array, "B S"],
-    slot: Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of T tokens written at cache slots `slot : slot + T`, and the new cache.
+    block: int | None,
+) -> Cache:
+    """`k` and `v` [L, B, T, K, H] of packed rows, in the compute dtype, for a decoder's cache;
+    `block` is that of attention, None for the tuned one."""
 
-    `kv_segment_ids` marks the cache slots each row may read (0: never), the new ones included.
-    Prefill is the call with T = prompt length at slot 0; a step is the call with T = 1.
+    def local(params, *rows):
+        inputs = dataclasses.replace(inputs_of(*rows, None), keep=True, block=block)
+        return trunk(config, execution, params)(inputs)[1]
+
+    rows = sharding.spec("batch", "length")
+    kept = sharding.spec("layers", "batch", "length", "kv_heads", "head_dim")
+    run = sharding.per_device(local, (sharding.param_specs(params), rows, rows, rows), kept)
+    return run(params, tokens, segment_ids, positions)
+
+
+def step(
+    config: LlamaConfig,
+    execution: ExecutionConfig,
+    params: Params,
+    cache: Cache,
+    attend: Attend,
+    *,
+    tokens: Int[Array, "B"],
+    positions: Int[Array, "B"],
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Normalised hidden states of one token a row, and the cache with its keys and values.
+
+    `attend(q, k, v, cache, layer)` of queries [B, 1, N, H] and of their own keys and values
+    [B, 1, K, H] in layer number `layer` gives what they see [B, 1, N, H], and the new cache:
+    `paged_attention.attend`, or a kernel in its place. XLA divides it over the ambient mesh.
     """
-    inputs = Inputs(
-        tokens=tokens,
-        segment_ids=segment_ids,
-        positions=positions,
-        kv_segment_ids=kv_segment_ids,
-        cache=cache,
-        query_offset=slot,
-    )
-    return trunk(config, execution, params)(inputs)
+    model = trunk(config, execution, params)
+    hidden, cache = model.step(tokens[:, None], positions[:, None], cache, attend)
+    return hidden[:, 0], cache

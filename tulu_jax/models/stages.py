@@ -44,7 +44,7 @@ def run(
         if stage == "norm":
             return trunk.norm(x)
         block = jax.tree.map(lambda leaf: leaf[0], trunk.layers)
-        return block.half(x, stage, cache=None, **trunk.seen(inputs, dtype))
+        return block.half(x, stage, **trunk.seen(inputs, dtype))
 
     row, out = sharding.spec("batch", "length"), sharding.spec("batch", "positions", None)
     rows = [batch.get(name) for name in ROWS]

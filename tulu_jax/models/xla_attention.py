@@ -144,17 +144,18 @@ def _pad(x, length):
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def _in_blocks(x):
+def _in_blocks(x, block):
     """[blocks, B, block, ...] of [B, T, ...], with zeros appended."""
-    block = min(BLOCK, x.shape[1])
+    block = min(block, x.shape[1])
     x = _pad(x, -(-x.shape[1] // block) * block)
     return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
 
 
-def list_tiles(offset, **ids):
-    """The ids in blocks, and which key blocks each query block has to look at: `order` int32
-    [query blocks, key blocks], of which the first `counts` [query blocks] hold a visible key."""
-    ids = {name: None if x is None else _in_blocks(x) for name, x in ids.items()}
+def list_tiles(offset, block=None, **ids):
+    """The ids in blocks of `block` (None: BLOCK), and which key blocks each query block has to look
+    at: `order` int32 [query blocks, key blocks], of which the first `counts` [query blocks] hold a
+    visible key."""
+    ids = {name: None if x is None else _in_blocks(x, block or BLOCK) for name, x in ids.items()}
     blocks_k = ids["kv_segments"].shape[0]
 
     def needed(i):
@@ -174,8 +175,9 @@ def blockwise(q, k, v, tiles):
     Memory is one tile of scores a head. Tiles without a visible key are not computed.
     """
     (B, T, N, H), K = q.shape, k.shape[2]
-    q = _in_blocks(q.reshape(B, T, K, N // K, H)).transpose(0, 1, 3, 4, 2, 5)
-    k, v = (_in_blocks(x).swapaxes(2, 3) for x in (k, v))  # [blocks, B, K, block, H]
+    block_q, block_k = (tiles["ids"][name].shape[2] for name in ("segments", "kv_segments"))
+    q = _in_blocks(q.reshape(B, T, K, N // K, H), block_q).transpose(0, 1, 3, 4, 2, 5)
+    k, v = (_in_blocks(x, block_k).swapaxes(2, 3) for x in (k, v))  # [blocks, B, K, block, H]
     out = _tiles(q, k, v, tiles)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 

@@ -1,0 +1,214 @@
+"""One call of `Decoder.generate`: the host's loop around the programs."""
+
+import jax
+import numpy as np
+
+from tulu_jax.decode import continuation, programs, results
+from tulu_jax.decode import pages as pages_lib
+from tulu_jax.models import paged_attention
+
+FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
+NO_ID = -1
+
+
+class Call:
+    """One call of `generate`: the cache, the schedule, and what came out."""
+
+    def __init__(self, decoder, params, prompts, each, key):
+        self.decoder, self.params, self.prompts, self.each = decoder, params, prompts, each
+        parts = decoder.parts
+        slots = max(1, decoder.slots // parts)
+        needs = [decoder.pages_of(len(p), s) for p, s in zip(prompts, each, strict=True)]
+        samples = [sampling.samples for sampling in each]
+        largest = sorted((n for n, s in zip(needs, samples, strict=True) for _ in range(s)))
+        pages = decoder.capacity()
+        if pages is None:
+            pages = programs.rounded(sum(largest[-slots:]) + slots + 1)
+        self.schedule = pages_lib.Schedule(
+            prompts,
+            most=[decoder.fits(len(p), s) for p, s in zip(prompts, each, strict=True)],
+            samples=samples,
+            parts=parts,
+            slots=slots,
+            pages=pages,
+            page=decoder.page,
+        )
+        self.table_pages = -(-decoder.max_length // decoder.page)
+        self.stops = max(1, *(len(sampling.stop_ids) for sampling in each))
+        self.key_impl, self.words = jax.random.key_impl(key), self._words(key, samples)
+        self.cache = programs.empty_cache(
+            config=decoder.config, pages=pages * parts, page=decoder.page,
+            dtype=decoder.execution.compute_dtype,
+        )  # fmt: skip
+        self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters
+
+    def _words(self, key, samples) -> dict[tuple[int, int], np.ndarray]:
+        """The words of the key of each continuation; none where nothing is drawn."""
+        places = [(i, s) for i, count in enumerate(samples) for s in range(count)]
+        if all(sampling.temperature == 0 for sampling in self.each):
+            return {}
+        size = programs.rounded(len(places))
+        prompts, numbers = np.zeros((2, size), np.int32)
+        prompts[: len(places)], numbers[: len(places)] = np.array(places).T
+        return dict(
+            zip(places, np.asarray(programs.key_words(key, prompts, numbers)), strict=False)
+        )
+
+    def run(self, detokenize, stream) -> list[results.Result]:
+        """All continuations, in order."""
+        schedule, decoder, found = self.schedule, self.decoder, []
+        while schedule.waiting or schedule.rows:
+            fills = True
+            while fills:
+                fills, copies = schedule.admit(decoder.row_length)
+                self._fill(fills)
+                self._copy(copies)
+            assert schedule.rows, "no row fits in the cache, which `_check` rules out"
+            schedule.grow(decoder.steps)
+            before = {id(row): len(row.ids) for row in schedule.rows}
+            self._burst()
+            for row in list(schedule.rows):
+                result = self._ended(row, len(row.ids) - before[id(row)], detokenize)
+                if stream is not None:
+                    self._send(row, result, detokenize, stream)
+                if result is not None:
+                    schedule.end(row)
+                    found.append(result)
+                    decoder.usage.useful += len(result.ids)
+        return sorted(found, key=lambda result: (result.prompt, result.sample))
+
+    def _fill(self, fills: list[pages_lib.Fill]) -> None:
+        """Computes prompts into their pages."""
+        if not fills:
+            return
+        decoder, parts, page = self.decoder, self.schedule.parts, self.decoder.page
+        length = decoder.bucket(max(fill.start + len(fill.pages) * page for fill in fills))
+        tokens, segment_ids, positions = np.zeros((3, parts, length), np.int32)
+        places = np.full((parts, length // page), paged_attention.NOBODYS, np.int32)
+        for number, fill in enumerate(fills, 1):
+            ids = self.prompts[fill.prompt][:-1]
+            here = (fill.part, slice(fill.start, fill.start + len(ids)))
+            tokens[here], segment_ids[here], positions[here] = ids, number, range(len(ids))
+            first = fill.start // page
+            places[fill.part, first : first + len(fill.pages)] = fill.pages
+            decoder.usage.prompts += len(ids)
+        decoder.usage.packed += tokens.size
+        taken = np.broadcast_to(np.arange(length // page, dtype=np.int32), places.shape)
+        self.cache = programs.fill(
+            self.params,
+            self.cache,
+            dict(tokens=tokens, segment_ids=segment_ids, positions=positions),
+            taken.reshape(-1),
+            places.reshape(-1),
+            config=decoder.config,
+            execution=decoder.execution,
+            page=page,
+        )
+
+    def _copy(self, copies: list[pages_lib.Copy]) -> None:
+        if not copies:
+            return
+        lists = [[c for c in copies if c.part == part] for part in range(self.schedule.parts)]
+        taken, places = np.zeros((2, len(lists), self.schedule.slots), np.int32)
+        for part, listed in enumerate(lists):
+            taken[part, : len(listed)] = [copy.taken for copy in listed]
+            places[part, : len(listed)] = [copy.place for copy in listed]
+        self.cache = programs.copy(self.cache, taken.reshape(-1), places.reshape(-1))
+
+    def _burst(self) -> None:
+        """Steps of all rows; their new ids and log-probabilities are added to them."""
+        schedule, decoder = self.schedule, self.decoder
+        by_part = [schedule.of_part(part) for part in range(schedule.parts)]
+        most = max(map(len, by_part))
+        size = min(max(FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most))
+        placed = [
+            (p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)
+        ]
+        out, steps, self.cache = programs.run_steps(
+            self.params,
+            self.cache,
+            self._arrays(placed, size * schedule.parts),
+            bool(schedule.waiting),
+            config=decoder.config,
+            execution=decoder.execution,
+            steps=decoder.steps,
+            attend=decoder.attend,
+            key_impl=self.key_impl,
+        )
+        steps, tokens, logps = int(steps), np.asarray(out["tokens"]), np.asarray(out["logps"])
+        usage = decoder.usage
+        usage.decoded += steps * size * schedule.parts
+        for place, row in placed:
+            count = steps
+            stop_ids = self.each[row.prompt].stop_ids
+            new = tokens[:count, place].tolist()
+            ended = [n for n, token in enumerate(new, 1) if token in stop_ids]
+            count = min([count, row.most - len(row.ids), *ended[:1]])
+            row.ids += new[:count]
+            row.logps += logps[:count, place].tolist()
+            row.token, row.position = row.ids[-1], row.position + count
+        usage.held += schedule.held()
+        usage.live += schedule.live()
+
+    def _arrays(self, placed, size: int) -> dict[str, np.ndarray]:
+        """What a program needs to know of its `size` rows."""
+        words = next(iter(self.words.values())) if self.words else np.zeros(2, np.uint32)
+        ints = ("token", "position", "left", "count", "min_new_tokens", "top_k")
+        rows = {name: np.zeros(size, np.int32) for name in ints}
+        rows |= {name: np.ones(size, np.float32) for name in ("temperature", "top_p")}
+        rows["temperature"][:] = 0
+        rows["keys"] = np.zeros((size, *words.shape), words.dtype)
+        rows["stop_ids"] = np.full((size, self.stops), NO_ID, np.int32)
+        rows["table"] = np.full((size, self.table_pages), paged_attention.NOBODYS, np.int32)
+        for place, row in placed:
+            sampling = self.each[row.prompt]
+            rows["token"][place], rows["position"][place] = row.token, row.position
+            rows["left"][place], rows["count"][place] = row.most - len(row.ids), len(row.ids)
+            for name in ("min_new_tokens", "temperature", "top_p", "top_k"):
+                rows[name][place] = getattr(sampling, name)
+            if self.words:
+                rows["keys"][place] = self.words[row.prompt, row.sample]
+            rows["stop_ids"][place, : len(sampling.stop_ids)] = sampling.stop_ids
+            rows["table"][place, : len(row.pages)] = row.pages
+        return rows
+
+    def _ended(self, row: pages_lib.Row, fresh: int, detokenize) -> results.Result | None:
+        """The result of a row that has ended, else None."""
+        sampling = self.each[row.prompt]
+        ids, logps, text, ended = row.ids, row.logps, None, None
+        if ids[-1] in sampling.stop_ids:
+            ended = "stop_id"
+        elif len(ids) >= row.most:
+            ended = "length"
+        if detokenize is not None:
+            found = None
+            if sampling.stop:
+                least = sampling.min_new_tokens
+                found = continuation.stopped(ids, fresh, sampling.stop, least, detokenize)
+            if found is not None:
+                (count, text), ended = found, "stop"
+                ids, logps = ids[:count], logps[:count]
+            elif ended is not None:
+                text = detokenize(ids[:-1] if ended == "stop_id" else ids)
+        if ended is None:
+            return None
+        return results.Result(
+            prompt=row.prompt, sample=row.sample, ids=ids, logps=logps, text=text, ended=ended
+        )
+
+    def _send(self, row: pages_lib.Row, result: results.Result | None, detokenize, stream) -> None:
+        """Streams what of a row is new; one that began anew says nothing twice."""
+        place = (row.prompt, row.sample)
+        ids, text = row.ids, ""
+        if result is not None:
+            ids, text = result.ids, result.text or ""
+        elif detokenize is not None:
+            text = continuation.settled(detokenize(ids), self.each[row.prompt].stop)
+        sent_ids, sent_text = self.sent.get(place, (0, 0))
+        self.sent[place] = (max(sent_ids, len(ids)), max(sent_text, len(text)))
+        ended = None if result is None else result.ended
+        if ended or len(ids) > sent_ids:
+            stream(results.Piece(
+                prompt=row.prompt, sample=row.sample, ids=ids[sent_ids:], text=text[sent_text:],
+                ended=ended,
+            ))  # fmt: skip

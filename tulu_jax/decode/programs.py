@@ -1,0 +1,124 @@
+"""The programs of a decoder, as they are compiled: all arrays, no schedule."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tulu_jax.decode import sampling as sampling_lib
+from tulu_jax.decode import score_rows
+from tulu_jax.models import llama, lora, paged_attention
+from tulu_jax.models.config import ExecutionConfig
+from tulu_jax.parallel import sharding
+
+
+def rounded(count: int) -> int:
+    """`count` rounded up to a power of two up to 8, then to three significant bits: few sizes."""
+    if count <= 8:
+        return 1 << max(count - 1, 0).bit_length()
+    unit = 1 << (count.bit_length() - 3)
+    return -(-count // unit) * unit
+
+
+def in_compute_dtype(params: llama.Params, execution: ExecutionConfig) -> llama.Params:
+    """Matrices in the dtype they are multiplied in, once rather than in each step; norms, and what
+    is quantised, as they are."""
+    multiplied = ("kernel", "embedding", lora.A, lora.B)
+
+    def cast(path, leaf):
+        as_is = path[-1].key not in multiplied or leaf.dtype == execution.compute_dtype
+        return leaf if as_is else leaf.astype(execution.compute_dtype)
+
+    return jax.tree.map_with_path(cast, params)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "pages", "page", "dtype"))
+def empty_cache(*, config, pages, page, dtype):
+    return paged_attention.empty_cache(config, pages=pages, page=page, dtype=dtype)
+
+
+@jax.jit
+def key_words(key, prompts, samples):
+    """The words of the key of each sample of each prompt, whole on every process."""
+    one = jax.vmap(jax.random.fold_in)
+    keys = key[prompts] if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(prompts)
+    return sharding.replicate(jax.random.key_data(one(keys, samples)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "execution", "page"), donate_argnames="cache"
+)
+def fill(params, cache, rows, taken, places, *, config, execution, page):
+    execution = paged_attention.for_prompts(execution)
+    block = page if execution.attention == "blockwise" else None
+    found = llama.keys_and_values(config, execution, params, block=block, **rows)
+    return paged_attention.filled(cache, found, taken, places)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy(cache, taken, places):
+    return paged_attention.copied(cache, taken, places)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "execution", "steps", "attend", "key_impl"),
+    donate_argnames="cache",
+)
+def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, key_impl):
+    """`tokens` and `logps` [steps, B], how many steps there were, and the cache.
+
+    A row that has no tokens `left` is idle. With `refill`, the first end of a row is the last step.
+    """
+    rows = {
+        name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
+    }
+    table, stop_ids = rows.pop("table"), rows["stop_ids"]
+    names = ("temperature", "top_p", "top_k", "keys", "min_new_tokens", "stop_ids")
+    settings = {name: rows.pop(name) for name in names}
+    B = table.shape[0]
+    out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
+
+    def step(state):
+        i, ended, rows, out, cache = state
+        active = rows["left"] > 0
+        see = functools.partial(
+            attend, table=table, positions=rows["position"], active=active.astype(jnp.int32)
+        )
+        hidden, cache = llama.step(
+            config, execution, params, cache, see,
+            tokens=rows["token"], positions=rows["position"],
+        )  # fmt: skip
+        logits = llama.project_one(hidden, params)
+        tokens, logps = sampling_lib.choose(
+            logits, count=rows["count"], key_impl=key_impl, **settings
+        )
+        stops = (tokens[:, None] == stop_ids).any(axis=1)
+        left = jnp.where(active & ~stops, rows["left"] - 1, 0)
+        rows = {
+            "token": jnp.where(active, tokens, rows["token"]),
+            "position": rows["position"] + active,
+            "left": left,
+            "count": rows["count"] + active,
+        }
+        out = {"tokens": out["tokens"].at[i].set(tokens), "logps": out["logps"].at[i].set(logps)}
+        return i + 1, ended | (active & (left == 0)).any(), rows, out, cache
+
+    def goes_on(state):
+        i, ended, rows, *_ = state
+        return (i < steps) & (rows["left"] > 0).any() & ~(refill & ended)
+
+    state = (jnp.int32(0), jnp.bool_(False), rows, out, cache)
+    i, _, _, out, cache = jax.lax.while_loop(goes_on, step, state)
+    return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "execution"))
+def score(params, batch, *, config, execution):
+    """Of each entry [B, E] the log-probability of its target and whether that is the likeliest."""
+    hidden = llama.hidden_states(
+        config, execution, params, **{name: batch[name] for name in score_rows.FIELDS}
+    )
+    return jax.tree.map(
+        sharding.replicate, score_rows.score(hidden, llama.unembedding(params), batch)
+    )

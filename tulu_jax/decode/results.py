@@ -1,0 +1,56 @@
+"""What a decoder gives back, and what it took."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A continuation: its ids, with the stop id or the tokens that completed a stop string; of each
+    id the model's log-probability; its text, without those, if there was a `detokenize`; and how it
+    ended: 'stop_id', 'stop' or 'length'."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    logps: list[float]
+    text: str | None
+    ended: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What came new of a continuation: ids, and text that stays; `ended` as `Result` has it, or
+    None."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    text: str
+    ended: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """The log-probability of each token of a continuation after its prompt, and whether each is the
+    likeliest."""
+
+    token_logps: list[float]
+    is_greedy: bool
+
+    @property
+    def logps(self) -> float:
+        return sum(self.token_logps)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Usage:
+    """What the last call of `generate` computed: positions of decoding and how many of them came
+    out, positions of packed rows and of prompts in them, and, added up over programs, positions of
+    the pages that were held and of those how many were used."""
+
+    decoded: int = 0
+    useful: int = 0
+    packed: int = 0
+    prompts: int = 0
+    held: int = 0
+    live: int = 0
