@@ -29,7 +29,7 @@ ALLOWED = {
     "interop": {"models", "parallel", "quant"},
     "decode": {"models", "parallel"},
     "audit": {"data", "interop"},
-    "serving": {"data", "decode", "models"},
+    "serving": {"data", "decode"},
 }
 TOP = {
     "adapted",

@@ -5,6 +5,7 @@ Examples:
   python -m tulu_jax.serve --gin_file=dpo_7b.gin --slots=32 --max_length=4096 --port=8080
 """
 
+import importlib.util
 import socket
 
 from absl import flags
@@ -54,6 +55,11 @@ def main(config) -> None:
     """Loads the model, and answers until it is told to stop."""
     from tulu_jax import preflight
 
+    absent = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise validation.UsageError(
+            f'serving needs {" and ".join(absent)}; pip install "tulu_jax[serve]"'
+        )
     with validation.reading():
         listener = _bound(_HOST.value, _PORT.value)
     cli.check(config, preflight.to_read)

@@ -163,7 +163,7 @@ def test_nonsense_is_named_after_so_many_tries(server, answer, said):
 
 def test_what_cannot_pass_is_tried_once(server):
     one = server((400, {"error": {"message": "prompt is too\nlong"}}))
-    with pytest.raises(validation.UsageError, match="status 400: prompt is too long$"):
+    with pytest.raises(validation.UsageError, match=r"status 400: prompt is too long$"):
         engine(one.url).generate([[1]] * 3, GREEDY, seeds=None)
     assert len(one.asked) <= 3
 
@@ -210,7 +210,7 @@ def test_a_server_that_cannot_score_is_named(server, about, said):
 
 def test_wrong_requests_are_named_before_any_is_sent(server):
     one = server((200, GOOD))
-    with pytest.raises(validation.UsageError, match="no seeds for 1 prompts at temperature 1.0"):
+    with pytest.raises(validation.UsageError, match=r"no seeds for 1 prompts at temperature 1\.0"):
         drawn = Sampling(max_new_tokens=4, temperature=1.0)
         engine(one.url).generate([[1]], drawn, seeds=None)
     with pytest.raises(validation.UsageError, match=r"continuation 0 is \[\]; expected ids"):

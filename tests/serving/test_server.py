@@ -1,4 +1,4 @@
-"""The server in a process of its own, asked by OpenAI's client; and our two engines, which agree."""
+"""The server in a process of its own, asked by OpenAI's client; our two engines agree."""
 
 import concurrent.futures
 import contextlib

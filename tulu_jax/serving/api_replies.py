@@ -67,7 +67,14 @@ class Answer:
         else:
             about["text"] = piece.text
         offset = len(choice.text) - len(piece.text)
-        about["logprobs"] = self._logprobs(choice.ids, choice.logps, begin, offset, None)
+        about["logprobs"] = self._logprobs(
+            choice.ids,
+            choice.logps,
+            begin=begin,
+            offset=offset,
+            likeliest=None,
+            is_whole=piece.ended is not None,
+        )
         if self.asked.token_ids:
             about["token_ids"] = piece.ids
         return self._chunk(about)
@@ -100,7 +107,9 @@ class Answer:
         about = {
             "index": index,
             "finish_reason": REASONS.get(choice.ended, "length"),
-            "logprobs": self._logprobs(ids, logps, 0, 0, likeliest),
+            "logprobs": self._logprobs(
+                ids, logps, begin=0, offset=0, likeliest=likeliest, is_whole=True
+            ),
         }
         if self.asked.is_chat:
             about["message"] = {"role": "assistant", "content": text, "refusal": None}
@@ -111,13 +120,15 @@ class Answer:
             about["prompt_token_ids"] = choice.prompt
         return about
 
-    def _logprobs(self, ids, logps, begin: int, offset: int, likeliest) -> dict | None:
+    def _logprobs(
+        self, ids, logps, *, begin: int, offset: int, likeliest, is_whole: bool
+    ) -> dict | None:
         """Log-probabilities of `ids` from `begin` on, in the form of the endpoint. `likeliest` are
         (id, log-probability) of each place; None: what is chosen is the likeliest."""
         if not self.asked.logprobs:
             return None
         decode = self._decode
-        texts = token_texts(ids, begin, decode)
+        texts = token_texts(ids, begin, decode, is_whole=is_whole)
         ids, logps = ids[begin:], logps[begin:]
         tops: list[dict | None] = [None] * len(ids)
         if self.asked.top:
@@ -157,15 +168,17 @@ def _one(text: str, logp: float) -> dict:
 
 
 def token_texts(
-    ids: Sequence[int], begin: int, decode: Callable[[Sequence[int]], str]
+    ids: Sequence[int], begin: int, decode: Callable[[Sequence[int]], str], *, is_whole: bool
 ) -> list[str]:
-    """What each of `ids` from `begin` on adds to the text of those before it; what adds a part of a
-    character adds nothing until the last of them."""
-    texts, shown = [], ""
+    """What each of `ids` from `begin` on adds to the text of those before it. A part of a character
+    adds nothing until the last of them, or the end of what `is_whole`."""
+    texts = []
     for n in range(begin, len(ids)):
         first = max(n - WINDOW, 0)
         before = decode(ids[first:n]).rstrip(BROKEN) if n else ""
         after = decode(ids[first : n + 1])
-        shown = after.rstrip(BROKEN)
-        texts.append(shown[len(before) :] if shown.startswith(before) else decode(ids[n : n + 1]))
+        if not (is_whole and n == len(ids) - 1):
+            after = after.rstrip(BROKEN)
+        follows = after.startswith(before)
+        texts.append(after[len(before) :] if follows else decode(ids[n : n + 1]))
     return texts

@@ -17,7 +17,6 @@ from tulu_jax.data import chat as chat_lib
 from tulu_jax.decode.decoder import Decoder
 from tulu_jax.decode.results import Score
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.models import llama
 
 Ids = Sequence[int]
 
@@ -83,6 +82,22 @@ def chat_continuations(
     return found
 
 
+def replies(
+    engine: Engine,
+    conversations: Sequence[list[dict]],
+    sampling: Sampling,
+    tokenizer: chat_lib.ChatTokenizer,
+    *,
+    chat: str,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """The assistant's next turn in each conversation, stripped; of several samples one after the
+    other."""
+    prompts = [chat_prompt(messages, tokenizer, chat=chat) for messages in conversations]
+    found = engine.generate(prompts, sampling, seeds=seeds)
+    return [reply.text.strip() for samples in found for reply in samples]
+
+
 def with_seeds(prompts: Sequence, sampling: Sampling, seeds: Sequence[int] | None) -> list[int]:
     """A seed of each prompt. Raises `UsageError` where some are missing."""
     if seeds is None and sampling.temperature == 0:
@@ -102,7 +117,7 @@ class OwnEngine:
     def __init__(
         self,
         decoder: Decoder,
-        params: llama.Params,
+        params: dict,
         tokenizer: chat_lib.ChatTokenizer,
         *,
         mesh: jax.sharding.Mesh | None,
