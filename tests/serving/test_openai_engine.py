@@ -179,11 +179,11 @@ def test_a_server_that_is_down_is_named():
 
 
 def test_a_slow_server_is_named(server):
-    one = server(30.0)
+    one = server(120.0)
     begin = time.monotonic()
     with pytest.raises(validation.UsageError, match=r"no answer within 0.2 s.* after 2 tries$"):
         engine(one.url, timeout=0.2, tries=2).generate([[1]], GREEDY, seeds=None)
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 100
 
 
 @pytest.mark.parametrize(

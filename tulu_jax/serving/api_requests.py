@@ -14,7 +14,7 @@ from tulu_jax.data import chat as chat_lib
 from tulu_jax.decode.sampling import Sampling
 
 MOST_CHOICES = 128  # of a request: it stands in line before others
-MOST_PROMPTS = 2048
+MOST_PROMPTS = 512
 DEFAULT_TOKENS = 16  # of completions, as OpenAI has it
 INVALID = "invalid_request_error"
 

@@ -7,7 +7,7 @@ that speaks OpenAI's protocol. Both are given ids, so that both see the same one
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Reply:
     token_logps: list[float] | None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Continues and scores any number of requests, of any length."""
 

@@ -50,9 +50,9 @@ class OpenAIEngine:
         model: str | None = None,
         concurrency: int = 32,
         tries: int = 5,
-        timeout: float = 600.0,
+        timeout: float | int = 600,
         details: bool = True,
-        first_wait: float = FIRST_WAIT,
+        first_wait: float | int = FIRST_WAIT,
     ):
         if not url.startswith(("http://", "https://")):
             raise validation.UsageError(
