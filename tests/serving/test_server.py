@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -270,7 +271,7 @@ def test_both_engines_generate_the_same(own, other, sampling):
     prompts, seeds = [*chats, [1, 5, 9, 200], "Say"], [5, 6, 4_000_000_000]
     ours, theirs = (e.generate(prompts, sampling, seeds=seeds) for e in (own, other))
     assert [len(replies) for replies in ours] == [sampling.samples] * 3
-    for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+    for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
         assert (a.text, a.ended, a.ids) == (b.text, b.ended, b.ids)
         np.testing.assert_allclose(a.token_logps, b.token_logps, atol=1e-5)
 
