@@ -48,13 +48,12 @@ flags.register_multi_flags_validator(
     lambda given: not given["initial"] or given["step"] is None,
     message="--initial is before any step; give one of --initial and --step",
 )
+KEPT = 75  # seconds of an idle connection: longer than clients keep one, who would find it closed
 STOPPING = 3  # seconds that answers under way get when the server is asked to stop
 
 
 def main(config) -> None:
     """Loads the model, and answers until it is told to stop."""
-    from tulu_jax import preflight
-
     absent = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if absent:
         raise validation.UsageError(
@@ -62,6 +61,8 @@ def main(config) -> None:
         )
     with validation.reading():
         listener = _bound(_HOST.value, _PORT.value)
+    from tulu_jax import preflight
+
     cli.check(config, preflight.to_read)
     import jax
     import uvicorn
@@ -108,6 +109,7 @@ def main(config) -> None:
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEPT,
             timeout_graceful_shutdown=STOPPING,
         )
     )

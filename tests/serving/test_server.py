@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 
+import commands
 import gin
 import jax
 import numpy as np
@@ -396,15 +397,12 @@ def test_what_is_no_request_is_named(url, client):
         client.completions.create(model="gpt", prompt=TEXT)
 
 
-def test_a_port_that_is_taken_is_named(url, gin_file):
+def test_a_port_that_is_taken_is_named(url, gin_file, capsys):
     port = url.split(":")[2].split("/")[0]
-    command = [sys.executable, "-m", "tulu_jax.serve", f"--gin_file={gin_file}", f"--port={port}"]
-    ended = subprocess.run(
-        command, cwd=gin_file.parent, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 2
-    assert f"--port={port}: Address already in use; expected an address" in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+    assert commands.run("serve", f"--gin_file={gin_file}", f"--port={port}") == 2
+    said = capsys.readouterr().err.strip()
+    assert f"--port={port}: Address already in use; expected an address" in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.slow
