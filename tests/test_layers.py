@@ -29,6 +29,7 @@ ALLOWED = {
     "interop": {"models", "parallel", "quant"},
     "decode": {"models", "parallel"},
     "audit": {"data", "interop"},
+    "serving": {"data", "decode"},
 }
 TOP = {
     "adapted",
@@ -52,6 +53,7 @@ ENTRY_POINTS = {
     "prepare",
     "convert",
     "generate",
+    "serve",
     "evaluate",
     "report",
     "rehearse",
@@ -74,6 +76,9 @@ HOMES = {
     "wandb": {"training/metrics.py"},
     "datasets": {"data/"},
     "tokenizers": {"data/"},
+    "starlette": {"serving/app.py"},
+    "uvicorn": {"serve.py"},
+    "openai": {"serving/openai_engine.py"},
     "jinja2": {"audit/show_html.py", "report.py"},
 }
 

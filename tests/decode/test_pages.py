@@ -62,3 +62,45 @@ def test_every_row_ends_and_every_page_comes_back(asked, parts, slots, spare, st
     assert sorted(ended) == [(i, s) for i, one in enumerate(asked) for s in range(one[2])]
     assert not schedule.prefixes
     assert all(len(free) == pages - 1 for free in schedule.pages.free)
+
+
+stays = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=8, max_size=8)
+
+
+@given(requests, stays, st.integers(1, 2), st.integers(1, 4), st.integers(0, 6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_requests_come_and_go_while_others_run(asked, times, parts, slots, spare):
+    """Each comes at a visit, and is given up some visits later if it has not ended."""
+    pages = max(needed(*one) for one in asked) + 1 + spare
+    schedule = pages_lib.Schedule(
+        [], most=[], samples=[], parts=parts, slots=slots, pages=pages, page=PAGE
+    )
+    ended = collections.Counter()
+    for visit in range(2000):
+        for number, ((length, most, samples), (come, stay)) in enumerate(
+            zip(asked, times, strict=False)
+        ):
+            if visit == come:
+                schedule.add(number, [1] * length, most=most, samples=samples)
+            elif visit == come + stay + 1 and number in schedule.prompts:
+                schedule.drop(number)
+                assert all(row.prompt != number for row in schedule.rows)
+        fills = True
+        while fills:
+            fills, _ = schedule.admit(16)
+        assert schedule.rows or not schedule.waiting
+        schedule.grow(3)
+        for row in list(schedule.rows):
+            count = min(3, row.most - len(row.ids))
+            assert len(row.pages) * PAGE >= row.position + count
+            row.ids += [0] * count
+            row.position += count
+            if len(row.ids) == row.most:
+                schedule.end(row)
+                ended[row.prompt] += 1
+                if ended[row.prompt] == asked[row.prompt][2]:
+                    schedule.drop(row.prompt)
+        if visit > 6 and not schedule.prompts:
+            break
+    assert not (schedule.prompts or schedule.rows or schedule.waiting or schedule.prefixes)
+    assert all(len(free) == pages - 1 for free in schedule.pages.free)

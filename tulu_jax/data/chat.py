@@ -219,11 +219,14 @@ def shift(token_ids: TokenIds) -> Encoded:
     return Encoded(tokens=ids[:-1], targets=ids[1:], loss_mask=loss_mask)
 
 
-def generation_prompt(messages: list[dict], tokenizer: ChatTokenizer, *, chat: str) -> list[int]:
-    """Ids from which an assistant's answer is generated: BOS first, `<|assistant|>` LF last."""
+def generation_prompt(
+    messages: list[dict], tokenizer: ChatTokenizer, *, chat: str, prefix: str = ""
+) -> list[int]:
+    """Ids from which an assistant's answer is generated: BOS first, `<|assistant|>` LF last, and
+    behind that what the answer is to begin with."""
     check_messages(messages, "of the prompt")
     text, _ = _concatenate(messages, chat)
-    return [tokenizer.bos_id, *tokenizer.encode(text + "<|assistant|>\n")]
+    return [tokenizer.bos_id, *tokenizer.encode(f"{text}<|assistant|>\n{prefix}")]
 
 
 def _concatenate(messages: list[dict], chat: str) -> tuple[str, list[Turn]]:

@@ -1,81 +1,123 @@
-"""One call of `Decoder.generate`: the host's loop around the programs."""
+"""The host's loop around the programs: requests in, what comes of them out."""
 
 import jax
 import numpy as np
 
 from tulu_jax.decode import continuation, programs, results
 from tulu_jax.decode import pages as pages_lib
+from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import paged_attention
 
 FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
 NO_ID = -1
 
 
-class Call:
-    """One call of `generate`: the cache, the schedule, and what came out."""
-
-    def __init__(self, decoder, params, prompts, each, key):
-        self.decoder, self.params, self.prompts, self.each = decoder, params, prompts, each
-        parts = decoder.parts
-        slots = max(1, decoder.slots // parts)
-        needs = [decoder.pages_of(len(p), s) for p, s in zip(prompts, each, strict=True)]
-        samples = [sampling.samples for sampling in each]
-        largest = sorted((n for n, s in zip(needs, samples, strict=True) for _ in range(s)))
-        pages = decoder.capacity()
-        if pages is None:
-            pages = programs.rounded(sum(largest[-slots:]) + slots + 1)
-        self.schedule = pages_lib.Schedule(
-            prompts,
-            most=[decoder.fits(len(p), s) for p, s in zip(prompts, each, strict=True)],
-            samples=samples,
-            parts=parts,
-            slots=slots,
-            pages=pages,
-            page=decoder.page,
+def of_all(decoder, params, prompts, each, key) -> "Call":
+    """The call of requests that are all there, with a cache as large as they need."""
+    pages = decoder.capacity()
+    if pages is None:
+        slots = max(1, decoder.slots // decoder.parts)
+        needs = sorted(
+            decoder.pages_of(len(prompt), sampling)
+            for prompt, sampling in zip(prompts, each, strict=True)
+            for _ in range(sampling.samples)
         )
+        pages = programs.rounded(sum(needs[-slots:]) + slots + 1)
+    stops = max(1, *(len(sampling.stop_ids) for sampling in each))
+    call = Call(decoder, params, pages=pages, stops=stops, key_impl=jax.random.key_impl(key))
+    drawn = any(sampling.temperature for sampling in each)
+    places = [(i, s) for i, sampling in enumerate(each) for s in range(sampling.samples)]
+    words = words_of(key, places if drawn else [])
+    for i, (prompt, sampling) in enumerate(zip(prompts, each, strict=True)):
+        own = {(i, s): words[i, s] for s in range(sampling.samples)} if drawn else {}
+        call.add(i, prompt, sampling, own)
+    return call
+
+
+def words_of(key, places: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+    """The words of the key of each of `places`, (prompt, sample)."""
+    if not places:
+        return {}
+    size = programs.rounded(len(places))
+    prompts, numbers = np.zeros((2, size), np.int32)
+    prompts[: len(places)], numbers[: len(places)] = np.array(places).T
+    words = np.asarray(programs.key_words(key, prompts, numbers))
+    return dict(zip(places, words, strict=False))
+
+
+class Call:
+    """Requests that share slots and a cache: the schedule, the programs, and what came out.
+
+    `pages` are those of each part, `stops` the most stop ids of a request. Requests are added
+    (`add`) and dropped (`drop`) between programs, which `advance` runs.
+    """
+
+    def __init__(self, decoder, params, *, pages: int, stops: int, key_impl):
+        self.decoder, self.params = decoder, params
+        parts = decoder.parts
+        self.schedule = pages_lib.Schedule(
+            [], most=[], samples=[], parts=parts, slots=max(1, decoder.slots // parts),
+            pages=pages, page=decoder.page,
+        )  # fmt: skip
         self.table_pages = -(-decoder.max_length // decoder.page)
-        self.stops = max(1, *(len(sampling.stop_ids) for sampling in each))
-        self.key_impl, self.words = jax.random.key_impl(key), self._words(key, samples)
+        self.stops, self.key_impl = stops, key_impl
         self.cache = programs.empty_cache(
             config=decoder.config, pages=pages * parts, page=decoder.page,
             dtype=decoder.execution.compute_dtype,
         )  # fmt: skip
+        self.each: dict[int, Sampling] = {}
+        self.words: dict[tuple[int, int], np.ndarray] = {}
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters
 
-    def _words(self, key, samples) -> dict[tuple[int, int], np.ndarray]:
-        """The words of the key of each continuation; none where nothing is drawn."""
-        places = [(i, s) for i, count in enumerate(samples) for s in range(count)]
-        if all(sampling.temperature == 0 for sampling in self.each):
-            return {}
-        size = programs.rounded(len(places))
-        prompts, numbers = np.zeros((2, size), np.int32)
-        prompts[: len(places)], numbers[: len(places)] = np.array(places).T
-        return dict(
-            zip(places, np.asarray(programs.key_words(key, prompts, numbers)), strict=False)
+    def add(self, number: int, prompt: list[int], sampling: Sampling, words: dict) -> None:
+        """One more request. `words` are those of the keys of (prompt, sample), none for a greedy
+        one."""
+        self.each[number] = sampling
+        self.words |= words
+        self.schedule.add(
+            number, prompt, most=self.decoder.fits(len(prompt), sampling), samples=sampling.samples
         )
+
+    def drop(self, number: int) -> None:
+        """Forgets a request, whose slots and pages are free."""
+        self.schedule.drop(number)
+        for sample in range(self.each.pop(number).samples):
+            self.words.pop((number, sample), None)
+            self.sent.pop((number, sample), None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to advance."""
+        return bool(self.schedule.waiting or self.schedule.rows)
 
     def run(self, detokenize, stream) -> list[results.Result]:
         """All continuations, in order."""
-        schedule, decoder, found = self.schedule, self.decoder, []
-        while schedule.waiting or schedule.rows:
-            fills = True
-            while fills:
-                fills, copies = schedule.admit(decoder.row_length)
-                self._fill(fills)
-                self._copy(copies)
-            assert schedule.rows, "no row fits in the cache, which `_check` rules out"
-            schedule.grow(decoder.steps)
-            before = {id(row): len(row.ids) for row in schedule.rows}
-            self._burst()
-            for row in list(schedule.rows):
-                result = self._ended(row, len(row.ids) - before[id(row)], detokenize)
-                if stream is not None:
-                    self._send(row, result, detokenize, stream)
-                if result is not None:
-                    schedule.end(row)
-                    found.append(result)
-                    decoder.usage.useful += len(result.ids)
+        found = []
+        while self.is_busy:
+            found += self.advance(detokenize, stream)
         return sorted(found, key=lambda result: (result.prompt, result.sample))
+
+    def advance(self, detokenize, stream) -> list[results.Result]:
+        """Begins what has room, runs one program of steps, and gives what has ended."""
+        schedule, decoder, found = self.schedule, self.decoder, []
+        fills = True
+        while fills:
+            fills, copies = schedule.admit(decoder.row_length)
+            self._fill(fills)
+            self._copy(copies)
+        assert schedule.rows, "no row fits in the cache, which `_check` rules out"
+        schedule.grow(decoder.steps)
+        before = {id(row): len(row.ids) for row in schedule.rows}
+        self._burst()
+        for row in list(schedule.rows):
+            result = self._ended(row, len(row.ids) - before[id(row)], detokenize)
+            if stream is not None:
+                self._send(row, result, detokenize, stream)
+            if result is not None:
+                schedule.end(row)
+                found.append(result)
+                decoder.usage.useful += len(result.ids)
+        return found
 
     def _fill(self, fills: list[pages_lib.Fill]) -> None:
         """Computes prompts into their pages."""
@@ -86,7 +128,7 @@ class Call:
         tokens, segment_ids, positions = np.zeros((3, parts, length), np.int32)
         places = np.full((parts, length // page), paged_attention.NOBODYS, np.int32)
         for number, fill in enumerate(fills, 1):
-            ids = self.prompts[fill.prompt][:-1]
+            ids = self.schedule.prompts[fill.prompt][:-1]
             here = (fill.part, slice(fill.start, fill.start + len(ids)))
             tokens[here], segment_ids[here], positions[here] = ids, number, range(len(ids))
             first = fill.start // page
@@ -166,7 +208,7 @@ class Call:
             rows["left"][place], rows["count"][place] = row.most - len(row.ids), len(row.ids)
             for name in ("min_new_tokens", "temperature", "top_p", "top_k"):
                 rows[name][place] = getattr(sampling, name)
-            if self.words:
+            if (row.prompt, row.sample) in self.words:
                 rows["keys"][place] = self.words[row.prompt, row.sample]
             rows["stop_ids"][place, : len(sampling.stop_ids)] = sampling.stop_ids
             rows["table"][place, : len(row.pages)] = row.pages
@@ -209,6 +251,6 @@ class Call:
         ended = None if result is None else result.ended
         if ended or len(ids) > sent_ids:
             stream(results.Piece(
-                prompt=row.prompt, sample=row.sample, ids=ids[sent_ids:], text=text[sent_text:],
-                ended=ended,
+                prompt=row.prompt, sample=row.sample, ids=ids[sent_ids:],
+                logps=row.logps[sent_ids : len(ids)], text=text[sent_text:], ended=ended,
             ))  # fmt: skip

@@ -83,8 +83,20 @@ class Decoder:
         self.usage = Usage()
         if not prompts:
             return []
-        one = call.Call(self, programs.in_compute_dtype(params, self.execution), prompts, each, key)
-        return one.run(detokenize, stream)
+        params = programs.in_compute_dtype(params, self.execution)
+        return call.of_all(self, params, prompts, each, key).run(detokenize, stream)
+
+    def open(self, params: llama.Params, *, stops: int) -> call.Call:
+        """A call without requests, which takes them while it runs. Its cache has `cache_positions`,
+        or room for all slots at `max_length`; no request has more than `stops` stop ids."""
+        pages = self.capacity()
+        if pages is None:
+            slots = max(1, self.slots // self.parts)
+            pages = slots * (-(-self.max_length // self.page) + 1) + 1
+        params = programs.in_compute_dtype(params, self.execution)
+        key_impl = jax.random.key_impl(jax.random.key(0))
+        self.usage = Usage()
+        return call.Call(self, params, pages=pages, stops=stops, key_impl=key_impl)
 
     def score(
         self,
@@ -117,10 +129,7 @@ class Decoder:
             )
             scored = programs.score(params, batch, config=self.config, execution=self.execution)
             found.append(jax.tree.map(np.asarray, scored))
-        return [
-            Score(token_logps=logps, is_greedy=greedy)
-            for logps, greedy in score_rows.collect(rows, found, ways, len(prompts))
-        ]
+        return list(score_rows.collect(rows, found, ways, len(prompts)))
 
     @property
     def parts(self) -> int:
@@ -151,6 +160,14 @@ class Decoder:
         if self.cache_positions is None:
             return None
         return self.cache_positions // self.page // self.parts + 1
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raises `UsageError` as `generate` of this one request would."""
+        self._check([list(prompt)], [sampling], jax.random.key(0), str)
+
+    def check_scored(self, prompt: Sequence[int], continuation: Sequence[int]) -> None:
+        """Raises `UsageError` as `score` of this one request would."""
+        self._check_scored([list(prompt)], [list(continuation)])
 
     def _check(self, prompts, each, key, detokenize) -> None:
         problems = []

@@ -82,7 +82,8 @@ class Pages:
 class Schedule:
     """The rows of one call of a decoder, from the first that waits to the last that ends.
 
-    `prompts` are ids, `most` and `samples` the new tokens and the continuations of each.
+    `prompts` are ids, `most` and `samples` the new tokens and the continuations of each; more may
+    come (`add`), and go (`drop`), at any time between programs.
     """
 
     def __init__(
@@ -96,13 +97,30 @@ class Schedule:
         pages: int,
         page: int,
     ):
-        self.prompts, self.most, self.page = prompts, most, page
-        self.parts, self.slots = parts, slots
+        self.page, self.parts, self.slots = page, parts, slots
         self.pages = Pages(parts, pages)
-        self.waiting = collections.deque((i, s) for i, n in enumerate(samples) for s in range(n))
-        self.not_begun = list(samples)
+        self.prompts: dict[int, list[int]] = {}
+        self.most: dict[int, int] = {}
+        self.not_begun: dict[int, int] = {}
+        self.waiting: collections.deque[tuple[int, int]] = collections.deque()
         self.prefixes: dict[int, Prefix] = {}
         self.rows: list[Row] = []  # in the order in which they began
+        for number, (ids, new, count) in enumerate(zip(prompts, most, samples, strict=True)):
+            self.add(number, ids, most=new, samples=count)
+
+    def add(self, number: int, prompt: list[int], *, most: int, samples: int) -> None:
+        """One more prompt, behind those that wait."""
+        self.prompts[number], self.most[number] = prompt, most
+        self.not_begun[number] = samples
+        self.waiting.extend((number, sample) for sample in range(samples))
+
+    def drop(self, number: int) -> None:
+        """Forgets a prompt: what waits of it, its rows and its pages."""
+        for row in [row for row in self.rows if row.prompt == number]:
+            self.end(row)
+        self.waiting = collections.deque(place for place in self.waiting if place[0] != number)
+        self._forget([number] if number in self.prefixes else [])
+        del self.prompts[number], self.most[number], self.not_begun[number]
 
     def of_part(self, part: int) -> list[Row]:
         return [row for row in self.rows if row.part == part]

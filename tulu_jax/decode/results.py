@@ -19,22 +19,25 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What came new of a continuation: ids, and text that stays; `ended` as `Result` has it, or
-    None."""
+    """What came new of a continuation: ids with their log-probabilities, and text that stays;
+    `ended` as `Result` has it, or None."""
 
     prompt: int
     sample: int
     ids: list[int]
+    logps: list[float]
     text: str
     ended: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """The log-probability of each token of a continuation after its prompt, and whether each is the
-    likeliest."""
+    """Of each token of a continuation after its prompt the log-probability, and the likeliest id of
+    its place with that of it; whether each token is the likeliest."""
 
     token_logps: list[float]
+    likeliest: list[int] | None  # None: an engine that does not tell
+    likeliest_logps: list[float]
     is_greedy: bool
 
     @property

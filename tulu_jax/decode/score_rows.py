@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tulu_jax.decode.results import Score
+
 FIELDS = ("tokens", "segment_ids", "positions", "branches")
 CHUNK = 64  # positions whose scores over the vocabulary exist at once
 FEWEST_BRANCHED = 8  # positions of a beginning that are worth a segment with branches
@@ -135,36 +137,47 @@ def batch(
     return found
 
 
-def score(hidden, unembedding, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Of each entry [B, E] the float32 log-probability of its target, and whether that is the
-    likeliest; `hidden` [B, T, D], `unembedding` [V, D]."""
+def score(hidden, unembedding, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each entry [B, E] the float32 log-probability of its target, the likeliest id, and the
+    log-probability of that; `hidden` [B, T, D], `unembedding` [V, D]."""
     unembedding = unembedding.astype(hidden.dtype)
     scored = jnp.take_along_axis(hidden, batch["places"][:, :, None], axis=1)  # [B, P, D]
 
     def chunk(x):
         logits = jnp.einsum("BCD,VD->BCV", x, unembedding, preferred_element_type=jnp.float32)
-        return jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1), logits.max(axis=-1)
 
     B, P, D = scored.shape
     chunks = scored.reshape(B, P // CHUNK, CHUNK, D).swapaxes(0, 1)
-    totals, likeliest = (x.swapaxes(0, 1).reshape(B, P) for x in jax.lax.map(chunk, chunks))
+    totals, likeliest, largest = (
+        x.swapaxes(0, 1).reshape(B, P) for x in jax.lax.map(chunk, chunks)
+    )
     at, targets = batch["at"], batch["targets"]
     own = jnp.take_along_axis(scored, at[:, :, None], axis=1)  # [B, E, D]
     logits = jnp.einsum(
         "BED,BED->BE", own, unembedding[targets], preferred_element_type=jnp.float32
     )
-    logps = logits - jnp.take_along_axis(totals, at, axis=1)
-    return logps, jnp.take_along_axis(likeliest, at, axis=1) == targets
+    totals, likeliest, largest = (
+        jnp.take_along_axis(x, at, axis=1) for x in (totals, likeliest, largest)
+    )
+    return logits - totals, likeliest, largest - totals
 
 
-def collect(rows: Sequence[Row], scored, count: int, continuations: int):
-    """(log-probabilities of its tokens, whether all are likeliest) of each continuation; `scored`
-    are results of `score` of `count` rows each."""
+def collect(rows: Sequence[Row], scored, count: int, continuations: int) -> Iterator[Score]:
+    """The score of each continuation; `scored` are results of `score` of `count` rows each."""
     found: list[dict] = [{} for _ in range(continuations)]
     for n, row in enumerate(rows):
-        logps, greedy = (x[n % count] for x in scored[n // count])
-        for e, (i, number, _, _) in enumerate(row.entries):
-            found[i][number] = float(logps[e]), bool(greedy[e])
+        logps, likeliest, largest = (x[n % count] for x in scored[n // count])
+        for e, (i, number, _, target) in enumerate(row.entries):
+            own, best = float(logps[e]), int(likeliest[e])
+            # The same sum in another order: one number for one token.
+            most = own if best == target else float(largest[e])
+            found[i][number] = own, best, most, best == target
     for tokens in found:
-        in_order = [tokens[number] for number in range(len(tokens))]
-        yield [logp for logp, _ in in_order], all(greedy for _, greedy in in_order)
+        logps, best, most, is_best = zip(*(tokens[n] for n in range(len(tokens))), strict=True)
+        yield Score(
+            token_logps=list(logps),
+            likeliest=list(best),
+            likeliest_logps=list(most),
+            is_greedy=all(is_best),
+        )
