@@ -1,0 +1,250 @@
+"""Attention of a decoding step over a cache in pages, as one Pallas kernel for TPUs.
+
+The cache stays in HBM. Of it the kernel reads the pages that a row's table names up to its
+position, each once, while what came before is multiplied; the next row's first pages are on their
+way before a row ends. The new key and value go into the last page as it lies in VMEM, and back to
+HBM in the 16 positions around them: XLA would copy the cache, or write row by row.
+
+Rows of queries are few, 8 of a matrix unit's 128, so heads share a product: `heads` key/value heads
+and all positions of a block of pages are the columns of one, and what belongs to another head is
+masked as what lies behind the row's end is.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from tulu_jax.kernels import target
+
+NAME = "decode_attention"
+LANES, SUBLANES = 128, 8
+WRITTEN = 16  # positions that are written to HBM with a new one: a tile of bfloat16
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+HIDDEN = 2**30  # as a position: behind the end of every row
+BLOCK_BYTES = 2**20  # of keys and values that are on their way at once
+MOST_PAGES = 32  # of a block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """`pages` of a row that are multiplied at once, and `heads` key/value heads of a product."""
+
+    pages: int
+    heads: int
+
+
+def takes(*, page: int, head_dim: int) -> bool:
+    """Whether the kernel goes for pages of `page` positions of `head_dim` numbers."""
+    return page % WRITTEN == 0 and head_dim % LANES == 0
+
+
+def fit(*, heads: int, kv_heads: int, head_dim: int, page: int, table: int, itemsize: int) -> Block:
+    """The block for a device's N `heads` and K `kv_heads`, and tables of `table` pages."""
+    group = heads // kv_heads
+    together = max(c for c in range(1, kv_heads + 1)
+                   if kv_heads % c == 0 and (c == 1 or c * group <= SUBLANES))  # fmt: skip
+    size = 2 * kv_heads * page * head_dim * itemsize
+    return Block(pages=max(1, min(BLOCK_BYTES // size, MOST_PAGES, table)), heads=together)
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    cache: dict[str, Float[Array, "L P K page H"]],
+    layer: Int[Array, ""],
+    *,
+    table: Int[Array, "B M"],
+    seen: Int[Array, "B"],
+    interpret: bool,
+) -> tuple[Float[Array, "B N H"], dict[str, Float[Array, "L P K page H"]]]:
+    """float32 [B, N, H]: what each row's query sees of its first `seen` positions, and the cache
+    with `k` and `v` at the last of them, which are the row's own. Rows that see 0 give zeros and
+    write nothing. `cache` is `k` and `v`; no two rows may have the page of their last position in
+    common."""
+    (B, N, H), K = q.shape, k.shape[1]
+    page = cache["k"].shape[3]
+    block = fit(
+        heads=N, kv_heads=K, head_dim=H, page=page, table=table.shape[1],
+        itemsize=cache["k"].dtype.itemsize,
+    )  # fmt: skip
+    cores = 1 if interpret else target.cores()
+    cores = cores if B % cores == 0 else 1
+    groups, rows = K // block.heads, block.heads * (N // K)
+    high = -(-rows // SUBLANES) * SUBLANES
+    queries = q.astype(jnp.float32).reshape(B, groups, rows, H)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, high - rows), (0, 0)))
+    new_k, new_v = (x.astype(jnp.float32)[:, :, None] for x in (k, v))
+
+    def part(*shape):
+        return pl.BlockSpec((B // cores, *shape), lambda core, *_: (core, *[0] * len(shape)))
+
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    dtype = cache["k"].dtype
+    columns = block.pages * block.heads * page
+    out, keys, values = pl.pallas_call(
+        functools.partial(_kernel, block=block, group=N // K, table_pages=table.shape[1]),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(cores,),
+            in_specs=[part(groups, high, H), part(K, 1, H), part(K, 1, H), whole, whole],
+            out_specs=[part(groups, high, H), whole, whole],
+            scratch_shapes=[
+                pltpu.VMEM((2, block.pages, K, page, H), dtype),
+                pltpu.VMEM((2, block.pages, K, page, H), dtype),
+                pltpu.VMEM((high, columns), jnp.int32),
+                pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, jnp.float32),
+            jax.ShapeDtypeStruct(cache["k"].shape, dtype),
+            jax.ShapeDtypeStruct(cache["v"].shape, dtype),
+        ],
+        input_output_aliases={6: 1, 7: 2},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        name=NAME,
+    )(
+        jnp.reshape(layer, (1,)).astype(jnp.int32), table.reshape(-1), seen,
+        queries, new_k, new_v, cache["k"], cache["v"],
+    )  # fmt: skip
+    return out[:, :, :rows].reshape(B, N, H), {"k": keys, "v": values}
+
+
+def _kernel(
+    layer_ref, table_ref, seen_ref, q_ref, new_k_ref, new_v_ref, _k, _v,
+    out_ref, k_ref, v_ref, k_buffer, v_buffer, places_ref, arrived, written,
+    *, block: Block, group: int, table_pages: int,
+):  # fmt: skip
+    """The rows of one core, one after the other; `k_ref` and `v_ref` are the cache."""
+    _, n, K, page, H = k_buffer.shape
+    (count, groups, high, _), layer = q_ref.shape, layer_ref[0]
+    first = pl.program_id(0) * count
+    pairs = ((k_ref, k_buffer), (v_ref, v_buffer))
+
+    def pages(row):
+        return pl.cdiv(seen_ref[first + row], page)
+
+    def copies(row, start, slot):
+        """Starts or awaits the live pages of the block of `row` from its page `start` on."""
+
+        def each(act):
+            def one(i, _):
+                place = table_ref[(first + row) * table_pages + start + i]
+                for kind, (cached, buffer) in enumerate(pairs):
+                    act(pltpu.make_async_copy(
+                        cached.at[layer, place], buffer.at[slot, i], arrived.at[slot, kind]
+                    ))  # fmt: skip
+
+            jax.lax.fori_loop(0, jnp.minimum(n, pages(row) - start), one, None)
+
+        return each
+
+    def next_row(row):
+        return jax.lax.while_loop(
+            lambda r: (r < count) & (seen_ref[first + jnp.minimum(r, count - 1)] == 0),
+            lambda r: r + 1,
+            row,
+        )
+
+    # What was never written may be no number, and 0 times that is none either.
+    v_buffer[...] = jnp.zeros_like(v_buffer)
+    # The position in a block that a column has for a row; of another head's keys it is hidden.
+    line = jax.lax.broadcasted_iota(jnp.int32, places_ref.shape, 0) // group
+    column = jax.lax.broadcasted_iota(jnp.int32, places_ref.shape, 1)
+    places_ref[...] = jnp.where(
+        line == column // page % block.heads,
+        column // (page * block.heads) * page + column % page,
+        HIDDEN,
+    )
+    begin = next_row(0)
+
+    @pl.when(begin < count)
+    def _():
+        copies(begin, 0, 0)(lambda copy: copy.start())
+
+    def of_row(row, slot):
+        end, blocks = pages(row), pl.cdiv(pages(row), n)
+        follower = next_row(row + 1)
+
+        def of_block(i, carry):
+            slot, state = carry
+            start, last = i * n, (i + 1) * n >= end
+            goes_on, ahead = jnp.where(last, follower, row), jnp.where(last, 0, start + n)
+
+            @pl.when(goes_on < count)
+            def _():
+                copies(goes_on, ahead, 1 - slot)(lambda copy: copy.start())
+
+            copies(row, start, slot)(lambda copy: copy.wait())
+            own, offset = end - 1 - start, (seen_ref[first + row] - 1) % page
+            base = pl.multiple_of(offset // WRITTEN * WRITTEN, WRITTEN)
+            place = table_ref[(first + row) * table_pages + end - 1]
+            back = [
+                pltpu.make_async_copy(
+                    buffer.at[slot, own, :, pl.ds(base, WRITTEN)],
+                    cached.at[layer, place, :, pl.ds(base, WRITTEN)],
+                    written.at[kind],
+                )
+                for kind, (cached, buffer) in enumerate(pairs)
+            ]
+
+            @pl.when(last)
+            def _():
+                here = jax.lax.broadcasted_iota(jnp.int32, (K, WRITTEN, H), 1) == offset - base
+                for buffer, new in ((k_buffer, new_k_ref), (v_buffer, new_v_ref)):
+                    around = buffer[slot, own, :, pl.ds(base, WRITTEN), :]
+                    new = jnp.broadcast_to(new[row], around.shape)
+                    around = jnp.where(here, new, around.astype(jnp.float32))
+                    buffer[slot, own, :, pl.ds(base, WRITTEN), :] = around.astype(buffer.dtype)
+                for copy in back:
+                    copy.start()
+
+            visible = places_ref[...] < seen_ref[first + row] - start * page
+            state = [
+                _look(q_ref[row, j], k_buffer, v_buffer, slot, j, block, visible, state[j])
+                for j in range(groups)
+            ]
+
+            @pl.when(last)
+            def _():
+                for copy in back:
+                    copy.wait()
+
+            return 1 - slot, state
+
+        empty = (
+            jnp.zeros((high, H), jnp.float32),
+            jnp.full((high, 1), MASKED, jnp.float32),
+            jnp.zeros((high, 1), jnp.float32),
+        )
+        slot, state = jax.lax.fori_loop(0, blocks, of_block, (slot, [empty] * groups))
+        for j, (acc, _, total) in enumerate(state):
+            out_ref[row, j] = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return slot
+
+    jax.lax.fori_loop(0, count, of_row, 0)
+
+
+def _look(q, k_buffer, v_buffer, slot, j, block, visible, state):
+    """The running sum, maximum and total with a block of group `j`."""
+    _, n, _, page, H = k_buffer.shape
+    own = pl.ds(j * block.heads, block.heads)
+    keys, values = (x[slot, :, own].reshape(-1, H) for x in (k_buffer, v_buffer))
+    acc, largest, total = state
+    scores = jax.lax.dot_general(
+        q.astype(keys.dtype), keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )  # [rows, columns]
+    scores = jnp.where(visible, scores * H**-0.5, MASKED)
+    new_largest = jnp.maximum(largest, scores.max(axis=1, keepdims=True))
+    exp = jnp.where(visible, jnp.exp(scores - new_largest), 0.0)
+    decay = jnp.exp(largest - new_largest)
+    added = jnp.dot(exp.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return acc * decay + added, new_largest, total * decay + exp.sum(axis=1, keepdims=True)
