@@ -35,7 +35,8 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
     that training starts from. Raises `UsageError` if there is no such checkpoint, or if its adapter
     or its base is another than that of `config`."""
-    mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.axis_sizes))
+    laid = slices.resident if jax.default_backend() == "tpu" else slices.anywhere
+    mesh = mesh_lib.make(laid(jax.device_count(), config.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
             base = base_lib.initial_params(config, mesh)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,4 +65,6 @@ def test_sees_and_writes_what_the_xla_form_does(case, monkeypatch):
         np.testing.assert_array_equal(
             np.asarray(written[name])[:, 1:], np.asarray(filled[name])[:, 1:]
         )
-        np.testing.assert_array_equal(np.asarray(written[name])[:, 0], np.asarray(cache[name])[:, 0])
+        np.testing.assert_array_equal(
+            np.asarray(written[name])[:, 0], np.asarray(cache[name])[:, 0]
+        )

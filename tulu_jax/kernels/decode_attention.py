@@ -235,7 +235,7 @@ def _kernel(
 
 def _look(q, k_buffer, v_buffer, slot, j, block, visible, state):
     """The running sum, maximum and total with a block of group `j`."""
-    _, n, _, page, H = k_buffer.shape
+    H = k_buffer.shape[-1]
     own = pl.ds(j * block.heads, block.heads)
     keys, values = (x[slot, :, own].reshape(-1, H) for x in (k_buffer, v_buffer))
     acc, largest, total = state

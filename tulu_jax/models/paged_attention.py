@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tulu_jax.kernels import target
+from tulu_jax.kernels import decode_attention, target
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
@@ -55,8 +55,8 @@ def attend(
     """What the query of each row sees of its positions up to its own, and the cache with `k` and
     `v` [B, 1, K, H] at `positions`; rows that are not `active` see zeros or anything.
 
-    A kernel may take its place: it is given the whole cache, and must read of it what the tables
-    name up to `positions`.
+    On TPUs a kernel does it, which reads what the tables name up to `positions`
+    (`kernels/decode_attention.py`), for heads of whole lanes in pages of whole tiles.
     """
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", None)
     kv_heads, cached = sharding.spec("batch", None, "kv_heads", None), sharding.spec(*AXES)
@@ -70,7 +70,13 @@ def attend(
 
 
 def _attend(q, k, v, cache, layer, table, positions, active):
-    page = cache["k"].shape[3]
+    page, head_dim = cache["k"].shape[3:]
+    if target.platform() == "tpu" and decode_attention.takes(page=page, head_dim=head_dim):
+        seen = jnp.where(active != 0, positions + 1, 0)
+        out, cache = decode_attention.decode_attention(
+            q[:, 0], k[:, 0], v[:, 0], cache, layer, table=table, seen=seen, interpret=False
+        )
+        return out.astype(q.dtype)[:, None], cache
     place = jnp.take_along_axis(table, (positions // page)[:, None], axis=1)[:, 0]
     place = jnp.where(active != 0, place, NOBODYS)
     cache = {

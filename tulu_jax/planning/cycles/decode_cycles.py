@@ -1,0 +1,132 @@
+"""How long attention of a decoding step takes: compiled for a chip, its cycles counted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tulu_jax import chips
+from tulu_jax.kernels import decode_attention as kernel
+from tulu_jax.planning.cycles import schedule
+
+TARGET = f"{__file__}:ours"
+PUBLIC = f"{__file__}:public"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of a device: rows, query heads and key/value heads, of 128 numbers; positions of a page, and
+    pages of a table."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    page: int
+    table: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Of keys and values in bfloat16."""
+        return 2 * 2 * self.kv_heads * self.page * 128
+
+
+def ours(rows: int, heads: int, kv_heads: int, page: int, table: int):
+    """The jitted kernel and its abstract arguments."""
+
+    def run(q, k, v, cache, layer, table, seen):
+        return kernel.decode_attention(
+            q, k, v, cache, layer, table=table, seen=seen, interpret=False
+        )
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    cached = of(2, rows * table + 1, kv_heads, page, 128)
+    new = of(rows, kv_heads, 128)
+    ints = dict(dtype=jnp.int32)
+    return jax.jit(run, donate_argnums=3), (
+        of(rows, heads, 128), new, new, {"k": cached, "v": cached},
+        of(**ints), of(rows, table, **ints), of(rows, **ints),
+    )  # fmt: skip
+
+
+def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
+    """jax's ragged paged attention on the same rows, one query each, with as many pages a block.
+    It reads a cache [pages, page, 2K, H] of one layer, and writes nothing."""
+    from jax.experimental.pallas.ops.tpu import ragged_paged_attention
+
+    block = kernel.fit(
+        heads=heads, kv_heads=kv_heads, head_dim=128, page=page, table=table, itemsize=2
+    )
+
+    def run(q, pages, lengths, table, starts, count):
+        return ragged_paged_attention.ragged_paged_attention(
+            q, pages, lengths, table, starts, count,
+            num_kv_pages_per_block=block.pages, num_queries_per_block=min(rows, 8),
+        )  # fmt: skip
+
+    def of(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return jax.jit(run), (
+        of(rows, heads, 128, dtype=jnp.bfloat16),
+        of(rows * table + 1, page, 2 * kv_heads, 128, dtype=jnp.bfloat16),
+        of(rows), of(rows, table), of(rows + 1), of(1),
+    )  # fmt: skip
+
+
+def request(shape: Shape, target: str = TARGET) -> schedule.Request:
+    return schedule.Request(target=target, arguments=dataclasses.asdict(shape), meshed=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cycles:
+    """Of a block of pages, of a page of it, and of a row besides."""
+
+    block: float
+    page: float
+    row: float
+
+
+def counted(program: schedule.Kernel) -> Cycles:
+    """Scheduled cycles by what they are paid for.
+
+    The innermost loop with products runs for every block; the loops in it start or await a page. A
+    branch is counted whenever its loop runs, which is too often for what ends a row.
+    """
+    found = {"block": 0.0, "page": 0.0, "row": 0.0}
+
+    def multiplies(block):
+        return any(one.slots.get("MXU") for one in block.walk())
+
+    def visit(block, role):
+        loops = [one for one in block.walk() if one is not block and one.kind == "loop"]
+        if block.kind == "loop":
+            if role == "block":
+                role = "page"
+            elif multiplies(block) and not any(map(multiplies, loops)):
+                role = "block"
+        found[role] += block.own
+        for child in block.children:
+            visit(child, role)
+
+    visit(program.whole, "row")
+    return Cycles(**found)
+
+
+def traffic(chip: str, shape: Shape, *, seen: int) -> float:
+    """Seconds in which HBM gives the pages of `seen` positions of every row."""
+    moved = shape.rows * -(-seen // shape.page) * shape.page_bytes
+    return moved / chips.CHIPS[chip].bandwidth
+
+
+def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
+    """Of all rows with `seen` positions each: the longer of cycles and traffic."""
+    hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
+    block = kernel.fit(
+        heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
+        table=shape.table, itemsize=2,
+    )  # fmt: skip
+    each = cycles.block * -(-live // block.pages) + cycles.page * live + cycles.row
+    rows = -(-shape.rows // hardware.cores)
+    return max(rows * each / hardware.clock, traffic(chip, shape, seen=seen))
