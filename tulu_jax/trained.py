@@ -13,7 +13,7 @@ from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.models import llama
+from tulu_jax.models import llama, paged_attention
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
@@ -111,7 +111,11 @@ class Generator:
         self.sampling = Sampling(stop_ids=stop_ids, **sampling)
         self.step = None if initial else saved_step(config, step)
         self.mesh, self.params = load(config, step=self.step)
-        self.decoder = decoder_lib.Decoder(config.model, config.execution)
+        paged = {}
+        if jax.default_backend() == "tpu":
+            tensor = self.mesh.shape["tensor"]
+            paged["page"] = paged_attention.page_for(config.model, tensor=tensor)
+        self.decoder = decoder_lib.Decoder(config.model, config.execution, **paged)
         self.key = jax.random.key(seed)
 
     def replies(

@@ -7,11 +7,14 @@ HBM in the 16 positions around them: XLA would copy the cache, or write row by r
 
 Rows of queries are few, 8 of a matrix unit's 128, so heads share a product: `heads` key/value heads
 and all positions of a block of pages are the columns of one, and what belongs to another head is
-masked as what lies behind the row's end is.
+masked as what lies behind the row's end is. One row waits for each product and each maximum, so a
+few rows go side by side.
 """
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +29,26 @@ LANES, SUBLANES = 128, 8
 WRITTEN = 16  # positions that are written to HBM with a new one: a tile of bfloat16
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 HIDDEN = 2**30  # as a position: behind the end of every row
-BLOCK_BYTES = 2**20  # of keys and values that are on their way at once
+BLOCK_BYTES = 2**19  # of keys and values of a row's block
 MOST_PAGES = 32  # of a block
+TOGETHER = 4  # rows, at most
+UNROLLED = 4  # pages whose copies are started in one run of straight code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-    """`pages` of a row that are multiplied at once, and `heads` key/value heads of a product."""
+    """`pages` of a row that are multiplied at once, `heads` key/value heads of a product, and how
+    many `rows` go side by side: one alone waits for each of its products and sums."""
 
     pages: int
     heads: int
+    rows: int
+
+
+def page_for(kv_heads: int) -> int:
+    """Positions of a page with a device's `kv_heads`: pages of less than 32 KiB take longer to
+    start than to come."""
+    return 64 if kv_heads >= 2 else 128
 
 
 def takes(*, page: int, head_dim: int) -> bool:
@@ -43,13 +56,20 @@ def takes(*, page: int, head_dim: int) -> bool:
     return page % WRITTEN == 0 and head_dim % LANES == 0
 
 
-def fit(*, heads: int, kv_heads: int, head_dim: int, page: int, table: int, itemsize: int) -> Block:
-    """The block for a device's N `heads` and K `kv_heads`, and tables of `table` pages."""
+def fit(
+    *, rows: int, heads: int, kv_heads: int, head_dim: int, page: int, table: int, itemsize: int
+) -> Block:
+    """The block for a core's `rows`, a device's N `heads` and K `kv_heads`, and tables of `table`
+    pages."""
     group = heads // kv_heads
     together = max(c for c in range(1, kv_heads + 1)
                    if kv_heads % c == 0 and (c == 1 or c * group <= SUBLANES))  # fmt: skip
     size = 2 * kv_heads * page * head_dim * itemsize
-    return Block(pages=max(1, min(BLOCK_BYTES // size, MOST_PAGES, table)), heads=together)
+    return Block(
+        pages=max(1, min(BLOCK_BYTES // size, MOST_PAGES, table)),
+        heads=together,
+        rows=math.gcd(rows, TOGETHER),
+    )
 
 
 def decode_attention(
@@ -69,12 +89,12 @@ def decode_attention(
     common."""
     (B, N, H), K = q.shape, k.shape[1]
     page = cache["k"].shape[3]
-    block = fit(
-        heads=N, kv_heads=K, head_dim=H, page=page, table=table.shape[1],
-        itemsize=cache["k"].dtype.itemsize,
-    )  # fmt: skip
     cores = 1 if interpret else target.cores()
     cores = cores if B % cores == 0 else 1
+    block = fit(
+        rows=B // cores, heads=N, kv_heads=K, head_dim=H, page=page, table=table.shape[1],
+        itemsize=cache["k"].dtype.itemsize,
+    )  # fmt: skip
     groups, rows = K // block.heads, block.heads * (N // K)
     high = -(-rows // SUBLANES) * SUBLANES
     queries = q.astype(jnp.float32).reshape(B, groups, rows, H)
@@ -95,8 +115,8 @@ def decode_attention(
             in_specs=[part(groups, high, H), part(K, 1, H), part(K, 1, H), whole, whole],
             out_specs=[part(groups, high, H), whole, whole],
             scratch_shapes=[
-                pltpu.VMEM((2, block.pages, K, page, H), dtype),
-                pltpu.VMEM((2, block.pages, K, page, H), dtype),
+                pltpu.VMEM((2, block.rows, block.pages, K, page, H), dtype),
+                pltpu.VMEM((2, block.rows, block.pages, K, page, H), dtype),
                 pltpu.VMEM((high, columns), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, 2)),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -123,40 +143,58 @@ def _kernel(
     out_ref, k_ref, v_ref, k_buffer, v_buffer, places_ref, arrived, written,
     *, block: Block, group: int, table_pages: int,
 ):  # fmt: skip
-    """The rows of one core, one after the other; `k_ref` and `v_ref` are the cache."""
-    _, n, K, page, H = k_buffer.shape
+    """The rows of one core, `block.rows` at a time; `k_ref` and `v_ref` are the cache."""
+    _, R, n, K, page, H = k_buffer.shape
     (count, groups, high, _), layer = q_ref.shape, layer_ref[0]
     first = pl.program_id(0) * count
     pairs = ((k_ref, k_buffer), (v_ref, v_buffer))
 
-    def pages(row):
-        return pl.cdiv(seen_ref[first + row], page)
+    def seen(row):
+        return seen_ref[first + row]
 
-    def copies(row, start, slot):
-        """Starts or awaits the live pages of the block of `row` from its page `start` on."""
+    def place(row, number):
+        return table_ref[(first + row) * table_pages + number]
 
-        def each(act):
-            def one(i, _):
-                place = table_ref[(first + row) * table_pages + start + i]
+    def pages(rows):
+        """Of the longest of `R` rows, those from number R · `rows` on."""
+        return pl.cdiv(functools.reduce(jnp.maximum, [seen(rows * R + r) for r in range(R)]), page)
+
+    def copies(rows, start, slot, act):
+        """Starts or awaits the live pages of a block of `R` rows from their page `start` on."""
+
+        def of_row(r):
+            row = rows * R + r
+
+            def one(i):
                 for kind, (cached, buffer) in enumerate(pairs):
                     act(pltpu.make_async_copy(
-                        cached.at[layer, place], buffer.at[slot, i], arrived.at[slot, kind]
+                        cached.at[layer, place(row, start + i)],
+                        buffer.at[slot, r, i],
+                        arrived.at[slot, kind],
                     ))  # fmt: skip
 
-            jax.lax.fori_loop(0, jnp.minimum(n, pages(row) - start), one, None)
+            def some(i, _):
+                for u in range(UNROLLED):
+                    one(i * UNROLLED + u)
 
-        return each
+            live = jnp.clip(pl.cdiv(seen(row), page) - start, 0, n)
+            whole = live // UNROLLED
+            jax.lax.fori_loop(0, whole, some, None)
+            jax.lax.fori_loop(whole * UNROLLED, live, lambda i, _: one(i), None)
 
-    def next_row(row):
+        for r in range(R):
+            of_row(r)
+
+    def following(rows):
+        """The first from `rows` on in which somebody sees anything."""
+        most = count // R
         return jax.lax.while_loop(
-            lambda r: (r < count) & (seen_ref[first + jnp.minimum(r, count - 1)] == 0),
-            lambda r: r + 1,
-            row,
+            lambda g: (g < most) & (pages(jnp.minimum(g, most - 1)) == 0), lambda g: g + 1, rows
         )
 
     # What was never written may be no number, and 0 times that is none either.
     v_buffer[...] = jnp.zeros_like(v_buffer)
-    # The position in a block that a column has for a row; of another head's keys it is hidden.
+    # The position in a block that a column has for a line; of another head's keys it is hidden.
     line = jax.lax.broadcasted_iota(jnp.int32, places_ref.shape, 0) // group
     column = jax.lax.broadcasted_iota(jnp.int32, places_ref.shape, 1)
     places_ref[...] = jnp.where(
@@ -164,85 +202,99 @@ def _kernel(
         column // (page * block.heads) * page + column % page,
         HIDDEN,
     )
-    begin = next_row(0)
 
-    @pl.when(begin < count)
-    def _():
-        copies(begin, 0, 0)(lambda copy: copy.start())
+    def put(row, r, slot, own, base):
+        """The new key and value of a row among the 16 positions around them, in VMEM."""
+        here = jax.lax.broadcasted_iota(jnp.int32, (K, WRITTEN, H), 1)
+        here = here == (seen(row) - 1) % page - base
+        for buffer, new in ((k_buffer, new_k_ref), (v_buffer, new_v_ref)):
+            around = buffer[slot, r, own, :, pl.ds(base, WRITTEN), :]
+            new = jnp.broadcast_to(new[row], around.shape)
+            around = jnp.where(here, new, around.astype(jnp.float32))
+            buffer[slot, r, own, :, pl.ds(base, WRITTEN), :] = around.astype(buffer.dtype)
 
-    def of_row(row, slot):
-        end, blocks = pages(row), pl.cdiv(pages(row), n)
-        follower = next_row(row + 1)
+    def of_rows(rows, slot):
+        end, follower = pages(rows), following(rows + 1)
 
         def of_block(i, carry):
             slot, state = carry
             start, last = i * n, (i + 1) * n >= end
-            goes_on, ahead = jnp.where(last, follower, row), jnp.where(last, 0, start + n)
+            goes_on, ahead = jnp.where(last, follower, rows), jnp.where(last, 0, start + n)
 
-            @pl.when(goes_on < count)
+            @pl.when(goes_on < count // R)
             def _():
-                copies(goes_on, ahead, 1 - slot)(lambda copy: copy.start())
+                copies(goes_on, ahead, 1 - slot, lambda copy: copy.start())
 
-            copies(row, start, slot)(lambda copy: copy.wait())
-            own, offset = end - 1 - start, (seen_ref[first + row] - 1) % page
-            base = pl.multiple_of(offset // WRITTEN * WRITTEN, WRITTEN)
-            place = table_ref[(first + row) * table_pages + end - 1]
-            back = [
-                pltpu.make_async_copy(
-                    buffer.at[slot, own, :, pl.ds(base, WRITTEN)],
-                    cached.at[layer, place, :, pl.ds(base, WRITTEN)],
-                    written.at[kind],
-                )
-                for kind, (cached, buffer) in enumerate(pairs)
-            ]
+            copies(rows, start, slot, lambda copy: copy.wait())
+            ends = []
+            for r in range(R):
+                row = rows * R + r
+                number = pl.cdiv(seen(row), page) - 1
+                own, base = number - start, (seen(row) - 1) % page // WRITTEN * WRITTEN
+                base = pl.multiple_of(base, WRITTEN)
+                here = (own >= 0) & (own < n)
+                own, number = jnp.clip(own, 0, n - 1), jnp.maximum(number, 0)
+                back = [
+                    pltpu.make_async_copy(
+                        buffer.at[slot, r, own, :, pl.ds(base, WRITTEN)],
+                        cached.at[layer, place(row, number), :, pl.ds(base, WRITTEN)],
+                        written.at[kind],
+                    )
+                    for kind, (cached, buffer) in enumerate(pairs)
+                ]
+                ends.append((here, back))
 
-            @pl.when(last)
-            def _():
-                here = jax.lax.broadcasted_iota(jnp.int32, (K, WRITTEN, H), 1) == offset - base
-                for buffer, new in ((k_buffer, new_k_ref), (v_buffer, new_v_ref)):
-                    around = buffer[slot, own, :, pl.ds(base, WRITTEN), :]
-                    new = jnp.broadcast_to(new[row], around.shape)
-                    around = jnp.where(here, new, around.astype(jnp.float32))
-                    buffer[slot, own, :, pl.ds(base, WRITTEN), :] = around.astype(buffer.dtype)
-                for copy in back:
-                    copy.start()
+                @pl.when(here)
+                def _(row=row, r=r, own=own, base=base, back=back):
+                    put(row, r, slot, own, base)
+                    for copy in back:
+                        copy.start()
 
-            visible = places_ref[...] < seen_ref[first + row] - start * page
-            state = [
-                _look(q_ref[row, j], k_buffer, v_buffer, slot, j, block, visible, state[j])
-                for j in range(groups)
-            ]
+            state = list(state)
+            for r, j in itertools.product(range(R), range(groups)):
+                row = rows * R + r
+                visible = places_ref[...] < seen(row) - start * page
+                at = r * groups + j
+                own = pl.ds(j * block.heads, block.heads)
+                keys, values = (x[slot, r, :, own].reshape(-1, H) for x in (k_buffer, v_buffer))
+                state[at] = _look(q_ref[row, j], keys, values, visible, state[at])
+            for here, back in ends:
 
-            @pl.when(last)
-            def _():
-                for copy in back:
-                    copy.wait()
+                @pl.when(here)
+                def _(back=back):
+                    for copy in back:
+                        copy.wait()
 
-            return 1 - slot, state
+            return 1 - slot, tuple(state)
 
         empty = (
             jnp.zeros((high, H), jnp.float32),
             jnp.full((high, 1), MASKED, jnp.float32),
             jnp.zeros((high, 1), jnp.float32),
         )
-        slot, state = jax.lax.fori_loop(0, blocks, of_block, (slot, [empty] * groups))
-        for j, (acc, _, total) in enumerate(state):
-            out_ref[row, j] = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        begun = (slot, (empty,) * (R * groups))
+        slot, state = jax.lax.fori_loop(0, pl.cdiv(end, n), of_block, begun)
+        for at, (acc, _, total) in enumerate(state):
+            whole = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+            out_ref[rows * R + at // groups, at % groups] = whole
         return slot
 
-    jax.lax.fori_loop(0, count, of_row, 0)
+    begin = following(0)
+
+    @pl.when(begin < count // R)
+    def _():
+        copies(begin, 0, 0, lambda copy: copy.start())
+
+    jax.lax.fori_loop(0, count // R, of_rows, 0)
 
 
-def _look(q, k_buffer, v_buffer, slot, j, block, visible, state):
-    """The running sum, maximum and total with a block of group `j`."""
-    H = k_buffer.shape[-1]
-    own = pl.ds(j * block.heads, block.heads)
-    keys, values = (x[slot, :, own].reshape(-1, H) for x in (k_buffer, v_buffer))
+def _look(q, keys, values, visible, state):
+    """The running sum, maximum and total with a block of keys and values [columns, H]."""
     acc, largest, total = state
     scores = jax.lax.dot_general(
         q.astype(keys.dtype), keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )  # [rows, columns]
-    scores = jnp.where(visible, scores * H**-0.5, MASKED)
+    )  # [lines, columns]
+    scores = jnp.where(visible, scores * keys.shape[1] ** -0.5, MASKED)
     new_largest = jnp.maximum(largest, scores.max(axis=1, keepdims=True))
     exp = jnp.where(visible, jnp.exp(scores - new_largest), 0.0)
     decay = jnp.exp(largest - new_largest)

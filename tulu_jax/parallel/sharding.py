@@ -52,6 +52,7 @@ PARAM_AXES = (
 
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "context"),  # of a decoder's cache, and what its attention sees
     "length": "context",
     "positions": ("context", "tensor"),  # the length of activations between blocks
     "tensor": "tensor",

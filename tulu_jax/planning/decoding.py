@@ -167,14 +167,16 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
     mesh = mesh_lib.make(mesh_of(config, topology), devices)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        own = decoder.Decoder(config.model, config.execution)
-        weights = _weights(config, mesh)
-        page = own.page
+        page = paged_attention.page_for(config.model, tensor=mesh.shape["tensor"])
+        own = decoder.Decoder(config.model, config.execution, page=page)
+        weights, parts = _weights(config, mesh), own.parts
         table = -(-asked.length // page)
         page_bytes = _page_bytes(config, mesh, page)
         held = aot.bytes_per_device(weights)
-        rows = _rows(asked, held, table * page_bytes, topology)
-        shape = (config.model.num_layers, rows * table + 1, config.model.num_kv_heads, page)
+        each = _rows(-(-asked.prompts // parts), held, table * page_bytes, topology)
+        rows = parts * each
+        pages = parts * (each * table + 1)
+        shape = (config.model.num_layers, pages, config.model.num_kv_heads, page)
         cached = jax.ShapeDtypeStruct(
             (*shape, config.model.head_dim),
             config.execution.compute_dtype,
@@ -184,15 +186,16 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         make = functools.partial(_compiled, topology, mesh)
         stepped = make(_step_program(config, weights, cache, rows, table))
         own_pages = -(-(asked.prompt_length - 1) // page)
-        per_fill = max(1, min(asked.prompts, own.row_length // (own_pages * page)))
-        length = own.bucket(max(own_pages, per_fill * own_pages) * page)
-        filled = make(_fill_program(config, weights, cache, length, page))
+        # Each part has a packed row, of as many prompts as go into it.
+        in_row = max(1, min(-(-asked.prompts // parts), own.row_length // max(1, own_pages * page)))
+        length = own.bucket(max(1, in_row * own_pages) * page)
+        filled = make(_fill_program(config, weights, cache, (parts, length), page))
     estimate = functools.partial(
         _estimated, topology=topology, mesh=mesh, prefetches=True, shorter=True
     )
     attention = functools.partial(
-        _attention_seconds, config=config, topology=topology, mesh=mesh, rows=min(rows, asked.prompts), page=page,
-        live=math.ceil(asked.live),
+        _attention_seconds, config=config, topology=topology, mesh=mesh, page=page,
+        rows=-(-min(rows, asked.prompts) // parts), live=math.ceil(asked.live),
     )  # fmt: skip
     step_module, fill_module = hlo.parse(stepped["hlo"]), hlo.parse(filled["hlo"])
     step, embedding = estimate(step_module, attention), weights["model"]["embed_tokens"]
@@ -204,7 +207,7 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         asked=asked,
         mesh=dict(mesh.shape),
         rows=rows,
-        per_fill=per_fill,
+        per_fill=min(parts * in_row, asked.prompts),
         weights=held,
         cache=aot.bytes_per_device(cache),
         temporaries=max(stepped["temporaries"], filled["temporaries"]),
@@ -219,7 +222,7 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
                 config=config,
                 topology=topology,
                 length=length,
-                prompts=per_fill,
+                prompts=in_row,
                 prompt_length=asked.prompt_length - 1,
             ),
         ),
@@ -254,12 +257,12 @@ def _page_bytes(config: TrainConfig, mesh, page: int) -> int:
     return page * _position_bytes(config) // sharding.shards("kv_heads", dict(mesh.shape))[1]
 
 
-def _rows(asked: Asked, weights: int, row: int, topology: Topology) -> int:
-    """How many prompts are decoded at once: all, or as many as there is room for."""
+def _rows(prompts: int, weights: int, row: int, topology: Topology) -> int:
+    """How many of a part's prompts are decoded at once: all, or as many as there is room for."""
     room = topology.hardware.hbm * (1 - SPARE) - weights
     most = max(call.FEWEST_ROWS, min(MOST_ROWS, int(room // row)))
-    if asked.prompts <= most:
-        return max(call.FEWEST_ROWS, asked.prompts)
+    if prompts <= most:
+        return max(call.FEWEST_ROWS, prompts)
     return 1 << (most.bit_length() - 1)
 
 
@@ -280,10 +283,10 @@ def _step_program(config, weights, cache, rows: int, table: int):
     )  # fmt: skip
 
 
-def _fill_program(config, weights, cache, length: int, page: int):
+def _fill_program(config, weights, cache, shape: tuple[int, int], page: int):
     names = ("tokens", "segment_ids", "positions")
-    packed = {name: np.zeros((1, length), np.int32) for name in names}
-    taken, places = np.zeros((2, length // page), np.int32)
+    packed = {name: np.zeros(shape, np.int32) for name in names}
+    taken, places = np.zeros((2, math.prod(shape) // page), np.int32)
     return programs.fill.trace(
         weights, cache, packed, taken, places, config=config.model, execution=config.execution,
         page=page,

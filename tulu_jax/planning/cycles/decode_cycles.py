@@ -51,18 +51,16 @@ def ours(rows: int, heads: int, kv_heads: int, page: int, table: int):
 
 
 def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
-    """jax's ragged paged attention on the same rows, one query each, with as many pages a block.
+    """jax's ragged paged attention on the same rows, one query each, with 1 MiB of pages a block.
     It reads a cache [pages, page, 2K, H] of one layer, and writes nothing."""
     from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 
-    block = kernel.fit(
-        heads=heads, kv_heads=kv_heads, head_dim=128, page=page, table=table, itemsize=2
-    )
+    at_once = min(2**20 // (512 * kv_heads * page), table)
 
     def run(q, pages, lengths, table, starts, count):
         return ragged_paged_attention.ragged_paged_attention(
             q, pages, lengths, table, starts, count,
-            num_kv_pages_per_block=block.pages, num_queries_per_block=min(rows, 8),
+            num_kv_pages_per_block=at_once, num_queries_per_block=min(rows, 8),
         )  # fmt: skip
 
     def of(*shape, dtype=jnp.int32):
@@ -81,7 +79,8 @@ def request(shape: Shape, target: str = TARGET) -> schedule.Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cycles:
-    """Of a block of pages, of a page of it, and of a row besides."""
+    """Of a block of pages of the rows that go side by side, of a page of one of them, and of those
+    rows besides."""
 
     block: float
     page: float
@@ -103,14 +102,20 @@ def counted(program: schedule.Kernel) -> Cycles:
         loops = [one for one in block.walk() if one is not block and one.kind == "loop"]
         if block.kind == "loop":
             if role == "block":
-                role = "page"
-            elif multiplies(block) and not any(map(multiplies, loops)):
+                copied.append(sum(one.own for one in block.walk()))
+                return
+            if multiplies(block) and not any(map(multiplies, loops)):
                 role = "block"
         found[role] += block.own
         for child in block.children:
             visit(child, role)
 
+    copied: list[int] = []
     visit(program.whole, "row")
+    # Loops over four pages and over single ones, of every row; starting and awaiting.
+    whole = copied[::2]
+    rows = max(1, len(whole) // 2)
+    found["page"] = sum(whole) / kernel.UNROLLED / rows
     return Cycles(**found)
 
 
@@ -123,10 +128,11 @@ def traffic(chip: str, shape: Shape, *, seen: int) -> float:
 def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
     """Of all rows with `seen` positions each: the longer of cycles and traffic."""
     hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
+    rows = -(-shape.rows // hardware.cores)
     block = kernel.fit(
-        heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
+        rows=rows, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
         table=shape.table, itemsize=2,
     )  # fmt: skip
-    each = cycles.block * -(-live // block.pages) + cycles.page * live + cycles.row
-    rows = -(-shape.rows // hardware.cores)
-    return max(rows * each / hardware.clock, traffic(chip, shape, seen=seen))
+    each = cycles.block * -(-live // block.pages) + cycles.page * live * block.rows + cycles.row
+    counted = each * rows / block.rows / hardware.clock
+    return max(counted, traffic(chip, shape, seen=seen))
