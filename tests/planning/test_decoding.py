@@ -56,7 +56,9 @@ def test_programs_are_compiled_and_priced(priced):
     assert result["fits"] and result["rows"] == 4 and not result["faults"]
     assert result["mesh"] == {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}
     assert result["step"]["attention"] > 0  # the kernel is there and known
-    assert result["over_hbm_limit"] > 1 and result["step_with_floors"] > result["step"]["seconds"]
+    readings = ("step_by_traffic", "step_by_compiler")
+    least, most = (result[name] for name in readings)
+    assert result["hbm_limit"] < least <= result["step"]["seconds"] < most
     assert result["decode_tokens_per_second"] == pytest.approx(4 / result["step"]["seconds"])
     text = (priced / "decode.hlo.txt").read_text()
     assert "decode_attention" in text
@@ -101,9 +103,9 @@ def test_what_a_step_should_not_have_is_found():
     )
     sizes = dict(zip(devices.axis_names, devices.axis_sizes, strict=True))
     assert decoding.faults(module, sizes, weights, cache) == [
-        "moved copies the cache of k [2,9,1,16,128]",
+        "moved copies k [2,9,1,16,128]",
         "big moves 134 MB over tensor",
-        "whole holds a layer of model/layers/w [64,128] whole",
+        "whole holds model/layers/w [64,128] whole",
     ]
 
 

@@ -123,8 +123,9 @@ class Estimator:
     often a loop runs whose count depends on data. Of a conditional the longer branch counts, with
     `shorter` the other: greedy decoding takes the one that draws nothing. With `prefetches` what a
     program copies beside its compute into VMEM takes the time of its traffic, as if nothing were
-    beside it: where HBM binds that is so. With `floors` nothing takes less than the compiler's own
-    estimate of it, which is more than a microsecond for the smallest operation.
+    beside it: where HBM binds that is so. `believed` says of what the compiler's own estimate of
+    cycles counts where it is longer than the traffic: of "products", of "all" (for the smallest
+    operation it is more than a microsecond), or of "none".
     """
 
     module: hlo.Module
@@ -135,7 +136,7 @@ class Estimator:
     dynamic_trips: float
     shorter: bool = False
     prefetches: bool = False
-    floors: bool = False
+    believed: str = "products"
 
     def __post_init__(self):
         self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
@@ -259,12 +260,12 @@ class Estimator:
         if not cycles:
             return 0.0
         traffic = hlo.moved_bytes(self.module, self.shapes, i) / hardware.bandwidth
-        if self.floors:
-            traffic = max(traffic, cycles / hardware.clock)
         product = i.operation in ("dot", "convolution") or any(
             inner.operation in ("dot", "convolution") for inner in self.module.inside(i)
         )
-        if product and cycles / hardware.clock > traffic:
+        if self.believed == "all" and not product:
+            traffic = max(traffic, cycles / hardware.clock)
+        if product and self.believed != "none" and cycles / hardware.clock > traffic:
             self.cost.matrix += cycles / hardware.clock * times
             seconds, kind = cycles / hardware.clock, "matrix product"
         else:

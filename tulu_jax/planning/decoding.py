@@ -55,9 +55,11 @@ class Asked:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
     """`rows` are decoded at once, `per_fill` prompts computed at once. Bytes are those of a device,
-    `temporaries` of the larger program. `step` and `fill` are one run of each; `floored` is the
-    seconds of a step in which no operation is shorter than the compiler's own estimate of it, and
-    `limit` what HBM takes to read weights and live cache once, over the whole slice."""
+    `temporaries` of the larger program, `relaid` those of weights that a program of `STEPS` steps
+    copies to another layout before the first. `step` is a step of it with its part of that, `fill`
+    one run. `least` and `most` are the seconds of a step by traffic alone, and where no operation
+    is shorter than the compiler's own estimate of it; `limit` is what HBM takes to read weights and
+    live cache once, over the whole slice."""
 
     topology: Topology
     asked: Asked
@@ -68,8 +70,10 @@ class Decoding:
     cache: int
     temporaries: int
     code: int
+    relaid: int
     step: cost.Cost
-    floored: float
+    least: float
+    most: float
     limit: float
     fill: cost.Cost
     faults: list[str]
@@ -127,7 +131,9 @@ class Decoding:
             },
             "spare": 1 - self.peak / hbm,
             "step": _parts(self.step),
-            "step_with_floors": self.floored,
+            "step_by_traffic": self.least,
+            "step_by_compiler": self.most,
+            "relaid_bytes": self.relaid,
             "hbm_limit": self.limit,
             "over_hbm_limit": self.ratio,
             "fill": _parts(self.fill),
@@ -198,7 +204,11 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         rows=-(-min(rows, asked.prompts) // parts), live=math.ceil(asked.live),
     )  # fmt: skip
     step_module, fill_module = hlo.parse(stepped["hlo"]), hlo.parse(filled["hlo"])
-    step, embedding = estimate(step_module, attention), weights["model"]["embed_tokens"]
+    step, least, most = (
+        scaled(estimate(step_module, attention, believed=believed), 1 / STEPS)
+        for believed in ("products", "none", "all")
+    )
+    embedding = weights["model"]["embed_tokens"]
     # Of the embedding a step reads a row for each token.
     read = _total(weights) - (0 if config.model.tie_embeddings else _total(embedding))
     read += min(rows, asked.prompts) * asked.live * _position_bytes(config)
@@ -213,7 +223,8 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         temporaries=max(stepped["temporaries"], filled["temporaries"]),
         code=stepped["code"] + filled["code"],
         step=step,
-        floored=estimate(step_module, attention, floors=True).seconds,
+        least=least.seconds,
+        most=most.seconds,
         limit=read / topology.num_devices / topology.hardware.bandwidth,
         fill=estimate(
             fill_module,
@@ -226,6 +237,7 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
                 prompt_length=asked.prompt_length - 1,
             ),
         ),
+        relaid=relaid(step_module, weights, cache),
         faults=faults(step_module, dict(mesh.shape), weights, cache),
         compile_seconds=time.perf_counter() - start,
         texts={"decode": stepped["hlo"], "prefill": filled["hlo"]},
@@ -310,6 +322,17 @@ def _estimated(module, attention, *, topology, mesh, **ways) -> cost.Cost:
     ).estimate()
 
 
+def scaled(of: cost.Cost, by: float) -> cost.Cost:
+    """`by` times a cost."""
+    times = {
+        name: getattr(of, name) * by
+        for name in ("matrix", "attention", "memory", "interconnect", "hidden")
+    }
+    wire = {key: size * by for key, size in of.wire.items()}
+    top = [(seconds * by, runs * by, name, kind) for seconds, runs, name, kind in of.top]
+    return cost.Cost(**times, wire=wire, top=top, unknown=of.unknown)
+
+
 def _attention_seconds(name, text, *, config, topology, mesh, rows, page, live):
     """Of a call of the decode kernel: live pages from HBM, which takes longer than its counted
     cycles (docs/decoding.md); None for another kernel."""
@@ -338,36 +361,70 @@ def _prompt_seconds(name, text, *, config, topology, length, prompts, prompt_len
 
 def faults(module: hlo.Module, mesh: dict[str, int], weights, cache) -> list[str]:
     """What a step should not have: transfers of more than `aot.LARGEST_SUM` bytes, whole copies of
-    weights that are divided, and copies of a device's cache or of its weights."""
-    found, axes = [], cost.mesh_axes(mesh)
-    whole, own = {}, {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        name, shard = sharding.path_name(path), leaf.sharding.shard_shape(leaf.shape)
-        if len(leaf.shape) < 2:
-            continue
-        own[_dims(shard)] = name
-        if shard != leaf.shape:
-            whole[_dims(leaf.shape)] = name
-            if "/layers/" in f"/{name}":
-                whole[_dims(leaf.shape[1:])] = f"a layer of {name}"
-                whole[_dims((1, *leaf.shape[1:]))] = f"a layer of {name}"
-                own[_dims((1, *shard[1:]))] = f"a layer of {name}"
-    for name, leaf in cache.items():
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        own[_dims(shard)] = f"the cache of {name}"
-        own[_dims((1, *shard[1:]))] = f"a layer of the cache of {name}"
-    for i in (i for body in module.computations.values() for i in body):
-        size = sum(hlo.shape_bytes(i.shape))
-        dims = re.match(r"\(?\w+\[([\d,]+)\]", i.shape)
-        dims = dims[1] if dims else ""
-        if i.collective and size > aot.LARGEST_SUM:
-            over = axes(hlo.group(i, math.prod(mesh.values())))
-            found.append(f"{i.name} moves {size / 1e6:,.0f} MB over {over}")
-        if dims in whole and i.operation not in ("parameter", "get-tuple-element", "bitcast"):
-            found.append(f"{i.name} holds {whole[dims]} [{dims}] whole")
-        if dims in own and i.operation in ("copy", "copy-start", "transpose"):
-            found.append(f"{i.name} copies {own[dims]} [{dims}]")
+    weights that are divided, and copies of a device's cache or of its weights. Before the first
+    step weights may be laid out otherwise (`relaid`)."""
+    found, axes, whole = [], cost.mesh_axes(mesh), _whole(weights)
+    own = _own(weights) | _own(cache)
+    for computation, body in module.computations.items():
+        for i in body:
+            size, dims = sum(hlo.shape_bytes(i.shape)), _first_dims(i)
+            if i.collective and size > aot.LARGEST_SUM:
+                over = axes(hlo.group(i, math.prod(mesh.values())))
+                found.append(f"{i.name} moves {size / 1e6:,.0f} MB over {over}")
+            if dims in whole and i.operation not in ("parameter", "get-tuple-element", "bitcast"):
+                found.append(f"{i.name} holds {whole[dims]} [{dims}] whole")
+            once = computation == module.entry and dims not in _own(cache)
+            if dims in own and _copied(i) and not once:
+                found.append(f"{i.name} copies {own[dims]} [{dims}]")
     return list(dict.fromkeys(found))
+
+
+def relaid(module: hlo.Module, weights, cache) -> int:
+    """Bytes of weights of a device that are copied before the first step."""
+    own = _own(weights).keys() - _own(cache).keys()
+    return int(sum(
+        sum(hlo.shape_bytes(i.shape, hbm=True))
+        for i in module.computations[module.entry]
+        if _copied(i) and _first_dims(i) in own
+    ))  # fmt: skip
+
+
+def _copied(i: hlo.Instruction) -> bool:
+    """Whether `i` copies within HBM; to VMEM is how what is read gets there."""
+    to_vmem = re.match(r"\(*\w+\[[\d,]*\]\{[^}]*S\(1\)", i.shape)
+    return i.operation in ("copy", "copy-start", "transpose") and not to_vmem
+
+
+def _whole(weights) -> dict[str, str]:
+    """Shapes that no device should hold: of divided weights, all layers or one."""
+    found = {}
+    for name, leaf, shard in _matrices(weights):
+        if shard != leaf.shape:
+            for shape in _of_layers(leaf.shape):
+                found[_dims(shape)] = name
+    return found
+
+
+def _own(tree) -> dict[str, str]:
+    """Shapes of a device's shards, of all layers or one."""
+    return {_dims(shape): name for name, _, shard in _matrices(tree) for shape in _of_layers(shard)}
+
+
+def _matrices(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if len(leaf.shape) > 1:
+            yield sharding.path_name(path), leaf, leaf.sharding.shard_shape(leaf.shape)
+
+
+def _of_layers(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """`shape`, and of what is stacked over layers that of one."""
+    return [shape, (1, *shape[1:]), shape[1:]] if len(shape) > 2 else [shape]
+
+
+def _first_dims(i: hlo.Instruction) -> str:
+    """The dimensions of the first array that an instruction gives."""
+    found = re.match(r"\(*\w+\[([\d,]+)\]", i.shape)
+    return found[1] if found else ""
 
 
 def _dims(shape) -> str:
@@ -419,7 +476,8 @@ def _column(of: Decoding) -> dict[str, str]:
         "  interconnect, waited for": f"{1e3 * step.interconnect:.3f}",
         "  limit of HBM": f"{1e3 * of.limit:.3f}",
         "  over that limit": f"{of.ratio:.2f}",
-        "  with the compiler's floors": f"{of.floored / of.limit:.2f}",
+        "    by traffic alone, by the compiler": f"{of.least / of.limit:.2f}, "
+        f"{of.most / of.limit:.2f}",
         "ms a fill of prompts": f"{1e3 * fill.seconds:.2f}",
         "  binds": fill.binding,
         "prefill tokens/s": f"{of.prefilled:,.0f}",
