@@ -56,6 +56,7 @@ AXIS_RULES = {
     "length": "context",
     "positions": ("context", "tensor"),  # the length of activations between blocks
     "tensor": "tensor",
+    "residual": "context",  # of a decoding step, whose rows are not divided so
     "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",

@@ -29,6 +29,11 @@ class Shape:
         """Of keys and values in bfloat16."""
         return 2 * 2 * self.kv_heads * self.page * 128
 
+    @property
+    def public_pages(self) -> int:
+        """Of a block of the public kernel: 1 MiB."""
+        return min(2**20 // self.page_bytes, self.table)
+
 
 def ours(rows: int, heads: int, kv_heads: int, page: int, table: int):
     """The jitted kernel and its abstract arguments."""
@@ -55,7 +60,7 @@ def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
     It reads a cache [pages, page, 2K, H] of one layer, and writes nothing."""
     from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 
-    at_once = min(2**20 // (512 * kv_heads * page), table)
+    at_once = Shape(rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=table).public_pages
 
     def run(q, pages, lengths, table, starts, count):
         return ragged_paged_attention.ragged_paged_attention(
@@ -125,14 +130,21 @@ def traffic(chip: str, shape: Shape, *, seen: int) -> float:
     return moved / chips.CHIPS[chip].bandwidth
 
 
-def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
-    """Of all rows with `seen` positions each: the longer of cycles and traffic."""
+def cycle_seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int, ours: bool) -> float:
+    """Seconds of all rows with `seen` positions each by cycles alone, of our kernel or the public
+    one, whose rows go one by one and whose blocks start all their pages."""
     hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
-    rows = -(-shape.rows // hardware.cores)
+    rows = -(-shape.rows // hardware.cores) if ours else shape.rows
     block = kernel.fit(
         rows=rows, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
         table=shape.table, itemsize=2,
     )  # fmt: skip
-    each = cycles.block * -(-live // block.pages) + cycles.page * live * block.rows + cycles.row
-    counted = each * rows / block.rows / hardware.clock
+    together, pages = (block.rows, block.pages) if ours else (1, shape.public_pages)
+    each = cycles.block * -(-live // pages) + cycles.page * live * together + cycles.row
+    return each * rows / together / hardware.clock
+
+
+def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
+    """Of our kernel, for all rows with `seen` positions each: the longer of cycles and traffic."""
+    counted = cycle_seconds(chip, shape, cycles, seen=seen, ours=True)
     return max(counted, traffic(chip, shape, seen=seen))
