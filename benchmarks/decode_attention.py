@@ -15,7 +15,7 @@ import json
 from tulu_jax.planning.cycles import decode_cycles, schedule
 
 SHAPES = {
-    "7B": decode_cycles.Shape(rows=64, heads=4, kv_heads=4, page=64, table=32),
+    "7B": decode_cycles.Shape(rows=64, heads=4, kv_heads=4, page=128, table=16),
     "70B": decode_cycles.Shape(rows=64, heads=8, kv_heads=1, page=128, table=16),
 }
 KERNELS = {"ours": decode_cycles.TARGET, "public": decode_cycles.PUBLIC}

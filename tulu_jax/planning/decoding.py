@@ -365,6 +365,7 @@ def faults(module: hlo.Module, mesh: dict[str, int], weights, cache) -> list[str
     step weights may be laid out otherwise (`relaid`)."""
     found, axes, whole = [], cost.mesh_axes(mesh), _whole(weights)
     own = _own(weights) | _own(cache)
+    whole = {dims: name for dims, name in whole.items() if dims not in own}  # as another's shard
     for computation, body in module.computations.items():
         for i in body:
             size, dims = sum(hlo.shape_bytes(i.shape)), _first_dims(i)

@@ -84,12 +84,13 @@ def request(shape: Shape, target: str = TARGET) -> schedule.Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cycles:
-    """Of a block of pages of the rows that go side by side, of a page of one of them, and of those
-    rows besides."""
+    """Of a block of pages of the rows that go side by side, of a page of one of them, of those rows
+    besides, and of a whole call besides."""
 
     block: float
     page: float
     row: float
+    call: float
 
 
 def counted(program: schedule.Kernel) -> Cycles:
@@ -98,7 +99,7 @@ def counted(program: schedule.Kernel) -> Cycles:
     The innermost loop with products runs for every block; the loops in it start or await a page. A
     branch is counted whenever its loop runs, which is too often for what ends a row.
     """
-    found = {"block": 0.0, "page": 0.0, "row": 0.0}
+    found = {"block": 0.0, "page": 0.0, "row": 0.0, "call": 0.0}
 
     def multiplies(block):
         return any(one.slots.get("MXU") for one in block.walk())
@@ -109,14 +110,15 @@ def counted(program: schedule.Kernel) -> Cycles:
             if role == "block":
                 copied.append(sum(one.own for one in block.walk()))
                 return
-            if multiplies(block) and not any(map(multiplies, loops)):
-                role = "block"
+            deeper = sum(map(multiplies, loops))
+            if multiplies(block):
+                role = ("block", "row")[deeper] if deeper < 2 else "call"
         found[role] += block.own
         for child in block.children:
             visit(child, role)
 
     copied: list[int] = []
-    visit(program.whole, "row")
+    visit(program.whole, "call")
     # Loops over four pages and over single ones, of every row; starting and awaiting.
     whole = copied[::2]
     rows = max(1, len(whole) // 2)
@@ -141,7 +143,7 @@ def cycle_seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int, ours: b
     )  # fmt: skip
     together, pages = (block.rows, block.pages) if ours else (1, shape.public_pages)
     each = cycles.block * -(-live // pages) + cycles.page * live * together + cycles.row
-    return each * rows / together / hardware.clock
+    return (each * rows / together + cycles.call) / hardware.clock
 
 
 def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
