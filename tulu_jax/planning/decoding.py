@@ -25,13 +25,14 @@ from tulu_jax.models import paged_attention
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding, slices
 from tulu_jax.planning import aot, cost, hlo
+from tulu_jax.planning.cycles import decode_cycles
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 STEPS = 16  # of a program, as the decoder has them
 SPARE = 0.1  # of HBM that is left beside weights and cache for temporaries
 MOST_ROWS = 256  # at once
-START = 2e-6  # seconds of a call of the attention kernel before anything has come from HBM
+START = 2e-6  # seconds in which the first pages of a call of the attention kernel come
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,14 +335,21 @@ def scaled(of: cost.Cost, by: float) -> cost.Cost:
 
 
 def _attention_seconds(name, text, *, config, topology, mesh, rows, page, live):
-    """Of a call of the decode kernel: live pages from HBM, which takes longer than its counted
-    cycles (docs/decoding.md); None for another kernel."""
+    """Of a call of the decode kernel by a device's `rows`, which see `live` positions each: counted
+    cycles or the traffic of live pages; None for another kernel, or where nobody counted."""
     del text
-    if not name.startswith(decode_attention.NAME):
+    if not name.startswith(decode_attention.NAME) or topology.chip not in decode_cycles.COUNTED:
         return None
-    layers = config.model.num_layers
-    moved = rows * -(-live // page) * _page_bytes(config, mesh, page) / layers
-    return "attention", moved / topology.hardware.bandwidth + START
+    tensor, model = mesh.shape["tensor"], config.model
+    shape = decode_cycles.Shape(
+        rows=rows,
+        heads=model.num_heads // tensor,
+        kv_heads=model.num_kv_heads // tensor,
+        page=page,
+        table=-(-live // page),
+    )
+    cycles = decode_cycles.COUNTED[topology.chip]
+    return "attention", START + decode_cycles.seconds(topology.chip, shape, cycles, seen=live)
 
 
 def _prompt_seconds(name, text, *, config, topology, length, prompts, prompt_length):
