@@ -105,11 +105,11 @@ class Generator:
         **sampling,
     ):
         self.config = config
+        self.step = None if initial else saved_step(config, step)
         with validation.reading():
             self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
         stop_ids = (self.tokenizer.eos_id, *sampling.pop("stop_ids", ()))
         self.sampling = Sampling(stop_ids=stop_ids, **sampling)
-        self.step = None if initial else saved_step(config, step)
         self.mesh, self.params = load(config, step=self.step)
         paged = {}
         if jax.default_backend() == "tpu":
