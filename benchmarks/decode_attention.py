@@ -12,13 +12,40 @@ import argparse
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention
+
 from tulu_jax.planning.cycles import decode_cycles, schedule
 
 SHAPES = {
     "7B": decode_cycles.Shape(rows=64, heads=4, kv_heads=4, page=128, table=16),
     "70B": decode_cycles.Shape(rows=64, heads=8, kv_heads=1, page=128, table=16),
 }
-KERNELS = {"ours": decode_cycles.TARGET, "public": decode_cycles.PUBLIC}
+KERNELS = {"ours": decode_cycles.TARGET, "public": f"{__file__}:public"}
+
+
+def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
+    """jax's ragged paged attention on the same rows, one query each, with 1 MiB of pages a block.
+    It reads a cache [pages, page, 2K, H] of one layer, and writes nothing."""
+    at_once = decode_cycles.Shape(
+        rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=table
+    ).public_pages
+
+    def run(q, pages, lengths, table, starts, count):
+        return ragged_paged_attention.ragged_paged_attention(
+            q, pages, lengths, table, starts, count,
+            num_kv_pages_per_block=at_once, num_queries_per_block=min(rows, 8),
+        )  # fmt: skip
+
+    def of(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return jax.jit(run), (
+        of(rows, heads, 128, dtype=jnp.bfloat16),
+        of(rows * table + 1, page, 2 * kv_heads, 128, dtype=jnp.bfloat16),
+        of(rows), of(rows, table), of(rows + 1), of(1),
+    )  # fmt: skip
 
 
 def main():
