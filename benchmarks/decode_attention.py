@@ -35,7 +35,7 @@ def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
     def run(q, pages, lengths, table, starts, count):
         return ragged_paged_attention.ragged_paged_attention(
             q, pages, lengths, table, starts, count,
-            num_kv_pages_per_block=at_once, num_queries_per_block=min(rows, 8),
+            num_kv_pages_per_block=shape.public_pages, num_queries_per_block=min(rows, 8),
         )  # fmt: skip
 
     def of(*shape, dtype=jnp.int32):
