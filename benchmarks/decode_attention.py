@@ -28,9 +28,7 @@ KERNELS = {"ours": decode_cycles.TARGET, "public": f"{__file__}:public"}
 def public(rows: int, heads: int, kv_heads: int, page: int, table: int):
     """jax's ragged paged attention on the same rows, one query each, with 1 MiB of pages a block.
     It reads a cache [pages, page, 2K, H] of one layer, and writes nothing."""
-    at_once = decode_cycles.Shape(
-        rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=table
-    ).public_pages
+    shape = decode_cycles.Shape(rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=table)
 
     def run(q, pages, lengths, table, starts, count):
         return ragged_paged_attention.ragged_paged_attention(
