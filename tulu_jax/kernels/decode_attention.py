@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from tulu_jax.kernels import target
 
 NAME = "decode_attention"
+COMPILED = ("v4", "v5e", "v5p", "v6e")  # for which the compiler took it
 LANES, SUBLANES = 128, 8
 WRITTEN = 16  # positions that are written to HBM with a new one: a tile of bfloat16
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -51,9 +52,10 @@ def page_for(kv_heads: int) -> int:
     return 128 if kv_heads <= 4 else 64
 
 
-def takes(*, page: int, head_dim: int) -> bool:
-    """Whether the kernel goes for pages of `page` positions of `head_dim` numbers."""
-    return page % WRITTEN == 0 and head_dim % LANES == 0
+def takes(chip: str | None, *, page: int, head_dim: int) -> bool:
+    """Whether the kernel goes on a generation of TPU for pages of `page` positions of `head_dim`
+    numbers."""
+    return chip in COMPILED and page % WRITTEN == 0 and head_dim % LANES == 0
 
 
 def fit(

@@ -76,7 +76,8 @@ def attend(
 
 def _attend(q, k, v, cache, layer, table, positions, active):
     page, head_dim = cache["k"].shape[3:]
-    if target.platform() == "tpu" and decode_attention.takes(page=page, head_dim=head_dim):
+    on_tpu = target.platform() == "tpu"
+    if on_tpu and decode_attention.takes(target.chip(), page=page, head_dim=head_dim):
         seen = jnp.where(active != 0, positions + 1, 0)
         out, cache = decode_attention.decode_attention(
             q[:, 0], k[:, 0], v[:, 0], cache, layer, table=table, seen=seen, interpret=False

@@ -421,7 +421,7 @@ def _own(tree) -> dict[str, str]:
 
 def _matrices(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if len(leaf.shape) > 1:
+        if len(leaf.shape) > 1 and path[-1].key != "scale":
             yield sharding.path_name(path), leaf, leaf.sharding.shard_shape(leaf.shape)
 
 
