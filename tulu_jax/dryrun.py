@@ -6,6 +6,10 @@ not fit; the last lines say what to change. `--topologies=A,B,...` compares slic
 run's mesh where that fills it, else with the one that the planner's estimate prefers; `--plan`
 searches the mesh, the micro-batch, rematerialisation, the optimizer's dtype and attention's blocks
 for one slice and writes what wins as DIR/slice.gin. `docs/pods.md` tells how the time is estimated.
+
+`--decode --prompts=64 --prompt_length=1024 --new_tokens=256` compiles the decoder's programs in
+place of the train step: prefill and decode tokens/s, HBM, and how far a step is from what HBM
+allows (`docs/decoding.md`).
 """
 
 import sys
@@ -26,11 +30,16 @@ _OUT = flags.DEFINE_string("out", None, "Folder of dryrun.json and .png. Default
 _WHOLE_ROWS = flags.DEFINE_bool(
     "whole_rows", False, "Price attention as though each row were one document, as pre-training."
 )
+_DECODE = flags.DEFINE_bool("decode", False, "Compile generation, not training.")
+_PROMPTS = flags.DEFINE_integer("prompts", 64, "With --decode: prompts.")
+_PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 1024, "With --decode: ids of each.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 256, "With --decode: ids after each.")
 
 
 def main(config: TrainConfig) -> None:
     from tulu_jax.planning import plan, render, rows, topology
 
+    asked = _asked(config) if _DECODE.value else None
     held = rows.WHOLE if _WHOLE_ROWS.value else None
     out = epath.Path(validation.expanded(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}"))
     names = _TOPOLOGIES.value or [_TOPOLOGY.value or config.mesh.topology]
@@ -39,6 +48,9 @@ def main(config: TrainConfig) -> None:
             "this config names no topology; give --topology, e.g. --topology=v5p:4x8x8"
         )
     slices = [topology.parse(name) for name in names]
+    if asked is not None:
+        _decode(config, slices, asked, out)
+        return
     out.mkdir(parents=True, exist_ok=True)
     if _PLAN.value:
         results = plan.search(config, slices[0], compiles=_COMPILES.value, out=out)
@@ -53,6 +65,55 @@ def main(config: TrainConfig) -> None:
     if results[0].step:
         atomic.write_text(out / "step.hlo.txt", results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)
+    if not any(result.fits for result in results):
+        sys.exit(1)
+
+
+def _asked(config: TrainConfig):
+    """What --decode is to price. Raises `UsageError` for what no decoder takes."""
+    from tulu_jax.planning import decoding
+
+    given = {
+        "prompts": _PROMPTS,
+        "prompt_length": _PROMPT_LENGTH,
+        "new_tokens": _NEW_TOKENS,
+    }
+    sizes = {name: flag.value for name, flag in given.items()}
+    problems = [
+        f"--{name}={size}: expected a positive number" for name, size in sizes.items() if size < 1
+    ]
+    if _PLAN.value:
+        problems.append("--plan and --decode: expected one of them; --decode chooses its mesh")
+    asked, most = decoding.Asked(**sizes), config.model.max_positions
+    if asked.length > most:
+        problems.append(
+            f"--prompt_length={asked.prompt_length} and --new_tokens={asked.new_tokens} are longer "
+            f"than the model's {most:,} positions; expected at most that together"
+        )
+    cli.stop_if(problems)
+    return asked
+
+
+def _decode(config: TrainConfig, slices, asked, out: epath.Path) -> None:
+    from tulu_jax.planning import aot, decoding
+
+    for one in slices:  # before anything is compiled
+        decoding.mesh_of(config, one)
+    results, refused = [], []
+    for one in slices:
+        try:
+            results.append(decoding.price(config, one, asked))
+        except aot.DoesNotFit as error:
+            refused.append(f"{one.name} does not fit: {error}")
+    out.mkdir(parents=True, exist_ok=True)
+    if results:
+        print(decoding.table(results))
+        for name, text in results[0].texts.items():
+            atomic.write_text(out / f"{name}.hlo.txt", text)
+    print("\n".join(refused), end="\n" if refused else "")
+    found = strict_json.dumps([r.as_dict() for r in results], indent=1)
+    atomic.write_text(out / "decode.json", found)
+    logging.info("Wrote %s/decode.json", out)
     if not any(result.fits for result in results):
         sys.exit(1)
 

@@ -13,7 +13,7 @@ from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.models import llama
+from tulu_jax.models import llama, paged_attention
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
@@ -35,7 +35,8 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
     that training starts from. Raises `UsageError` if there is no such checkpoint, or if its adapter
     or its base is another than that of `config`."""
-    mesh = mesh_lib.make(slices.anywhere(jax.device_count(), config.axis_sizes))
+    laid = slices.resident if jax.default_backend() == "tpu" else slices.anywhere
+    mesh = mesh_lib.make(laid(jax.device_count(), config.axis_sizes))
     with jax.set_mesh(mesh):
         if step is None:
             base = base_lib.initial_params(config, mesh)
@@ -110,7 +111,11 @@ class Generator:
         stop_ids = (self.tokenizer.eos_id, *sampling.pop("stop_ids", ()))
         self.sampling = Sampling(stop_ids=stop_ids, **sampling)
         self.mesh, self.params = load(config, step=self.step)
-        self.decoder = decoder_lib.Decoder(config.model, config.execution)
+        paged = {}
+        if jax.default_backend() == "tpu":
+            tensor = self.mesh.shape["tensor"]
+            paged["page"] = paged_attention.page_for(config.model, tensor=tensor)
+        self.decoder = decoder_lib.Decoder(config.model, config.execution, **paged)
         self.key = jax.random.key(seed)
 
     def replies(

@@ -117,7 +117,7 @@ class Decoder:
         rows = score_rows.lay_out(prompts, continuations, length=length)
         rows.sort(key=lambda row: -row.length)  # a batch is as long as its longest
         params = programs.in_compute_dtype(params, self.execution)
-        ways, found = self.parts, []
+        ways, found = _ways("batch"), []
         places, entries = score_rows.sizes(rows)
         for first in range(0, len(rows), ways):
             batch = score_rows.batch(
@@ -133,15 +133,13 @@ class Decoder:
 
     @property
     def parts(self) -> int:
-        """Into how many parts the ambient mesh divides rows."""
-        mesh = jax.sharding.get_abstract_mesh().shape
-        return math.prod(mesh.get(axis, 1) for axis in sharding.AXIS_RULES["batch"])
+        """Into how many parts the ambient mesh divides rows and their pages."""
+        return _ways("rows")
 
     def bucket(self, length: int) -> int:
         """The length of the packed row that `length` positions are computed in: whole pages that
         the mesh divides, few of them different."""
-        mesh = jax.sharding.get_abstract_mesh().shape
-        ways = math.prod(mesh.get(axis, 1) for axis in sharding.AXIS_RULES["positions"])
+        ways = _ways("positions")
         unit = math.lcm(self.page, ways)
         return unit * programs.rounded(-(-length // unit))
 
@@ -226,3 +224,9 @@ class Decoder:
                 f"{self.max_length:,} positions"
             )
         return problems
+
+
+def _ways(axis: str) -> int:
+    """Into how many parts the ambient mesh divides `axis`."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    return math.prod(mesh.get(name, 1) for name in sharding.AXIS_RULES[axis])

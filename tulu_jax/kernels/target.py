@@ -23,3 +23,9 @@ def device_kind() -> str:
 def chip() -> str | None:
     """The generation of a TPU, e.g. 'v5p'; None for every other device."""
     return chips.name(device_kind())
+
+
+def cores() -> int:
+    """Cores of the device that share a kernel's work."""
+    found = chip()
+    return 1 if found is None else chips.CHIPS[found].cores

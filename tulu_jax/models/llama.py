@@ -85,19 +85,25 @@ class Trunk(nnx.Module):
         return self.norm(x), kept
 
     def step(self, tokens, positions, cache: Cache, attend: Attend):
-        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache."""
+        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache.
+
+        Every device multiplies its part of each weight, where that lies: the residual is divided
+        as weights are over `context`, and what attention has seen is whole there.
+        """
         x = self.embed_tokens(tokens, jnp.dtype(self.execution.compute_dtype))
         angles = self.angles(positions)
 
         def body(carry, layer):
             x, cache = carry
             block, number = layer
-            return block(
-                x,
-                angles=angles,
-                attend=lambda q, k, v: attend(q, k, v, cache, number),
-                row_parts=1,
-            ), None
+
+            def see(q, k, v):
+                seen, after = attend(q, k, v, cache, number)
+                return sharding.constrain(seen, "batch", None, "heads", None), after
+
+            x = sharding.constrain(x, "batch", None, "residual")
+            x, cache = block(x, angles=angles, attend=see, row_parts=1)
+            return (sharding.constrain(x, "batch", None, "residual"), cache), None
 
         numbered = (self.layers, jnp.arange(self.config.num_layers))
         (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)

@@ -1,9 +1,9 @@
 """Attention of a decoding step over a cache in pages.
 
 A cache is `k` and `v`, [L, pages, K, page, H] each. A row has a table of the pages that hold its
-positions, in order; rows may share pages. On a mesh the devices along `data` and `fsdp` hold their
-own part of rows and pages, a table counts the pages of its part, and `tensor` divides K. Page 0 of
-each part is nobody's: rows that have ended write there.
+positions, in order; rows may share pages. On a mesh the devices along `data`, `fsdp` and
+`context` hold their own part of rows and pages, a table counts the pages of its part, and `tensor`
+divides K. Page 0 of each part is nobody's: rows that have ended write there.
 
 Pages are looked at one after the other with a running maximum (Milakov & Gimelshein 2018). A page
 that a row does not have adds exact zeros to what the row saw, so that the bits of a row depend
@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tulu_jax.kernels import target
+from tulu_jax.kernels import decode_attention, target
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
 
 NOBODYS = 0  # page
-AXES = ("layers", "batch", "kv_heads", None, None)
+AXES = ("layers", "rows", "kv_heads", None, None)
 
 Cache = dict[str, jax.Array]
 
@@ -31,6 +31,11 @@ def empty_cache(config: LlamaConfig, *, pages: int, page: int, dtype: str) -> Ca
     """Zeros [L, pages, K, page, H]; `pages` are those of all devices together."""
     shape = (config.num_layers, pages, config.num_kv_heads, page, config.head_dim)
     return {name: sharding.constrain(jnp.zeros(shape, dtype), *AXES) for name in ("k", "v")}
+
+
+def page_for(config: LlamaConfig, *, tensor: int) -> int:
+    """Positions of a page that suit TPUs with the heads divided over `tensor`."""
+    return decode_attention.page_for(max(1, config.num_kv_heads // tensor))
 
 
 def for_prompts(execution: ExecutionConfig) -> ExecutionConfig:
@@ -55,22 +60,29 @@ def attend(
     """What the query of each row sees of its positions up to its own, and the cache with `k` and
     `v` [B, 1, K, H] at `positions`; rows that are not `active` see zeros or anything.
 
-    A kernel may take its place: it is given the whole cache, and must read of it what the tables
-    name up to `positions`.
+    On TPUs a kernel does it, which reads what the tables name up to `positions`
+    (`kernels/decode_attention.py`), for heads of whole lanes in pages of whole tiles.
     """
-    rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", None)
-    kv_heads, cached = sharding.spec("batch", None, "kv_heads", None), sharding.spec(*AXES)
+    rows, heads = sharding.spec("rows"), sharding.spec("rows", None, "heads", None)
+    kv_heads, cached = sharding.spec("rows", None, "kv_heads", None), sharding.spec(*AXES)
     cached = {"k": cached, "v": cached}
     run = sharding.per_device(
         _attend,
-        (heads, kv_heads, kv_heads, cached, jax.P(), sharding.spec("batch", None), rows, rows),
+        (heads, kv_heads, kv_heads, cached, jax.P(), sharding.spec("rows", None), rows, rows),
         (heads, cached),
     )
     return run(q, k, v, cache, layer, table, positions, active)
 
 
 def _attend(q, k, v, cache, layer, table, positions, active):
-    page = cache["k"].shape[3]
+    page, head_dim = cache["k"].shape[3:]
+    on_tpu = target.platform() == "tpu"
+    if on_tpu and decode_attention.takes(target.chip(), page=page, head_dim=head_dim):
+        seen = jnp.where(active != 0, positions + 1, 0)
+        out, cache = decode_attention.decode_attention(
+            q[:, 0], k[:, 0], v[:, 0], cache, layer, table=table, seen=seen, interpret=False
+        )
+        return out.astype(q.dtype)[:, None], cache
     place = jnp.take_along_axis(table, (positions // page)[:, None], axis=1)[:, 0]
     place = jnp.where(active != 0, place, NOBODYS)
     cache = {
@@ -139,8 +151,8 @@ def filled(cache: Cache, rows: Cache, taken: Int[Array, "T"], places: Int[Array,
 
     On a mesh both count those of a device's part, and these lists are divided as rows are.
     """
-    rows_spec = sharding.spec("layers", "batch", None, "kv_heads", None)
-    listed, cached = sharding.spec("batch"), sharding.spec(*AXES)
+    rows_spec = sharding.spec("layers", "rows", None, "kv_heads", None)
+    listed, cached = sharding.spec("rows"), sharding.spec(*AXES)
     cached = {"k": cached, "v": cached}
 
     def local(cache, rows, taken, places):
@@ -159,7 +171,7 @@ def filled(cache: Cache, rows: Cache, taken: Int[Array, "T"], places: Int[Array,
 
 def copied(cache: Cache, taken: Int[Array, "T"], places: Int[Array, "T"]) -> Cache:
     """The cache with a copy of page `taken[i]` at page `places[i]`, counted as `filled` does."""
-    listed, cached = sharding.spec("batch"), sharding.spec(*AXES)
+    listed, cached = sharding.spec("rows"), sharding.spec(*AXES)
     cached = {"k": cached, "v": cached}
 
     def local(cache, taken, places):

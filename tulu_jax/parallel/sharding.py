@@ -52,9 +52,11 @@ PARAM_AXES = (
 
 AXIS_RULES = {
     "batch": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "context"),  # of a decoder's cache, and what its attention sees
     "length": "context",
     "positions": ("context", "tensor"),  # the length of activations between blocks
     "tensor": "tensor",
+    "residual": "context",  # of a decoding step, whose rows are not divided so
     "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",

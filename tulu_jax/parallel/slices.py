@@ -148,6 +148,23 @@ def anywhere(num_devices: int, sizes: Mapping[str, int]) -> MeshConfig:
     return MeshConfig(**found)
 
 
+def resident(num_devices: int, sizes: Mapping[str, int]) -> MeshConfig:
+    """The mesh of `num_devices` on which a decoder's weights stay where they are: each device
+    multiplies its part of every weight, and only activations move.
+
+    `tensor` is the most that divides heads and the MLP; `context` the rest, over which the residual
+    is divided. Sizes as those of `anywhere`; raises `UsageError` where they do not divide.
+    """
+    for tensor in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
+        axes = dict(data=1, fsdp=1, context=num_devices // tensor, tensor=tensor)
+        if all(size % sharding.shards(axis, axes)[1] == 0 for axis, size in sizes.items()):
+            return MeshConfig(**axes)
+    raise validation.UsageError(
+        f"{num_devices} devices cannot hold the weights of sizes {dict(sizes)} in equal parts; "
+        "expected a number of devices that divides them"
+    )
+
+
 def _divided(num_devices: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
     """The axes of `anywhere`, or None."""
     divisors = [n for n in range(num_devices, 0, -1) if num_devices % n == 0]

@@ -108,15 +108,7 @@ def compile_step(
         ).trace(state, frozen, batch)
         executed = flops(traced.jaxpr.jaxpr)
         lowered = traced.lower(lowering_platforms=("tpu",))
-        options = compiler.options(devices[0].device_kind)
-        place = f"{topology.name} {topology.hardware.options} {list(mesh.devices.flat)}"
-        make = functools.partial(_make, lowered, options)
-        try:
-            made = compiled.kept(make, lowered, place=place, options=options)
-        except Exception as error:  # jax has no type for it
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFit(_out_of_memory(str(error))) from error
+        made = compiled_for(lowered, topology, mesh, compiler.options(devices[0].device_kind))
     seconds = time.perf_counter() - start
     text = made["hlo"]
     module = hlo.parse(text)
@@ -147,6 +139,21 @@ def compile_step(
         faults=faults(module, dict(mesh.shape), _divided(config, mesh, state)),
         text=text,
     )
+
+
+def compiled_for(
+    lowered, topology: Topology, mesh: jax.sharding.Mesh, options: dict[str, str]
+) -> dict[str, Any]:
+    """What `_make` gives of a lowered program, or gave of it before. Raises `DoesNotFit` where the
+    compiler finds no room."""
+    place = f"{topology.name} {topology.hardware.options} {list(mesh.devices.flat)}"
+    make = functools.partial(_make, lowered, options)
+    try:
+        return compiled.kept(make, lowered, place=place, options=options)
+    except Exception as error:  # jax has no type for it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_out_of_memory(str(error))) from error
 
 
 def _make(lowered, options: dict[str, str]) -> dict[str, Any]:
@@ -300,7 +307,8 @@ def flops(jaxpr) -> float:
     return total
 
 
-def _bytes_per_device(tree) -> int:
+def bytes_per_device(tree) -> int:
+    """Bytes of one device's shards of abstract arrays that are placed."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -308,14 +316,14 @@ def _bytes_per_device(tree) -> int:
 
 
 def _memory(config, state, frozen, module, made: dict[str, Any], topology: Topology) -> Memory:
-    params = _bytes_per_device(state.params)
+    params = bytes_per_device(state.params)
     layers = config.model.num_layers
     dtypes = config.param_dtype if config.micro_batches == 1 else "float32"
     gradients = params * jnp.dtype(dtypes).itemsize // jnp.dtype(config.param_dtype).itemsize
     return Memory(
         params=params,
-        frozen=_bytes_per_device(frozen),
-        moments=_bytes_per_device(state.opt_state),
+        frozen=bytes_per_device(frozen),
+        moments=bytes_per_device(state.opt_state),
         gradients=gradients,
         kept=_kept(module, layers, state.params),
         temporaries=made["temporaries"],

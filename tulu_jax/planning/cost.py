@@ -20,6 +20,7 @@ from tulu_jax.planning import hlo
 from tulu_jax.planning.topology import Topology
 
 LATENCY = 1e-6  # seconds of a hop
+FLAG = 64  # bytes: what is no larger in a copy's shape is its semaphore
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -119,7 +120,12 @@ class Estimator:
 
     `kernel_seconds` gives, of one call of the Mosaic kernel of a name and text, what it is
     ("attention" or "matrix") and its time, or None if that is not known; `dynamic_trips` is how
-    often a loop runs whose count depends on data.
+    often a loop runs whose count depends on data. Of a conditional the longer branch counts, with
+    `shorter` the other: greedy decoding takes the one that draws nothing. With `prefetches` what a
+    program copies beside its compute into VMEM takes the time of its traffic, as if nothing were
+    beside it: where HBM binds that is so. `believed` says of what the compiler's own estimate of
+    cycles counts where it is longer than the traffic: of "products", of "all" (for the smallest
+    operation it is more than a microsecond), or of "none".
     """
 
     module: hlo.Module
@@ -128,6 +134,9 @@ class Estimator:
     axes: Callable[[Sequence[int]], str]
     kernel_seconds: Callable[[str, str], tuple[str, float] | None]
     dynamic_trips: float
+    shorter: bool = False
+    prefetches: bool = False
+    believed: str = "products"
 
     def __post_init__(self):
         self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
@@ -187,7 +196,7 @@ class Estimator:
         branches = [
             (
                 any(i.operation == "custom-call" for i in self.module.computations[name]),
-                -len(self.module.computations[name]),
+                len(self.module.computations[name]) * (1 if self.shorter else -1),
                 name,
             )
             for name in conditional.called
@@ -240,6 +249,13 @@ class Estimator:
                 self.cost.attention += seconds * times
             self.cost.top.append((seconds * times, times, i.name, f"{kind} kernel"))
             return seconds
+        if self.prefetches and i.operation in ("copy-start", "slice-start", "async-start"):
+            # The shape holds what is copied, and beside it what it is of: that, or more.
+            sizes = [size for size in hlo.shape_bytes(i.shape) if size > FLAG]
+            seconds = min(sizes, default=0.0) / hardware.bandwidth
+            self.cost.memory += seconds * times
+            self.cost.top.append((seconds * times, times, i.name, "memory, fetched ahead"))
+            return seconds
         cycles = i.cycles
         if not cycles:
             return 0.0
@@ -247,7 +263,9 @@ class Estimator:
         product = i.operation in ("dot", "convolution") or any(
             inner.operation in ("dot", "convolution") for inner in self.module.inside(i)
         )
-        if product and cycles / hardware.clock > traffic:
+        if self.believed == "all" and not product:
+            traffic = max(traffic, cycles / hardware.clock)
+        if product and self.believed != "none" and cycles / hardware.clock > traffic:
             self.cost.matrix += cycles / hardware.clock * times
             seconds, kind = cycles / hardware.clock, "matrix product"
         else:

@@ -8,6 +8,7 @@ around it is the bytes it moves over the bandwidth. Both are lower bounds: waits
 HBM inside kernels, bank conflicts, and throttling are not in them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -23,6 +24,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tulu_jax import chips
 from tulu_jax.planning import compiled
 
@@ -35,10 +38,12 @@ PASSES = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """`target` is 'path/to/file.py:function'; the function is called with `arguments` and gives a
-    jitted function and its abstract arguments."""
+    jitted function and its abstract arguments. With `meshed` it is lowered under a mesh of the one
+    device, which is how a kernel that asks what it is lowered for learns it."""
 
     target: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    meshed: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -323,14 +328,19 @@ def _child() -> None:
         options["num_slices"] = 1
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     dumps.mkdir()
     for number, request in enumerate(task["requests"]):
         try:
             function, arguments = _load(request["target"])(**request["arguments"])
+            meshed = request["meshed"]
+            one = jax.NamedSharding(mesh, jax.P()) if meshed else place
             arguments = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+                lambda x, one=one: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments
             )
-            lowered = function.lower(*arguments)
+            with jax.set_mesh(mesh) if meshed else contextlib.nullcontext():
+                traced = function.trace(*arguments)
+                lowered = traced.lower(lowering_platforms=("tpu",)) if meshed else traced.lower()
             make = functools.partial(_make, lowered, dumps)
             where = f"{name} {options}"
             result = compiled.kept(make, lowered, place=where, options={}) | {"error": None}

@@ -1,0 +1,145 @@
+"""`python -m tulu_jax.dryrun --decode` as typed: the real compiler, a small model, no TPU."""
+
+import importlib.util
+import json
+
+import commands
+import jax
+import jax.numpy as jnp
+import pytest
+from absent_slices import folder
+
+from tulu_jax.planning import compiled, decoding, hlo
+from tulu_jax.planning.cycles import decode_cycles, schedule
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
+)
+
+# Heads as the kernel takes them; two key/value heads on four chips leave an axis for the residual.
+SMALL = """from __gin__ import dynamic_registration
+from tulu_jax.models import config
+include 'tulu_tiny_sft.gin'
+config.LlamaConfig.num_layers = 2
+config.LlamaConfig.embed_dim = 256
+config.LlamaConfig.num_heads = 4
+config.LlamaConfig.num_kv_heads = 2
+config.LlamaConfig.head_dim = 128
+config.ExecutionConfig.compute_dtype = 'bfloat16'
+"""
+ASKED = ("--decode", "--prompts=4", "--prompt_length=200", "--new_tokens=56")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("decoding") / "small.gin"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def priced(small):
+    out = small.parent / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compiled.FOLDER, str(folder()))
+        for name, value in schedule.ENVIRONMENT.items():
+            patch.setenv(name, value)
+        status = commands.run(
+            "dryrun", f"--gin_file={small}", "--topology=v5e:2x2", f"--out={out}", *ASKED
+        )
+    assert status == 0
+    return out
+
+
+def test_programs_are_compiled_and_priced(priced):
+    (result,) = json.loads((priced / "decode.json").read_text())
+    assert result["fits"] and result["rows"] == 4 and not result["faults"]
+    assert result["mesh"] == {"data": 1, "fsdp": 1, "context": 2, "tensor": 2}
+    assert result["step"]["attention"] > 0  # the kernel is there and known
+    readings = ("step_by_traffic", "step_by_compiler")
+    least, most = (result[name] for name in readings)
+    assert result["hbm_limit"] < least <= result["step"]["seconds"] < most
+    assert result["decode_tokens_per_second"] == pytest.approx(4 / result["step"]["seconds"])
+    text = (priced / "decode.hlo.txt").read_text()
+    assert "decode_attention" in text
+    # Of 2 rows 2 pages each and nobody's; 2 layers, 1 head a device, keys and values.
+    assert result["bytes"]["cache"] == 2 * 2 * 5 * 128 * 128 * 2
+
+
+def test_no_weight_moves(priced):
+    """What goes over the links in a step is activations, and nothing of a weight's size."""
+    module = hlo.parse((priced / "decode.hlo.txt").read_text())
+    moved = [
+        sum(hlo.shape_bytes(i.shape))
+        for body in module.computations.values()
+        for i in body
+        if i.collective
+    ]
+    assert moved and max(moved) <= 4 * 512 * 4  # logits of 4 rows
+
+
+def test_what_a_step_should_not_have_is_found():
+    devices = jax.sharding.AbstractMesh(
+        (1, 1, 1, 4), ("data", "fsdp", "context", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 4,
+    )  # fmt: skip
+
+    def placed(*shape, spec):
+        return jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=jax.NamedSharding(devices, jax.P(*spec))
+        )
+
+    weights = {"model": {"layers": {"w": placed(2, 64, 128, spec=(None, None, "tensor"))}}}
+    cache = {"k": placed(2, 9, 4, 16, 128, spec=(None, None, "tensor"))}
+    module = hlo.parse(
+        """ENTRY %main (p: bf16[2,64,32], c: bf16[2,9,1,16,128]) -> bf16[64,128] {
+  %p = bf16[2,64,32] parameter(0)
+  %c = bf16[2,9,1,16,128] parameter(1)
+  %moved = bf16[2,9,1,16,128] copy(%c)
+  %big = f32[4096,8192] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %whole = bf16[64,128] all-gather(%p), replica_groups={{0,1,2,3}}
+}
+"""
+    )
+    sizes = dict(zip(devices.axis_names, devices.axis_sizes, strict=True))
+    assert decoding.faults(module, sizes, weights, cache) == [
+        "moved copies k [2,9,1,16,128]",
+        "big moves 134 MB over tensor",
+        "whole holds model/layers/w [64,128] whole",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompts=0"], "--prompts=0: expected a positive number"),
+        (["--new_tokens=500"], "longer than the model's 512 positions"),
+        (["--plan"], "--decode chooses its mesh"),
+        (["--topology=v5e:3x5"], "15 devices cannot hold the weights"),
+    ],
+)
+def test_misuse_is_status_2(small, capsys, arguments, said):
+    command = (f"--gin_file={small}", "--topology=v5e:2x2", *ASKED, *arguments)
+    assert commands.run("dryrun", *command) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", decode_cycles.COUNTED)
+def test_the_kernel_takes_the_cycles_that_are_expected(chip):
+    """Llama 7B and 70B over 8 devices, on all cores of a device."""
+    shapes = [
+        decode_cycles.Shape(rows=64, heads=4, kv_heads=4, page=128, table=16),
+        decode_cycles.Shape(rows=64, heads=8, kv_heads=1, page=128, table=16),
+    ]
+    programs = schedule.compile_for(chip, [*map(decode_cycles.request, shapes)], timeout=1200)
+    for shape, program in zip(shapes, programs, strict=True):
+        assert program.error is None, program.error
+        (kernel,) = program.kernels.values()
+        assert not kernel.primary_core_only
+        of, counted = decode_cycles.COUNTED[chip], decode_cycles.counted(kernel)
+        found, expected = (
+            decode_cycles.cycle_seconds(chip, shape, cycles, seen=1152, ours=True)
+            for cycles in (counted, of)
+        )
+        assert found == pytest.approx(expected, rel=0.05)  # as registers fall
