@@ -217,6 +217,7 @@ def test_a_real_row_with_something_changed(shared_data, name):
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.example(texts=["a", f" {sharegpt.PAGE_MARKUP}", "b"], faithful=False, limit=90)
 @hypothesis.given(
     texts=st.lists(st.text(max_size=30), max_size=9),
     faithful=st.booleans(),
@@ -228,8 +229,10 @@ def test_every_turn_of_a_conversation_is_in_a_chunk_or_counted(texts, faithful, 
     parts = sharegpt.split({"conversations": turns}, limit=limit, count=len, faithful=faithful)
     kept = [m["content"] for part in parts if isinstance(part, dict) for m in part["messages"]]
     reasons = [part.reason for part in parts if isinstance(part, registry.Dropped)]
-    if len(texts) < 2:
-        assert reasons == ["fewer than two turns"]
+    marked = any(text.lstrip().startswith(sharegpt.PAGE_MARKUP) for text in texts)
+    if marked or len(texts) < 2:
+        assert reasons == ["markup of the shared page" if marked else "fewer than two turns"]
+        assert not kept
         return
     pairs = len(reasons) - reasons.count("odd last turn")
     assert len(kept) + 2 * pairs + reasons.count("odd last turn") == len(texts)
