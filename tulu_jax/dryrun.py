@@ -9,7 +9,7 @@ for one slice and writes what wins as DIR/slice.gin. `docs/pods.md` tells how th
 
 `--decode --prompts=64 --prompt_length=1024 --new_tokens=256` compiles the decoder's programs in
 place of the train step: prefill and decode tokens/s, HBM, and how far a step is from what HBM
-allows (`docs/decoding.md`).
+allows (`docs/decoding.md`). `--suite` prices the paper's nine benchmarks with them.
 """
 
 import sys
@@ -34,11 +34,15 @@ _DECODE = flags.DEFINE_bool("decode", False, "Compile generation, not training."
 _PROMPTS = flags.DEFINE_integer("prompts", 64, "With --decode: prompts.")
 _PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 1024, "With --decode: ids of each.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 256, "With --decode: ids after each.")
+_SUITE = flags.DEFINE_bool("suite", False, "Price the paper's nine benchmarks on the slice.")
 
 
 def main(config: TrainConfig) -> None:
     from tulu_jax.planning import plan, render, rows, topology
 
+    given = [f"--{flag.name}" for flag in (_PLAN, _DECODE, _SUITE) if flag.value]
+    if len(given) > 1:
+        raise validation.UsageError(f"{' and '.join(given)}: expected one of them")
     asked = _asked(config) if _DECODE.value else None
     held = rows.WHOLE if _WHOLE_ROWS.value else None
     out = epath.Path(validation.expanded(_OUT.value or f"dryrun/{epath.Path(cli.gin_file()).stem}"))
@@ -50,6 +54,9 @@ def main(config: TrainConfig) -> None:
     slices = [topology.parse(name) for name in names]
     if asked is not None:
         _decode(config, slices, asked, out)
+        return
+    if _SUITE.value:
+        _price_suite(config, slices, out)
         return
     out.mkdir(parents=True, exist_ok=True)
     if _PLAN.value:
@@ -82,8 +89,6 @@ def _asked(config: TrainConfig):
     problems = [
         f"--{name}={size}: expected a positive number" for name, size in sizes.items() if size < 1
     ]
-    if _PLAN.value:
-        problems.append("--plan and --decode: expected one of them; --decode chooses its mesh")
     asked, most = decoding.Asked(**sizes), config.model.max_positions
     if asked.length > most:
         problems.append(
@@ -95,6 +100,35 @@ def _asked(config: TrainConfig):
 
 
 def _decode(config: TrainConfig, slices, asked, out: epath.Path) -> None:
+    from tulu_jax.planning import decoding
+
+    results, refused = _priced(config, slices, lambda slice_: decoding.price(config, slice_, asked))
+    out.mkdir(parents=True, exist_ok=True)
+    if results:
+        print(decoding.table(results))
+        for name, text in results[0].texts.items():
+            atomic.write_text(out / f"{name}.hlo.txt", text)
+    _finish(results, refused, out / "decode.json")
+
+
+def _price_suite(config: TrainConfig, slices, out: epath.Path) -> None:
+    from tulu_jax.planning import suite
+
+    longest, positions = suite.longest(), config.model.max_positions
+    if longest > positions:
+        raise validation.UsageError(
+            f"--suite has requests of {longest:,} positions and the model {positions:,}; expected "
+            "a model that holds them"
+        )
+    results, refused = _priced(config, slices, lambda slice_: suite.price(config, slice_))
+    out.mkdir(parents=True, exist_ok=True)
+    if results:
+        print(suite.table(results))
+    _finish(results, refused, out / "suite.json")
+
+
+def _priced(config: TrainConfig, slices, price) -> tuple[list, list[str]]:
+    """What `price` says of each slice, and of those that are too small why."""
     from tulu_jax.planning import aot, decoding
 
     for one in slices:  # before anything is compiled
@@ -102,18 +136,17 @@ def _decode(config: TrainConfig, slices, asked, out: epath.Path) -> None:
     results, refused = [], []
     for one in slices:
         try:
-            results.append(decoding.price(config, one, asked))
+            results.append(price(one))
         except aot.DoesNotFit as error:
             refused.append(f"{one.name} does not fit: {error}")
-    out.mkdir(parents=True, exist_ok=True)
-    if results:
-        print(decoding.table(results))
-        for name, text in results[0].texts.items():
-            atomic.write_text(out / f"{name}.hlo.txt", text)
+    return results, refused
+
+
+def _finish(results, refused: list[str], path: epath.Path) -> None:
+    """Writes what was found; status 1 where nothing fits."""
     print("\n".join(refused), end="\n" if refused else "")
-    found = strict_json.dumps([r.as_dict() for r in results], indent=1)
-    atomic.write_text(out / "decode.json", found)
-    logging.info("Wrote %s/decode.json", out)
+    atomic.write_text(path, strict_json.dumps([r.as_dict() for r in results], indent=1))
+    logging.info("Wrote %s", path)
     if not any(result.fits for result in results):
         sys.exit(1)
 

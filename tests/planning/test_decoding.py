@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from absent_slices import folder
 
-from tulu_jax.planning import compiled, decoding, hlo
+from tulu_jax import cli
+from tulu_jax.planning import compiled, decoding, hlo, suite, topology
 from tulu_jax.planning.cycles import decode_cycles, schedule
 
 pytestmark = pytest.mark.skipif(
@@ -109,12 +110,40 @@ def test_what_a_step_should_not_have_is_found():
     ]
 
 
+def test_a_suite_is_its_benchmarks_and_compiles_once(priced, monkeypatch):
+    config = cli.load(str(priced.parent / "small.gin"), workdir="unused")
+    made = []
+    compile_ = decoding.compiled
+
+    def compiled_once(*arguments):
+        made.append(compile_(*arguments))
+        return made[-1]
+
+    monkeypatch.setenv(compiled.FOLDER, str(folder()))
+    monkeypatch.setattr(decoding, "compiled", compiled_once)
+    loads = [
+        suite.Load(name="scored", requests=100, prompt_length=200, new_tokens=0),
+        suite.Load(name="said", requests=10, prompt_length=150, new_tokens=100, samples=3),
+    ]
+    found = suite.price(config, topology.parse("v5e:2x2"), loads)
+    assert len(made) == 1 and made[0].rows >= 30
+    scored, said = (found.of[load.name] for load in loads)
+    assert found.hours == pytest.approx((scored.seconds + said.seconds) / 3600)
+    fills = -(-100 // scored.per_fill)
+    assert scored.seconds == pytest.approx(fills * scored.fill.seconds)
+    # All 30 answers are made at once, each prompt is computed once.
+    steps = said.seconds - -(-10 // said.per_fill) * said.fill.seconds
+    assert steps == pytest.approx(100 * said.step.seconds)
+    assert "hours in all" in suite.table([found]) and found.as_dict()["benchmarks"]["said"]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--prompts=0"], "--prompts=0: expected a positive number"),
         (["--new_tokens=500"], "longer than the model's 512 positions"),
-        (["--plan"], "--decode chooses its mesh"),
+        (["--plan"], "--plan and --decode: expected one of them"),
+        (["--nodecode", "--suite"], "requests of 1,211 positions and the model 512"),
         (["--topology=v5e:3x5"], "15 devices cannot hold the weights"),
     ],
 )

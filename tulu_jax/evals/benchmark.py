@@ -24,7 +24,7 @@ class Request:
     """One item of a benchmark, put to a model.
 
     `prompt` is a conversation that ends with a user's turn, or a raw text (a base model's, and
-    Codex-Eval's). `prefix` is what the answer is forced to begin with; it is not part of the answer.
+    Codex-Eval's). `prefix` is what the answer is forced to begin with; the answer is without it.
     `sampling` says how it is generated; None if `choices` are scored instead, as continuations that
     follow prompt and prefix. `then` are further user turns, each asked after the reply to the one
     before. `truth` holds what `score` compares with (JSON values).

@@ -37,11 +37,17 @@ START = 2e-6  # seconds in which the first pages of a call of the attention kern
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """`prompts` of `prompt_length` ids each, and `new_tokens` after every one."""
+    """`prompts` of `prompt_length` ids each, and `samples` of `new_tokens` after every one; no new
+    tokens, where prompts are scored."""
 
     prompts: int
     prompt_length: int
     new_tokens: int
+    samples: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.samples
 
     @property
     def length(self) -> int:
@@ -98,14 +104,14 @@ class Decoding:
     def seconds(self) -> float:
         """All prompts and all their tokens; the host's visits are not in it."""
         fills = math.ceil(self.asked.prompts / self.per_fill)
-        rounds = math.ceil(self.asked.prompts / self.rows)
+        rounds = math.ceil(self.asked.rows / self.rows)
         steps = rounds * self.asked.new_tokens
         return fills * self.fill.seconds + steps * self.step.seconds
 
     @property
     def decoded(self) -> float:
         """New tokens a second while all rows are in use."""
-        return min(self.rows, self.asked.prompts) / self.step.seconds
+        return min(self.rows, self.asked.rows) / self.step.seconds
 
     @property
     def prefilled(self) -> float:
@@ -164,8 +170,80 @@ def mesh_of(config: TrainConfig, topology: Topology) -> mesh_lib.MeshConfig:
     return slices.resident(topology.num_devices, config.axis_sizes)
 
 
-def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
-    """The decoder's programs for `topology`, compiled and priced.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """`run_steps` for `rows` rows of pages in a table of `table`, and `fill` for a packed row of
+    `length` positions in each of `parts` parts, compiled for a slice."""
+
+    config: TrainConfig
+    topology: Topology
+    mesh: jax.sharding.Mesh
+    parts: int
+    page: int
+    rows: int
+    table: int
+    length: int
+    weights: Any
+    cache: Any
+    stepped: dict[str, Any]
+    filled: dict[str, Any]
+    compile_seconds: float
+
+    def price(self, asked: Asked) -> Decoding:
+        """What `asked` takes of these programs; it is no longer than what they were made for."""
+        config, topology, mesh, rows = self.config, self.topology, self.mesh, self.rows
+        used = min(rows, asked.rows)
+        estimate = functools.partial(
+            _estimated, topology=topology, mesh=mesh, prefetches=True, shorter=True
+        )
+        attention = functools.partial(
+            _attention_seconds, config=config, topology=topology, mesh=mesh, page=self.page,
+            rows=-(-used // self.parts), live=math.ceil(asked.live),
+        )  # fmt: skip
+        step_module, fill_module = hlo.parse(self.stepped["hlo"]), hlo.parse(self.filled["hlo"])
+        step, least, most = (
+            scaled(estimate(step_module, attention, believed=believed), 1 / STEPS)
+            for believed in ("products", "none", "all")
+        )
+        in_row = _prompts_of_a_row(asked, self.parts, self.page, self.length)
+        embedding = self.weights["model"]["embed_tokens"]
+        # Of the embedding a step reads a row for each token.
+        read = _total(self.weights) - (0 if config.model.tie_embeddings else _total(embedding))
+        read += used * asked.live * _position_bytes(config)
+        return Decoding(
+            topology=topology,
+            asked=asked,
+            mesh=dict(mesh.shape),
+            rows=rows,
+            per_fill=min(self.parts * in_row, asked.prompts),
+            weights=aot.bytes_per_device(self.weights),
+            cache=aot.bytes_per_device(self.cache),
+            temporaries=max(self.stepped["temporaries"], self.filled["temporaries"]),
+            code=self.stepped["code"] + self.filled["code"],
+            step=step,
+            least=least.seconds,
+            most=most.seconds,
+            limit=read / topology.num_devices / topology.hardware.bandwidth,
+            fill=estimate(
+                fill_module,
+                functools.partial(
+                    _prompt_seconds,
+                    config=config,
+                    topology=topology,
+                    length=self.length,
+                    prompts=in_row,
+                    prompt_length=asked.prompt_length - 1,
+                ),
+            ),
+            relaid=relaid(step_module, self.weights, self.cache),
+            faults=faults(step_module, dict(mesh.shape), self.weights, self.cache),
+            compile_seconds=self.compile_seconds,
+            texts={"decode": self.stepped["hlo"], "prefill": self.filled["hlo"]},
+        )
+
+
+def compiled(config: TrainConfig, topology: Topology, asked: Asked) -> Programs:
+    """The decoder's programs for `topology` and requests as long as `asked`.
 
     Raises `aot.DoesNotFit` where the compiler finds no room, and `UsageError` for a slice that does
     not divide the model.
@@ -180,7 +258,7 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         table = -(-asked.length // page)
         page_bytes = _page_bytes(config, mesh, page)
         held = aot.bytes_per_device(weights)
-        each = _rows(-(-asked.prompts // parts), held, table * page_bytes, topology)
+        each = _rows(-(-asked.rows // parts), held, table * page_bytes, topology)
         rows = parts * each
         pages = parts * (each * table + 1)
         shape = (config.model.num_layers, pages, config.model.num_kv_heads, page)
@@ -192,57 +270,42 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
         cache = {"k": cached, "v": cached}
         make = functools.partial(_compiled, topology, mesh)
         stepped = make(_step_program(config, weights, cache, rows, table))
-        own_pages = -(-(asked.prompt_length - 1) // page)
-        # Each part has a packed row, of as many prompts as go into it.
-        in_row = max(1, min(-(-asked.prompts // parts), own.row_length // max(1, own_pages * page)))
-        length = own.bucket(max(1, in_row * own_pages) * page)
+        in_row = _prompts_of_a_row(asked, parts, page, own.row_length)
+        length = own.bucket(in_row * _pages_of_a_prompt(asked, page) * page)
         filled = make(_fill_program(config, weights, cache, (parts, length), page))
-    estimate = functools.partial(
-        _estimated, topology=topology, mesh=mesh, prefetches=True, shorter=True
-    )
-    attention = functools.partial(
-        _attention_seconds, config=config, topology=topology, mesh=mesh, page=page,
-        rows=-(-min(rows, asked.prompts) // parts), live=math.ceil(asked.live),
-    )  # fmt: skip
-    step_module, fill_module = hlo.parse(stepped["hlo"]), hlo.parse(filled["hlo"])
-    step, least, most = (
-        scaled(estimate(step_module, attention, believed=believed), 1 / STEPS)
-        for believed in ("products", "none", "all")
-    )
-    embedding = weights["model"]["embed_tokens"]
-    # Of the embedding a step reads a row for each token.
-    read = _total(weights) - (0 if config.model.tie_embeddings else _total(embedding))
-    read += min(rows, asked.prompts) * asked.live * _position_bytes(config)
-    return Decoding(
+    return Programs(
+        config=config,
         topology=topology,
-        asked=asked,
-        mesh=dict(mesh.shape),
+        mesh=mesh,
+        parts=parts,
+        page=page,
         rows=rows,
-        per_fill=min(parts * in_row, asked.prompts),
-        weights=held,
-        cache=aot.bytes_per_device(cache),
-        temporaries=max(stepped["temporaries"], filled["temporaries"]),
-        code=stepped["code"] + filled["code"],
-        step=step,
-        least=least.seconds,
-        most=most.seconds,
-        limit=read / topology.num_devices / topology.hardware.bandwidth,
-        fill=estimate(
-            fill_module,
-            functools.partial(
-                _prompt_seconds,
-                config=config,
-                topology=topology,
-                length=length,
-                prompts=in_row,
-                prompt_length=asked.prompt_length - 1,
-            ),
-        ),
-        relaid=relaid(step_module, weights, cache),
-        faults=faults(step_module, dict(mesh.shape), weights, cache),
+        table=table,
+        length=length,
+        weights=weights,
+        cache=cache,
+        stepped=stepped,
+        filled=filled,
         compile_seconds=time.perf_counter() - start,
-        texts={"decode": stepped["hlo"], "prefill": filled["hlo"]},
     )
+
+
+def _pages_of_a_prompt(asked: Asked, page: int) -> int:
+    """Without its last token, which is a step's."""
+    return max(1, -(-(asked.prompt_length - 1) // page))
+
+
+def _prompts_of_a_row(asked: Asked, parts: int, page: int, length: int) -> int:
+    """How many prompts go into a packed row of `length`; each part has one such row."""
+    return max(
+        1, min(-(-asked.prompts // parts), length // (_pages_of_a_prompt(asked, page) * page))
+    )
+
+
+def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
+    """The decoder's programs for `topology`, compiled for `asked` and priced. Raises what
+    `compiled` does."""
+    return compiled(config, topology, asked).price(asked)
 
 
 def _weights(config: TrainConfig, mesh) -> dict[str, Any]:
