@@ -1,4 +1,4 @@
-"""The data of benchmarks, in the layouts in which it is published, checked against what is upstream.
+"""The data of benchmarks, in the layouts in which it is published, checked against upstream.
 
 `upstream_files.tsv` has every file with its checksum. Of MMLU and of some parts of TyDiQA no whole
 upstream copy was at hand when it was made: there only the rows are known and counted. Checksums
@@ -83,9 +83,13 @@ def load(folder: epath.Path, benchmark: str, *, allow_altered: bool) -> Files:
                 wanted = languages
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             found = list(pool.map(lambda file: _read(folder, file, benchmark), wanted))
-    broken = [f"{folder / f.path}: {r.broken}" for f, r in zip(wanted, found, strict=True) if r.broken]
+    broken = [
+        f"{folder / f.path}: {r.broken}" for f, r in zip(wanted, found, strict=True) if r.broken
+    ]
     altered = [f"{f.path}: {r.altered}" for f, r in zip(wanted, found, strict=True) if r.altered]
-    content = {f.path: r.content for f, r in zip(wanted, found, strict=True) if r.content is not None}
+    content = {
+        f.path: r.content for f, r in zip(wanted, found, strict=True) if r.content is not None
+    }
     if broken or (altered and not (allow_altered and content)):
         problems = broken + [f"{folder}/{line}" for line in altered]
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))

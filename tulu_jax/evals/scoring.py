@@ -36,7 +36,9 @@ def _is_whole(request: benchmark.Request, answer: benchmark.Answer | None) -> bo
         return False
     if request.sampling is None:
         return len(answer.choice_logps) == len(request.choices)
-    return len(answer.texts) == (1 + len(request.then) if request.then else request.sampling.samples)
+    return len(answer.texts) == (
+        1 + len(request.then) if request.then else request.sampling.samples
+    )
 
 
 def mean_over_items(
