@@ -93,7 +93,7 @@ def tasks(paths: Iterable[str]) -> list[str]:
     prompts = {name.removesuffix(".txt") for name in names if name.endswith(".txt")}
     if not items & prompts:
         raise validation.UsageError(
-            f"found items of {sorted(items)} and prompts of {sorted(prompts)}; expected a task with "
-            "both; give the folder that has bbh/bbh and bbh/cot-prompts"
+            f"found items of {sorted(items)} and prompts of {sorted(prompts)}; expected a task "
+            "with both; give the folder that has bbh/bbh and bbh/cot-prompts"
         )
     return sorted(items & prompts)

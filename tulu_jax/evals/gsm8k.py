@@ -72,15 +72,15 @@ EXAMPLES = (  # question, reasoning with the answer at its end
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSM8K:
-    """Accuracy of the last number in an answer. `punctuation_ignored` compares as the original did,
-    for which -5 is 5 and 1.8 is 18; False compares numbers, and 18.00 is 18."""
+    """Accuracy of the last number in an answer. It is compared as a text without punctuation, as
+    the original did, for which -5 is 5, 1.8 is 18 and 18.00 is not 18; or `as_numbers`."""
 
     name: ClassVar[str] = "gsm8k"
     judges: ClassVar[tuple[str, ...]] = ()
 
     subset: str = "paper"
     allow_altered: bool = False
-    punctuation_ignored: bool = True
+    as_numbers: bool = False
 
     def __post_init__(self):
         validation.check(self, lambda: [scoring.subset_rule(self.subset)])
@@ -131,10 +131,10 @@ class GSM8K:
 
     def is_correct(self, text: str, right: str) -> bool:
         """Whether the last number of `text` is `right`."""
-        said = text_match.last_number(text)
-        if self.punctuation_ignored:
-            return text_match.is_match(said, right, punctuation_ignored=True)
-        return text_match.is_same_number(said, right)
+        said = text_match.last_number(text, signed=self.as_numbers)
+        if self.as_numbers:
+            return text_match.is_same_number(said, right)
+        return text_match.is_match(said, right, punctuation_ignored=True)
 
 
 def truth(solution: str, index: int) -> str:

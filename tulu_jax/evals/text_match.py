@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 _COMMA_IN_NUMBER = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")  # a whole number has no sign
+_SIGNED = re.compile(r"(?:(?<![\w)])[-+])?(?:\d*\.\d+|\d+)")  # in "7-3" no sign, but minus
 _ANSWER_IS = re.compile(r"[t|T]he answer is (.*?)\.")
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -17,10 +18,13 @@ def without_commas(text: str) -> str:
     return _COMMA_IN_NUMBER.sub(r"\1\2", text)
 
 
-def last_number(text: str) -> str:
-    """The last number of `text`, its commas removed; the text without commas if it has none."""
+def last_number(text: str, *, signed: bool) -> str:
+    """The last number of `text`, its commas removed; the text without commas if it has none.
+
+    Without `signed` a whole number loses its sign, as in the paper's evaluation code.
+    """
     text = without_commas(text)
-    numbers = _NUMBER.findall(text)
+    numbers = (_SIGNED if signed else _NUMBER).findall(text)
     return numbers[-1] if numbers else text
 
 
