@@ -314,8 +314,14 @@ def test_codex_eval(data, tokenizer):
         sampling = request.sampling
         assert (sampling.samples, sampling.temperature, sampling.top_p) == (20, 0.8, 0.95)
         assert sampling.stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-        source = codex_eval.program(request, row["canonical_solution"])
-        exec(source, {})  # the authors' own solution passes the authors' tests
+        program = json.loads(codex_eval.program(request, row["canonical_solution"]))
+        whole = f"{program['solution']}\n{program['checks']}"
+        assert whole == (
+            f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\n"
+            f"check({row['entry_point']})"
+        )
+        exec(whole, {})  # the authors' own solution passes the authors' tests
+        exec(program["setup"], {})
 
 
 def test_same_requests_each_time(data, llama):

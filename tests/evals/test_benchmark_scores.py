@@ -231,12 +231,15 @@ def test_the_example_of_human_eval(shared_data):
     ]
     said = answer(item.id, *samples)
     programs = greedy.questions([item], [said])
-    assert programs[3].prompt == (
-        "def return1():\n    return 1\ndef check(candidate):\n    assert candidate() == 1\n"
-        "check(return1)"
-    )
+    assert json.loads(programs[3].prompt) == {
+        "solution": "def return1():\n    return 1",
+        "setup": "def return1():\n    pass\n",
+        "checks": "def check(candidate):\n    assert candidate() == 1\ncheck(return1)",
+        "entry_point": "return1",
+    }
     for number in (3, 4, 5):  # those that do nothing else
-        exec(programs[number].prompt, {})
+        program = json.loads(programs[number].prompt)
+        exec(f"{program['solution']}\n{program['checks']}", {})
     flags = [number in (3, 4, 5) for number in range(6)]
     verdicts = {
         asked.id: ["passed" if flag else "timed out"]

