@@ -156,7 +156,7 @@ def test_squad_on_real_passages(shared_data):
                 assert exact == max(e for _, e in expected)
                 seen[f1 == 1, exact == 1, f1 == 0] += 1
     assert seen[True, True, False] > 3000 and seen[False, False, True] > 3000
-    assert seen[False, False, False] > 1000
+    assert seen[False, False, False] > 300
 
 
 WORDS = st.lists(

@@ -90,8 +90,8 @@ def load(folder: epath.Path, benchmark: str, *, allow_altered: bool) -> Files:
     content = {
         f.path: r.content for f, r in zip(wanted, found, strict=True) if r.content is not None
     }
-    if broken or (altered and not (allow_altered and content)):
-        problems = broken + [f"{folder}/{line}" for line in altered]
+    refused = [] if allow_altered and content else [f"{folder}/{line}" for line in altered]
+    if problems := broken + refused:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         advice = (
             "Place the files that are named, or give the folder that has them"
