@@ -105,26 +105,33 @@ def test_mmlu_without_examples(data, llama):
     assert chats[0].choices == (" A", " B", " C", " D")
 
 
-def test_mmlu_drops_examples_that_do_not_fit(data, llama):
+def test_mmlu_drops_examples_that_do_not_fit(data, llama, tmp_path):
     """European history has passages so long that five do not fit; each prompt has as many as do."""
-    benchmark = mmlu.MMLU(allow_altered=True, shots=5)
-    raws = benchmark.requests(data, llama, is_chat=False)
-    european = [request for request in raws if request.group == "high_school_european_history"]
-    path = data / "mmlu/dev/high_school_european_history_dev.csv"
+    for subject in ("anatomy", "high_school_european_history"):
+        for split in ("dev", "test"):
+            path = f"mmlu/{split}/{subject}_{split}.csv"
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            rows = list(csv.reader((data / path).open(newline="")))[:12]
+            with (tmp_path / path).open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+    raws = mmlu.MMLU(allow_altered=True, shots=5).requests(tmp_path, llama, is_chat=False)
+    chats = mmlu.MMLU(allow_altered=True, shots=5).requests(tmp_path, llama, is_chat=True)
+    path = tmp_path / "mmlu/dev/high_school_european_history_dev.csv"
     dev = list(csv.reader(path.open(newline="")))
     shown = [f"{r[0]}\nA. {r[1]}\nB. {r[2]}\nC. {r[3]}\nD. {r[4]}\nAnswer: {r[5]}\n\n" for r in dev]
     counts = set()
-    for request in european[:12]:
+    for request in raws[12:]:
         count = sum(text in request.prompt for text in shown)
         begin, end = request.prompt.split("".join(shown[:count]))
         assert len(llama.encode(request.prompt)) <= 2048
-        if count < 5:
-            longer = begin + "".join(shown[: count + 1]) + end
-            assert len(llama.encode(longer)) > 2048
+        assert len(llama.encode(begin + "".join(shown[: count + 1]) + end)) > 2048
         counts.add(count)
-    assert counts <= {1, 2, 3, 4}
-    short = next(request for request in raws if request.group == "anatomy")
-    assert short.prompt.count("\nAnswer:") == 6 and not short.prompt.endswith(" ")
+    assert counts <= {1, 2, 3, 4} and len(counts) > 1
+    assert all(request.prompt.count("\nAnswer:") == 6 for request in raws[:12])  # anatomy
+    for raw, chat_request in zip(raws, chats, strict=True):
+        assert len(ids(chat_request, llama)) - 1 <= 2048
+        (message,) = chat_request.prompt
+        assert message["content"].count("\nAnswer:") <= raw.prompt.count("\nAnswer:")
 
 
 def test_mmlu_options_that_pandas_takes_for_nothing(data, tokenizer):
