@@ -52,6 +52,7 @@ setuptools.setup(
     package_data={
         "tulu_jax": ["report.html"],
         "tulu_jax.audit": ["show.html"],
+        "tulu_jax.evals": ["*.tsv"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },
