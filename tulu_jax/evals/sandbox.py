@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tulu_jax import validation
 
@@ -67,23 +67,20 @@ class Program:
     entry_point: str
 
     def as_text(self) -> str:
-        """The program as JSON, for a `benchmark.Question`."""
+        """The program as JSON, for a `benchmark.Question` and for `run`."""
         return json.dumps(dataclasses.asdict(self))
 
-    @classmethod
-    def from_text(cls, text: str) -> "Program":
-        """What `as_text` wrote. Raises `UsageError` for anything else."""
-        try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise validation.UsageError(
-                f"found {text[:60]!r}; expected a program with its checks, as "
-                "`sandbox.Program.as_text` writes it"
-            ) from error
+
+def program(text: str) -> Program:
+    """What `Program.as_text` wrote; any other text is a source without checks, which passes if it
+    comes to its end. (Code that is written against this module can claim that it did.)"""
+    with contextlib.suppress(ValueError, TypeError):
+        return Program(**json.loads(text))
+    return Program(solution=text, setup="", checks="", entry_point="")
 
 
 def run(
-    programs: Sequence[Program | str],
+    programs: Sequence[str],
     *,
     seconds: float = SECONDS,
     memory: int = MEMORY,
@@ -91,19 +88,30 @@ def run(
     way: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """The verdict of each program: 'passed', 'failed: <why>' or 'timed out'.
+    """The verdict of each `program`: 'passed', 'failed: <why>' or 'timed out'; `progress` is told
+    how many are there. The rest is as `verdicts` has it."""
+    found = {}
+    made = verdicts(programs, seconds=seconds, memory=memory, workers=workers, way=way)
+    for place, verdict in made:
+        found[place] = verdict
+        progress(len(found))
+    return [found[place] for place in range(len(programs))]
 
-    A text is a program without checks: it passes if it comes to its end, and code that is written
-    against this module can claim that it did. `seconds` are of CPU; four times as many may pass.
-    `memory` is in bytes. `workers` run at a time, as many as there are cores; `progress` is told
-    how many are done. `way` is 'bwrap' or 'unshare', by default the first that works here.
 
-    Raises `UsageError` where no sandbox can be made; nothing is executed then.
+def verdicts(
+    programs: Sequence[str],
+    *,
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
+    workers: int | None = None,
+    way: str | None = None,
+) -> Iterator[tuple[int, str]]:
+    """(place, verdict) of each `program`, as they come.
+
+    `seconds` are of CPU; four times as many may pass. `memory` is in bytes. `workers` run at a
+    time, by default as many as there are cores. `way` is 'bwrap' or 'unshare', by default the first
+    that works here. Raises `UsageError` where no sandbox can be made; nothing is executed then.
     """
-    wanted = [
-        Program(solution=p, setup="", checks="", entry_point="") if isinstance(p, str) else p
-        for p in programs
-    ]
     limits = _limits(seconds, memory)
     way = found((way,) if way else WAYS)
     workers = workers or len(os.sched_getaffinity(0))
@@ -111,10 +119,10 @@ def run(
     for slot in range(workers):
         slots.put(slot)
 
-    def verdict(program: Program) -> str:
+    def verdict(text: str) -> str:
         slot = slots.get()
         try:
-            return _verdict(program, way, slot, limits, wall=WALL * seconds)
+            return _verdict(program(text), way, slot, limits, wall=WALL * seconds)
         except (_DownError, OSError) as error:
             raise validation.UsageError(
                 f"a sandbox made by {way} did not come up ({error}); free memory and processes of "
@@ -124,11 +132,10 @@ def run(
             slots.put(slot)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(verdict, program) for program in wanted]
         try:
-            for done, _ in enumerate(concurrent.futures.as_completed(tasks), 1):
-                progress(done)
-            return [task.result() for task in tasks]
+            tasks = {pool.submit(verdict, text): place for place, text in enumerate(programs)}
+            for task in concurrent.futures.as_completed(tasks):
+                yield tasks[task], task.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -138,11 +145,9 @@ def found(ways: Sequence[str] = WAYS) -> str:
     each said."""
     said = []
     for way in ways:
-        validation.raise_if(
-            message
-            for holds, message in [validation.one_of("way", way, WAYS)]
-            if not holds
-        )
+        holds, message = validation.one_of("way", way, WAYS)
+        if not holds:
+            raise validation.UsageError(message)
         try:
             probe = Program(
                 solution="def one():\n    return 1",
