@@ -1,8 +1,9 @@
-"""AlpacaEval 1.0 (Li et al. 2023): 805 instructions; a judge prefers an answer or text-davinci-003's.
+"""AlpacaEval 1.0 (Li et al. 2023): a judge prefers an answer to that of text-davinci-003, or not.
 
-Source: TÜLU 2 (arXiv 2311.10702), its evaluation code of November 2023, and alpaca_eval 0.3.1, whose
-annotator `alpaca_eval_gpt4` this is: its prompt (`alpaca_eval_gpt4.txt`, unchanged, Apache-2.0), its
-order of the two answers, its parser, its win rate. The subset of the paper is the whole set.
+Source: TÜLU 2 (arXiv 2311.10702), its evaluation code of November 2023, and alpaca_eval 0.3.1,
+whose annotator `alpaca_eval_gpt4` this is: its prompt (`alpaca_eval_gpt4.txt`, unchanged,
+Apache-2.0), its order of the two answers, its parser, its win rate. There are 805 instructions; the
+subset of the paper is the whole set.
 """
 
 import ast

@@ -88,7 +88,10 @@ class MTBench:
                         "turns": row["turns"],
                         "reference": references[number] if with_reference else None,
                         "judge_prompts": [
-                            {key: prompts[name][key] for key in ("system_prompt", "prompt_template")}
+                            {
+                                key: prompts[name][key]
+                                for key in ("system_prompt", "prompt_template")
+                            }
                             for name in names
                         ],
                     },
@@ -215,7 +218,7 @@ def judgments(path: epath.Path, *, model: str | None = None) -> list[dict[str, A
             "question_id, turn and judgment; give what FastChat's gen_judgment wrote"
         )
     models = sorted({str(row.get("model")) for row in rows})
-    if model is None and len(models) > 1 or model is not None and model not in models:
+    if (model is None and len(models) > 1) or (model is not None and model not in models):
         raise validation.UsageError(
             f"{path} has judgments of {', '.join(models)}; expected one of these names"
         )

@@ -26,7 +26,8 @@ def main(role: str, settings: dict) -> None:
     os.chmod("/tmp", 0o1777)
     os.chdir("/tmp")
     for name, value in settings["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        hard = value + (name == "RLIMIT_CPU")  # SIGXCPU tells, a second before SIGKILL
+        resource.setrlimit(getattr(resource, name), (value, hard))
     if settings["uid"] is not None:
         os.setgroups([])
         os.setgid(settings["uid"])

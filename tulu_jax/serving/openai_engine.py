@@ -136,9 +136,7 @@ class OpenAIEngine:
             chat = self.client.chat.completions.with_raw_response
             try:
                 return self._tried(
-                    lambda: _said_in_chat(
-                        chat.create(model=self.model, messages=messages, **asked)
-                    )
+                    lambda: _said_in_chat(chat.create(model=self.model, messages=messages, **asked))
                 )
             except NotTakenError:
                 return None
