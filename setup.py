@@ -66,8 +66,7 @@ setuptools.setup(
         "serve": SERVE,
         "eval": EVAL,
         "sandbox": SANDBOX,
-        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR + SERVE + EVAL
-        + SANDBOX,
+        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR + SERVE + EVAL + SANDBOX,
         "bench": TORCH + TRL + TPU + ["tokamax==0.0.12"],
     },
 )

@@ -148,9 +148,7 @@ def test_judgments_of_fastchat_are_scored(requests, granite):
     rated = [row["score"] for row in rows if row["score"] != -1]
     assert found["score"] == pytest.approx(sum(rated) / len(rated))
     assert found["unrated"] == 83 / 107
-    scores_alone = [
-        {key: value for key, value in row.items() if key != "judgment"} for row in rows
-    ]
+    scores_alone = [{key: value for key, value in row.items() if key != "judgment"} for row in rows]
     again = {m.name: m.value for m in mt_bench.score_judgments(scores_alone, requests)}
     assert again == found
 

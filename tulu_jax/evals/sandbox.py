@@ -37,7 +37,7 @@ SECONDS = 3.0  # of CPU for one program, as the paper's evaluation gave it of ti
 MEMORY = 512 << 20  # bytes of address space of a process
 PROCESSES = 8  # of a program, threads included
 FILE_BYTES, TMP_BYTES, OPEN_FILES = 16 << 20, 64 << 20, 64
-WALL = 4.0  # seconds that pass, for one of CPU: a busy machine must not change a verdict
+WALL = 10.0  # seconds that pass, for one of CPU: a busy machine must not change a verdict
 START = 60.0  # seconds until a sandbox must be up
 WAYS = ("bwrap", "unshare")
 FIRST_UID = 64_000  # of a program that root starts; every process that runs has one of its own
@@ -108,7 +108,7 @@ def verdicts(
 ) -> Iterator[tuple[int, str]]:
     """(place, verdict) of each `program`, as they come.
 
-    `seconds` are of CPU; four times as many may pass. `memory` is in bytes. `workers` run at a
+    `seconds` are of CPU; ten times as many may pass. `memory` is in bytes. `workers` run at a
     time, by default as many as there are cores. `way` is 'bwrap' or 'unshare', by default the first
     that works here. Raises `UsageError` where no sandbox can be made; nothing is executed then.
     """
