@@ -75,7 +75,8 @@ HOSTILE = {
     ),
     "is a fork bomb": ("import os\nwhile True:\n    os.fork()", ("failed", "timed out")),
     "is a fork bomb that goes on": (
-        "import os, time\nwhile True:\n    try: os.fork()\n    except OSError: time.sleep(1)", "timed out"
+        "import os, time\nwhile True:\n    try: os.fork()\n    except OSError: time.sleep(1)",
+        "timed out",
     ),
     "loops": ("while True: pass", "timed out"),
     "loops when called": ("def f(x):\n    while True: pass", "timed out"),

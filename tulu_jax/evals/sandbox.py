@@ -207,10 +207,12 @@ def _verdict(program: Program, way: str, slot: int, limits: dict, *, wall: float
         if answer is None:
             is_late = time.monotonic() >= end or checks.poll() == _CPU_SPENT
             return TIMED_OUT if is_late else "failed: its checks ended without a verdict"
-        found = json.loads(answer)
-        if found.get("is_ended") and _status(solution) == _CPU_SPENT:
+        said = json.loads(answer)
+        if said["passed"]:
+            return "passed"
+        if said.get("is_ended") and _status(solution) == _CPU_SPENT:
             return TIMED_OUT
-        return " ".join(found["verdict"].split()) + (" " if found["verdict"] == "failed: " else "")
+        return "failed: " + " ".join(said["why"].split())
 
 
 def _uid(number: int) -> int | None:

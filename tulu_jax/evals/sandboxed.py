@@ -86,11 +86,11 @@ def checks(asked, told, answers, calls) -> None:
         if job["entry_point"]:
             scope[job["entry_point"]] = function
         exec(compile(job["checks"], "<checks>", "exec"), scope)
-        verdict = {"verdict": "passed"}
+        verdict = {"passed": True}
     except EndedError as error:
-        verdict = {"verdict": f"failed: {error}", "is_ended": True}
+        verdict = {"passed": False, "why": str(error), "is_ended": True}
     except BaseException as error:
-        verdict = {"verdict": f"failed: {error}"[:1000]}
+        verdict = {"passed": False, "why": str(error)[:1000]}
     _send(told, verdict)
 
 
