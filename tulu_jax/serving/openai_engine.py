@@ -22,7 +22,16 @@ from tulu_jax.serving.engine import Ids, Reply, with_seeds
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try; doubled, with jitter
 SHOWN = 200  # characters of what a server said
+# What OpenAI, vLLM and Azure say in refusing one request.
+ONE_REFUSED = ("context_length_exceeded", "maximum context length", "content_filter")
 TRIED_AGAIN = (408, 409, 425, 429)  # and 500 and above
+
+
+_LEFT = object()  # instead of what was not asked, since something else failed
+
+
+class NotTakenError(validation.UsageError):
+    """A server does not take this request for its length or its content; it may take others."""
 
 
 class _AgainError(Exception):
@@ -104,6 +113,49 @@ class OpenAIEngine:
         ]
         lengths = [len(ids) for ids in continuations]
         return self._all(requests, lambda answer, n: self._score(answer, requests[n], lengths[n]))
+
+    def chats(
+        self, conversations: Sequence[list[dict]], samplings: Sequence[Sampling]
+    ) -> Iterator[tuple[int, str | None]]:
+        """(place, reply) of each conversation, as they come; None for one that the server does not
+        take, being too long for its model or against its rules.
+
+        After a failure, what is under way still comes; then the failure is raised, a `UsageError`.
+        """
+
+        failures = []
+
+        def reply(messages, sampling):
+            if failures:
+                return _LEFT
+            asked = {
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
+            chat = self.client.chat.completions.with_raw_response
+            try:
+                return self._tried(
+                    lambda: _said_in_chat(chat.create(model=self.model, messages=messages, **asked))
+                )
+            except NotTakenError:
+                return None
+
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                tasks = {
+                    pool.submit(reply, *one): place
+                    for place, one in enumerate(zip(conversations, samplings, strict=True))
+                }
+                for task in concurrent.futures.as_completed(tasks):
+                    if error := task.exception():
+                        failures.append(error)
+                    elif task.result() is not _LEFT:
+                        yield tasks[task], task.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            raise failures[0]
 
     def _asked(self, sampling: Sampling) -> dict[str, Any]:
         """The settings of a request as the protocol has them."""
@@ -187,6 +239,8 @@ class OpenAIEngine:
             said = f"status {error.status_code}: {_said(error)}"
             if error.status_code in TRIED_AGAIN or error.status_code >= 500:
                 raise _AgainError(f"the server says {said}", _asked_wait(error)) from error
+            if _is_of_one(error):
+                raise NotTakenError(f"{self.url} refuses a request with {said}") from error
             raise validation.UsageError(f"{self.url} refuses a request with {said}") from error
 
     def _replies(self, raw, samples: int) -> list[Reply]:
@@ -235,6 +289,20 @@ def _scored(logps: list[float], tops: list) -> Score:
         largest.append(max(_numbers(top.values())))
     is_greedy = all(own >= most for own, most in zip(logps, largest, strict=True))
     return Score(token_logps=logps, likeliest=None, likeliest_logps=largest, is_greedy=is_greedy)
+
+
+def _said_in_chat(raw) -> str:
+    """The text of a chat completion."""
+    choices = _at(_json(raw), "choices", list)
+    if len(choices) != 1:
+        raise _AgainError(f"the server gave {len(choices)} choices; expected one")
+    return _at(_at(choices[0], "message", dict), "content", str)
+
+
+def _is_of_one(error: openai.APIStatusError) -> bool:
+    """Whether a server refuses a request for its length or its content."""
+    said = f"{getattr(error, 'code', None)} {_said(error)}"
+    return any(text in said for text in ONE_REFUSED)
 
 
 def _numbers(values) -> Iterator[float]:
