@@ -18,7 +18,7 @@ import openai
 from tulu_jax import strict_json, validation
 from tulu_jax.decode.results import Score
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.serving.engine import Ids, Reply, with_seeds
+from tulu_jax.serving.engine import Done, Ids, Reply, with_seeds
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try; doubled, with jitter
 SHOWN = 200  # characters of what a server said
@@ -40,7 +40,8 @@ class OpenAIEngine:
     between them; then a `UsageError` says in one line what the server did. A try ends after
     `timeout` seconds in which nothing comes. With `details`, replies have ids and
     log-probabilities, which asks for vLLM's `return_token_ids`; without, only what every server
-    knows is asked for. The key of a server that wants one is `OPENAI_API_KEY` of the environment.
+    knows is asked for. `max_length` is that of the model; None: as the server's list of models has
+    it (`max_model_len`, as vLLM tells it), if it is read and says so. The key of a server that wants one is `OPENAI_API_KEY` of the environment.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class OpenAIEngine:
         tries: int = 5,
         timeout: float | int = 600,
         details: bool = True,
+        max_length: int | None = None,
         first_wait: float | int = FIRST_WAIT,
     ):
         if not url.startswith(("http://", "https://")):
@@ -69,10 +71,16 @@ class OpenAIEngine:
             max_retries=0,  # nonsense is tried again as well, so the tries are counted here
             timeout=timeout,
         )
+        self.max_length = max_length
         self.model = model or self._only_model()
 
     def generate(
-        self, prompts: Sequence[Ids | str], sampling: Sampling, *, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Ids | str],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None,
+        done: Done | None = None,
     ) -> list[list[Reply]]:
         """As `Engine` has it. What a seed draws is the server's affair; ours draws as `OwnEngine`
         does."""
@@ -82,7 +90,7 @@ class OpenAIEngine:
             {**asked, "prompt": p if isinstance(p, str) else list(p), "seed": seed}
             for p, seed in zip(prompts, seeds, strict=True)
         ]
-        return self._all(requests, lambda answer, _: self._replies(answer, sampling.samples))
+        return self._all(requests, lambda answer, _: self._replies(answer, sampling.samples), done)
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Score]:
         """As `Engine` has it. Raises `UsageError` for a server that gives no log-probabilities of a
@@ -126,14 +134,25 @@ class OpenAIEngine:
             extra["return_token_ids"] = True
         return {**asked, "extra_body": extra} if extra else asked
 
-    def _all(self, requests: list[dict], read: Callable[[Any, int], Any]) -> list:
-        """What `read` makes of the answer to each request; the first failure ends the rest."""
+    def _all(
+        self,
+        requests: list[dict],
+        read: Callable[[Any, int], Any],
+        done: Callable[[int, Any], None] | None = None,
+    ) -> list:
+        """What `read` makes of the answer to each request, of which `done` is told as they come;
+        the first failure ends the rest."""
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
             tasks = [
                 pool.submit(self._tried, lambda r=request, n=n: read(self._complete(r), n))
                 for n, request in enumerate(requests)
             ]
             try:
+                numbers = {task: number for number, task in enumerate(tasks)}
+                for task in concurrent.futures.as_completed(tasks):
+                    found = task.result()
+                    if done is not None:
+                        done(numbers[task], found)
                 return [task.result() for task in tasks]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -147,11 +166,15 @@ class OpenAIEngine:
 
         def read():
             answer = _json(self.client.models.with_raw_response.list())
-            names = [_at(one, "id", str) for one in _at(answer, "data", list)]
+            models = _at(answer, "data", list)
+            names = [_at(one, "id", str) for one in models]
             if len(names) != 1:
                 raise validation.UsageError(
                     f"{self.url} has the models {names}; expected one, or give its name"
                 )
+            told = models[0].get("max_model_len")
+            if self.max_length is None and isinstance(told, int):
+                self.max_length = told
             return names[0]
 
         return self._tried(read)
