@@ -20,6 +20,7 @@ from tulu_jax.decode.sampling import Sampling
 
 Ids = Sequence[int]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
     """A continuation: its text, without what ended it; why it ended, 'stop' or 'length'; and where
