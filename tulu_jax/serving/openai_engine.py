@@ -90,6 +90,10 @@ class OpenAIEngine:
             {**asked, "prompt": p if isinstance(p, str) else list(p), "seed": seed}
             for p, seed in zip(prompts, seeds, strict=True)
         ]
+        for request in requests if self.max_length is not None else ():
+            if not isinstance(request["prompt"], str):  # what a server would refuse
+                room = self.max_length - len(request["prompt"])
+                request["max_tokens"] = max(1, min(sampling.max_new_tokens, room))
         return self._all(requests, lambda answer, _: self._replies(answer, sampling.samples), done)
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Score]:
