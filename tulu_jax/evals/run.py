@@ -1,7 +1,7 @@
 """Asks an engine what a benchmark wants to know. It knows no benchmark, and no engine.
 
-A request is answered from its ids, its settings and its own seed alone, whatever is asked beside it.
-So an evaluation that was killed goes on where it was, and ends as it would have.
+A request is answered from its ids, its settings and its own seed alone, whatever is asked beside
+it. So an evaluation that was killed goes on where it was, and ends as it would have.
 """
 
 import collections

@@ -41,7 +41,8 @@ class OpenAIEngine:
     `timeout` seconds in which nothing comes. With `details`, replies have ids and
     log-probabilities, which asks for vLLM's `return_token_ids`; without, only what every server
     knows is asked for. `max_length` is that of the model; None: as the server's list of models has
-    it (`max_model_len`, as vLLM tells it), if it is read and says so. The key of a server that wants one is `OPENAI_API_KEY` of the environment.
+    it (`max_model_len`, as vLLM tells it), if it is read and says so. The key of a server that
+    wants one is `OPENAI_API_KEY` of the environment.
     """
 
     def __init__(
