@@ -10,6 +10,7 @@ Examples:
   python -m tulu_jax.evaluate --gin_file=tulu_tiny_sft.gin --engine=openai --url=http://host:8000/v1
   python -m tulu_jax.evaluate --gin_file=dpo_7b.gin --benchmarks=gsm8k,mmlu --eval_data=data/eval
   python -m tulu_jax.evaluate --model_folder=hf/tulu-2-7b --benchmarks=all --eval_data=data/eval
+  python -m tulu_jax.evaluate --benchmarks=alpaca_eval --annotations=annotations.json
   python -m tulu_jax.evaluate --compare runs/sft_7b/evals/step_5096 runs/dpo_7b/evals/step_5808
 """
 
@@ -19,6 +20,7 @@ import sys
 
 import jax
 from absl import flags
+from etils import epath
 
 from tulu_jax import cli, strict_json, validation
 
@@ -80,6 +82,25 @@ _GROUPS = flags.DEFINE_bool(
 _COMPARE = flags.DEFINE_list(
     "compare", None, "Two folders of evaluations: which differences are more than chance."
 )
+_ANNOTATIONS = flags.DEFINE_string(
+    "annotations", None, "Score what alpaca_eval wrote (annotations.json) or FastChat "
+    "(gpt-4_single.jsonl), for the one benchmark of --benchmarks; no model is asked.",
+)  # fmt: skip
+_JUDGE_URL = flags.DEFINE_string(
+    "judge_url", None, "Address of the judge of AlpacaEval and MT-Bench, up to its /v1; its key is "
+    "OPENAI_API_KEY of the environment. Without a judge a score is pending.",
+)  # fmt: skip
+_JUDGE_MODEL = flags.DEFINE_string("judge_model", "gpt-4-0613", "The model's name there.")
+_JUDGE_PRICE = flags.DEFINE_list(
+    "judge_price", None, "US dollars for a million tokens that it reads, and writes: 30,60."
+)
+_TOXICITY_CLASSIFIER = flags.DEFINE_string(
+    "toxicity_classifier", None, "Folder of ToxiGen's classifier."
+)
+_TRUTH_JUDGE = flags.DEFINE_string(
+    "truth_judge", None, "Hugging Face folder of TruthfulQA's judge of truth."
+)
+_INFO_JUDGE = flags.DEFINE_string("info_judge", None, "That of its judge of information.")
 flags.register_multi_flags_validator(
     ["initial", "step"],
     lambda given: not given["initial"] or given["step"] is None,
@@ -92,6 +113,8 @@ def main(config) -> None:
     cli.stop_if(_problems(config))
     if _COMPARE.value is not None:
         _compare()
+    elif _ANNOTATIONS.value is not None:
+        _annotated()
     elif _BENCHMARKS.value is None:
         _held_out(config)
     else:
@@ -105,6 +128,12 @@ def _problems(config):
             yield f"--compare has {len(_COMPARE.value)} folders; give two of them"
         if cli.gin_file() or _MODEL_FOLDER.value or _BENCHMARKS.value:
             yield "--compare reads what was evaluated; give no model and no --benchmarks with it"
+        return
+    if _ANNOTATIONS.value is not None:
+        if _BENCHMARKS.value not in (["alpaca_eval"], ["mt_bench"]):
+            yield "--annotations are of one benchmark; give --benchmarks=alpaca_eval, or mt_bench"
+        if cli.gin_file() or _MODEL_FOLDER.value:
+            yield "--annotations were made of somebody's answers; give no model with them"
         return
     if is_ours and (_URL.value is not None or _MODEL.value is not None):
         yield "--url and --model are those of a server; give --engine=openai with them"
@@ -141,6 +170,8 @@ def _benchmark_problems():
                 "--eval_data is missing: the folder that has the data of the benchmarks, each in "
                 "a folder of its own (docs/evaluations.md lists the files)"
             )
+    if _JUDGE_PRICE.value is not None and not _is_price(_JUDGE_PRICE.value):
+        yield f"--judge_price={','.join(_JUDGE_PRICE.value)}: expected two numbers, such as 30,60"
     if _PAPER_ROW.value is not None:
         try:
             paper_tables.require(_PAPER_ROW.value)
@@ -150,9 +181,16 @@ def _benchmark_problems():
         yield f"--out={_OUT.value}: answers are added line by line; expected a local folder"
 
 
+def _is_price(given: list[str]) -> bool:
+    try:
+        return len(given) == 2 and all(float(one) >= 0 for one in given)
+    except ValueError:
+        return False
+
+
 def _evaluate(config) -> None:
     """Evaluates on --benchmarks; prints the table."""
-    from tulu_jax.evals import evaluation, registry
+    from tulu_jax.evals import evaluation, judging, registry
 
     if config is not None:
         from tulu_jax import preflight
@@ -160,25 +198,25 @@ def _evaluate(config) -> None:
         cli.check(config, preflight.to_read)
     if jax.process_count() > 1:
         raise validation.UsageError("--benchmarks are asked by one process; start one alone")
-    subject, name, out = _of_folder() if config is None else _of_run(config)
+    subject, names, out = _of_folder() if config is None else _of_run(config)
     benchmarks = registry.make(
         _BENCHMARKS.value, subset=_SUBSET.value, settings=_SET.value,
         allow_altered=_ALLOW_ALTERED.value,
     )  # fmt: skip
-    from etils import epath
-
     out = pathlib.Path(validation.expanded(_OUT.value) if _OUT.value else out)
     data = epath.Path(validation.expanded(_EVAL_DATA.value or "."))
-    found = evaluation.evaluate(subject, benchmarks, data=data, out=out, judge=_judge(out))
+    found = evaluation.evaluate(
+        subject, benchmarks, data=data, out=out, judge=judging.judge(_judges(), benchmarks, out)
+    )
     for line in evaluation.table(
-        found, name=name, paper_row=_PAPER_ROW.value, groups=_GROUPS.value
+        found, names=names, paper_row=_PAPER_ROW.value, groups=_GROUPS.value
     ):
         print(line)
     print(f"Answers and scores are in {out}")
 
 
 def _of_run(config):
-    """A run as the subject; the name by which the paper may know it; the folder for its answers."""
+    """A run as the subject; names by which the paper may know it; the folder for its answers."""
     from tulu_jax import trained
     from tulu_jax.data import chat as chat_lib
     from tulu_jax.decode import decoder as decoder_lib
@@ -205,7 +243,7 @@ def _of_run(config):
         engine=engine,
     )  # fmt: skip
     parent = f"evals/{run_name}" if "://" in config.workdir else f"{config.workdir}/evals"
-    return subject, cli.gin_file(), f"{parent}/{at}"
+    return subject, (cli.gin_file(), run_name), f"{parent}/{at}"
 
 
 def _of_folder():
@@ -226,29 +264,57 @@ def _of_folder():
         name=name, tokenizer=tokenizer, chat=_CHAT.value or "spec", max_length=max_length,
         engine=engine,
     )  # fmt: skip
-    return subject, name, f"evals/{name}"
+    return subject, (name,), f"evals/{name}"
 
 
 def _engine(own, max_length: int):
     """What makes the engine, and the positions that it holds."""
     if _ENGINE.value == "own":
         return own, max_length
-    engine = _server(max_length=None)
+    engine = _server()
     engine.max_length = min(max_length, engine.max_length or max_length)
     return lambda: engine, engine.max_length
 
 
-def _server(max_length: int | None):
+def _server():
     from tulu_jax.serving import openai_engine
 
     return openai_engine.OpenAIEngine(
-        _URL.value, model=_MODEL.value, concurrency=_CONCURRENCY.value, details=False,
-        max_length=max_length,
+        _URL.value, model=_MODEL.value, concurrency=_CONCURRENCY.value, details=False
     )  # fmt: skip
 
 
-def _judge(out: pathlib.Path):
-    return lambda questions: {}
+def _judges():
+    """The judges that the flags name."""
+    from tulu_jax.evals import judging
+
+    folders = {
+        name: flag.value and validation.expanded(flag.value)
+        for name, flag in (
+            ("toxicity", _TOXICITY_CLASSIFIER), ("truth", _TRUTH_JUDGE), ("info", _INFO_JUDGE)
+        )
+    }  # fmt: skip
+    price = _JUDGE_PRICE.value and tuple(map(float, _JUDGE_PRICE.value))
+    return judging.Named(
+        url=_JUDGE_URL.value, model=_JUDGE_MODEL.value, price=price, slots=_SLOTS.value, **folders
+    )
+
+
+def _annotated() -> None:
+    """Prints the score of annotations that another tool made."""
+    from tulu_jax.evals import scores
+
+    path = epath.Path(validation.expanded(_ANNOTATIONS.value))
+    if _BENCHMARKS.value == ["alpaca_eval"]:
+        from tulu_jax.evals import alpaca_eval
+
+        metrics = alpaca_eval.score_annotations(alpaca_eval.annotations(path))
+    else:
+        from tulu_jax.evals import mt_bench
+
+        metrics = mt_bench.score_judgments(mt_bench.judgments(path))
+    for line in scores.columns([[m.name, scores.interval(m)] for m in metrics]):
+        print(line)
 
 
 def _compare() -> None:
@@ -257,8 +323,8 @@ def _compare() -> None:
 
     folders = [pathlib.Path(validation.expanded(folder)) for folder in _COMPARE.value]
     pairs, alone = compare_runs.compare(folders)
-    names = [f"A {folders[0].parent.parent.name}", "B"]
-    for line in compare_runs.lines(pairs, names):
+    print(f"A: {folders[0]}\nB: {folders[1]}")
+    for line in compare_runs.lines(pairs):
         print(line)
     if _GROUPS.value:
         for pair in pairs:
@@ -314,7 +380,7 @@ def _at_server(config):
 
     with validation.reading():
         tokenizer = chat_lib.load_tokenizer(trained.tokenizer_path(config))
-    engine = _server(max_length=None)
+    engine = _server()
 
     def respond(conversations):
         sampling = Sampling(max_new_tokens=held_out_prompts.MOST_TOKENS)
@@ -324,7 +390,7 @@ def _at_server(config):
 
 
 def _needs_config() -> bool:
-    return _COMPARE.value is None and _MODEL_FOLDER.value is None
+    return not (_COMPARE.value or _MODEL_FOLDER.value or _ANNOTATIONS.value)
 
 
 def joined(argv: list[str]) -> list[str]:

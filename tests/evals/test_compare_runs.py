@@ -125,7 +125,7 @@ def test_two_folders(tmp_path):
     saved(b, [0.5] * 8, name="mmlu")
     pairs, alone = compare_runs.compare([a, b])
     assert alone == [f"mmlu.paper is in {b} alone"]
-    table = list(compare_runs.lines(pairs, ["A", "B"]))
+    table = list(compare_runs.lines(pairs))
     assert table[0].split() == ["benchmark", "metric", "A", "B", "B", "-", "A,", "95", "%", "p",
                                 "up", "down", "test"]  # fmt: skip
     row = next(line for line in table if line.startswith("gsm8k.paper  m "[:13]))
@@ -150,7 +150,7 @@ def test_pending_is_never_a_number(tmp_path):
         saved(tmp_path / "a", [0, 1], pending=True), saved(tmp_path / "b", [0, 1], pending=True)
     ]  # fmt: skip
     pairs, _ = compare_runs.compare(folders)
-    row = list(compare_runs.lines(pairs, ["A", "B"]))[1]
+    row = list(compare_runs.lines(pairs))[1]
     assert row.split() == ["gsm8k.paper", "m", "pending", "pending"]
     assert compare_runs.write_differences(pairs, folders, tmp_path / "out.jsonl") == 0
 

@@ -127,9 +127,9 @@ def _strata(metric: Metric, ids: Sequence[str], group_of: Mapping[str, str]) -> 
     return groups if is_macro else [every]
 
 
-def lines(pairs: Sequence[tuple[Scored, Scored]], names: Sequence[str]) -> Iterator[str]:
+def lines(pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[str]:
     """The table of all metrics of both, with what is different."""
-    rows = [["benchmark", "metric", *names, "B - A, 95 %", "p", "up", "down", "test"]]
+    rows = [["benchmark", "metric", "A", "B", "B - A, 95 %", "p", "up", "down", "test"]]
     for a, b in pairs:
         others = {metric.name: metric for metric in b.metrics}
         for place, metric in enumerate(a.metrics):

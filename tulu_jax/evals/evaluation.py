@@ -6,12 +6,13 @@ and prompts that are too long. Each is then answered, judged and saved before th
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 from etils import epath
 
-from tulu_jax import validation
+from tulu_jax import atomic, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.evals import paper_tables, registry, run, scores
 from tulu_jax.evals.benchmark import Answer, Benchmark, Question, Request, Verdicts
@@ -62,6 +63,7 @@ def evaluate(
                 about={"model": subject.name, "switches": registry.switches(one.benchmark)},
                 shows=shows,
             )  # fmt: skip
+            _for_other_tools(one, answers, out, subject.name)
             found = scores.save(out, subject.name, [_scored(one, answers, judge)])
     return found
 
@@ -96,6 +98,22 @@ def _prepared(subject: Subject, benchmark: Benchmark, data: epath.Path) -> _Prep
     return _Prepared(benchmark=benchmark, requests=requests, prompts=prompts, notes=notes)
 
 
+def _for_other_tools(
+    one: _Prepared, answers: Sequence[Answer], out: pathlib.Path, model: str
+) -> None:
+    """Writes answers also as alpaca_eval and FastChat read them."""
+    if one.benchmark.name == "alpaca_eval":
+        from tulu_jax.evals import alpaca_eval
+
+        text = alpaca_eval.model_outputs(one.requests, answers, generator=model)
+        atomic.write_text(out / "model_outputs.json", text)
+    elif one.benchmark.name == "mt_bench":
+        from tulu_jax.evals import mt_bench
+
+        text = mt_bench.model_answers(one.requests, answers, model=model, time=time.time())
+        atomic.write_text(out / "model_answer.jsonl", text)
+
+
 def _scored(one: _Prepared, answers: Sequence[Answer], judge: Judge) -> scores.Scored:
     benchmark, requests = one.benchmark, one.requests
     verdicts = None
@@ -108,10 +126,12 @@ def _scored(one: _Prepared, answers: Sequence[Answer], judge: Judge) -> scores.S
 
 
 def table(
-    found: Sequence[scores.Scored], *, name: str, paper_row: str | None, groups: bool
+    found: Sequence[scores.Scored], *, names: Sequence[str], paper_row: str | None, groups: bool
 ) -> Iterator[str]:
-    """What is printed: all scores, beside the paper's row of that name, or of the model `name`."""
-    row = paper_row or paper_tables.model_of(name)
+    """What is printed: all scores, beside the paper's row of that name, or of the first of `names` that the paper
+    knows."""
+    known = [row for name in names if (row := paper_tables.model_of(name))]
+    row = paper_row or (known[0] if known else None)
     yield from scores.lines(found, paper_row=row)
     if groups:
         yield from scores.group_lines(found)
