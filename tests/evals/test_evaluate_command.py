@@ -1,4 +1,4 @@
-"""`python -m tulu_jax.evaluate` on benchmarks: of a folder and a server; killed, and gone on with."""
+"""`python -m tulu_jax.evaluate` on benchmarks: a folder, a server, and one that is killed."""
 
 import http.server
 import json
