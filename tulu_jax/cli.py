@@ -113,6 +113,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def joined(argv: Sequence[str], name: str) -> list[str]:
+    """`NAME A B` as `NAME=A,B`, since a flag takes one value; all else as it is."""
+    found = list(argv)
+    for place, argument in enumerate(argv[:-2]):
+        both = argv[place + 1 : place + 3]
+        if argument == name and not any(one.startswith("-") for one in both):
+            found[place : place + 3] = [f"{name}={','.join(both)}"]
+    return found
+
+
 def ours_or_serious(record) -> bool:
     """A filter of the log: whether a line is of this package, or serious."""
     if "orbax" in record.pathname:

@@ -393,16 +393,6 @@ def _needs_config() -> bool:
     return not (_COMPARE.value or _MODEL_FOLDER.value or _ANNOTATIONS.value)
 
 
-def joined(argv: list[str]) -> list[str]:
-    """`--compare A B` as `--compare=A,B`, since a flag takes one value."""
-    found = list(argv)
-    for place, argument in enumerate(argv[:-2]):
-        both = argv[place + 1 : place + 3]
-        if argument == "--compare" and not any(one.startswith("-") for one in both):
-            found[place : place + 3] = [f"--compare={','.join(both)}"]
-    return found
-
-
 if __name__ == "__main__":
-    sys.argv[:] = joined(sys.argv)
+    sys.argv[:] = cli.joined(sys.argv, "--compare")
     cli.run(main, needs_config=_needs_config)

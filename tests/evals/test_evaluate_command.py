@@ -13,7 +13,7 @@ import commands
 import pytest
 import small_models
 
-from tulu_jax import validation
+from tulu_jax import cli, validation
 from tulu_jax.data import tulu_tiny
 from tulu_jax.evals import held_out_prompts, model_folder, registry, scores
 
@@ -182,15 +182,11 @@ def test_a_tokenizer_without_the_template(folder, tmp_path, template, said):
     assert model_folder.chat_problems(str(folder)) == []
 
 
-def test_joined_flags():
-    from tulu_jax import evaluate as command
-
-    assert command.joined(["x", "--compare", "a", "b", "--groups"]) == [
-        "x", "--compare=a,b", "--groups"
-    ]  # fmt: skip
-    assert command.joined(["x", "--compare", "a,b", "--groups"]) == [
-        "x", "--compare", "a,b", "--groups"
-    ]  # fmt: skip
+def test_two_folders_behind_one_flag():
+    given = ["x", "--compare", "a", "b", "--groups"]
+    assert cli.joined(given, "--compare") == ["x", "--compare=a,b", "--groups"]
+    for as_it_is in (["x", "--compare", "a,b", "--groups"], ["x", "--compare=a,b"], ["x"]):
+        assert cli.joined(as_it_is, "--compare") == as_it_is
 
 
 def test_a_prompt_that_is_too_long_is_named_before_the_model_is_loaded(capsys, tmp_path, folder):

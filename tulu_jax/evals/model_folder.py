@@ -78,8 +78,8 @@ def chat_problems(folder: str) -> list[str]:
         said = theirs.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises whatever jinja does
         return [f"{name} has a chat template that fails ({error}); expected TÜLU's; {advice}"]
-    text = chat_lib.render(_PROBE, chat="spec").text + "\n<|assistant|>\n"
-    if said.removeprefix(chat_lib.BOS) in (text, text.replace("</s>\n", "</s>")):
+    text = chat_lib.render(_PROBE, chat="spec").text + "\n<|assistant|>"
+    if said.removeprefix(chat_lib.BOS).strip() in (text, text.replace("</s>\n", "</s>")):
         return []
     return [f"{name} writes chats as {said[:80]!r}…; expected TÜLU's {text[:80]!r}…; {advice}"]
 

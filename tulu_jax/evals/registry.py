@@ -70,7 +70,8 @@ def make(
                 fields[name][field] = _value(setting, found[name], field, text)
             except validation.UsageError as error:
                 problems.append(str(error))
-    validation.raise_if(problems)
+    if problems:
+        raise validation.UsageError("; ".join(problems))
     return [found[name](**fields[name]) for name in found]
 
 
