@@ -1,17 +1,16 @@
 """`python -m tulu_jax.evaluate` on benchmarks: a folder, a server, and one that is killed."""
 
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import commands
 import pytest
 import small_models
+from completions_server import Server
 
 from tulu_jax import cli, validation
 from tulu_jax.data import tulu_tiny
@@ -200,39 +199,6 @@ def test_a_prompt_that_is_too_long_is_named_before_the_model_is_loaded(capsys, t
     said = refused(capsys, f"--model_folder={short}", "--benchmarks=tulu_tiny")
     assert "prompts and their answers are longer than the model's 48 positions" in said
     assert not (tmp_path / "evals").exists()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Somebody else's server of completions: says " yes" to everything, or what `answer` is."""
-
-    daemon_threads = True
-
-    def __init__(self, answer=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.asked = answer, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self._say(200, {"data": [{"id": "m", "max_model_len": 100}]})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(asked)
-        text = {"index": 0, "text": " yes", "finish_reason": "stop"}
-        self._say(*(self.server.answer or (200, {"choices": [text]})))
-
-    def _say(self, status, body):
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *about):
-        pass
 
 
 def test_an_endpoint_is_evaluated(folder, tmp_path, tokenizer):

@@ -7,6 +7,7 @@ import json
 import builders
 import pytest
 import small_models
+from completions_server import Server
 
 from tulu_jax import validation
 from tulu_jax.data import tulu_tiny
@@ -14,6 +15,7 @@ from tulu_jax.decode.sampling import Sampling
 from tulu_jax.evals import predictions, run
 from tulu_jax.evals.benchmark import Answer, Request
 from tulu_jax.serving import engine as engine_lib
+from tulu_jax.serving import openai_engine
 
 ABOUT = {"model": "small", "switches": {"subset": "paper"}}
 GREEDY = Sampling(max_new_tokens=6)
@@ -255,3 +257,39 @@ def test_a_model_that_never_ends_is_cut_at_what_it_holds(own, tokenizer, tmp_pat
 def test_requests_of_one_id_are_a_bug(tokenizer):
     with pytest.raises(ValueError, match="several requests have the ids 'q/0'"):
         run.encode("x", [requests()[0]] * 2, tokenizer, chat="spec", is_cap=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((500, {"error": {"message": "down"}}), "the server says status 500: down, after 2 tries"),
+        ((200, "<html>"), "answered '<html>', which is not JSON"),
+        ((400, {"error": {"message": "no room"}}), "refuses a request with status 400: no room"),
+        (2.0, "no answer within 0.5 s"),
+    ],
+)
+def test_an_endpoint_that_fails_is_named_and_what_it_said_is_kept(
+    tokenizer, tmp_path, answer, said
+):
+    asked = [
+        Request(id=str(n), group="a", prompt=messages, sampling=GREEDY)
+        for n, (messages, _) in enumerate(tulu_tiny.held_out()[:6])
+    ]
+    prompts = run.encode("made", asked, tokenizer, chat="spec", is_cap=False)
+    path, server = tmp_path / "made.jsonl", Server(answer, good=3)
+    try:
+        theirs = openai_engine.OpenAIEngine(
+            server.url, concurrency=1, tries=2, timeout=0.5, details=False, first_wait=0.01
+        )
+        assert theirs.max_length == 100
+        with pytest.raises(validation.UsageError) as error:
+            run.answers(theirs, prompts, path, about=ABOUT, shows=False)
+        assert said in str(error.value) and "\n" not in str(error.value)
+        assert 1 <= len(predictions.read(path)) <= 3
+        server.answer, before = None, len(server.asked)
+        answers = run.answers(theirs, prompts, path, about=ABOUT, shows=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [one.texts for one in answers] == [[" yes"]] * 6
+    assert 3 <= len(server.asked) - before <= 5

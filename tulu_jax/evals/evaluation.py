@@ -128,8 +128,8 @@ def _scored(one: _Prepared, answers: Sequence[Answer], judge: Judge) -> scores.S
 def table(
     found: Sequence[scores.Scored], *, names: Sequence[str], paper_row: str | None, groups: bool
 ) -> Iterator[str]:
-    """What is printed: all scores, beside the row of the paper that is given, or that of the first of
-    `names` that the paper knows."""
+    """What is printed: all scores, beside `paper_row`, or that of the first of `names` that the
+    paper knows."""
     known = [row for name in names if (row := paper_tables.model_of(name))]
     row = paper_row or (known[0] if known else None)
     yield from scores.lines(found, paper_row=row)
