@@ -12,8 +12,8 @@ import pytest
 
 from tulu_jax import validation
 from tulu_jax.data import chat
+from tulu_jax.decode.sampling import Sampling
 from tulu_jax.evals import model_folder
-from tulu_jax.serving import engine as engine_lib
 
 TASKS = {
     "choices": """
@@ -152,7 +152,7 @@ def test_what_is_longer_than_the_model_is_cut_on_its_left(ours):
     long = "Once upon a time there was a cow. " * 200
     (whole,) = ours.generate_until([Instance(long, {"max_gen_toks": 8})], disable_tqdm=True)
     ids = ours.tok_encode(long)[-(ours.max_length - 8) :]
-    sampling = engine_lib.Sampling(max_new_tokens=8)
+    sampling = Sampling(max_new_tokens=8)
     ((reply,),) = ours.engine.generate([ids], sampling, seeds=None)
     assert whole == reply.text
     rolled = ours.loglikelihood_rolling([Instance(long)], disable_tqdm=True)

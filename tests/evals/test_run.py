@@ -221,7 +221,7 @@ def test_prompts_that_are_too_long_are_named_all_at_once(tokenizer):
     size = builders.MODEL.max_positions
     long = [{"role": "user", "content": "cow " * size}]
     asked = [
-        Request(id=f"q/{n}", group="a", prompt=prompt, sampling=Sampling(max_new_tokens=100))
+        Request(id=f"q/{n}", group="a", prompt=prompt, sampling=Sampling(max_new_tokens=120))
         for n, prompt in enumerate([long, *[r.prompt for r in requests()[:3]]])
     ]
 
@@ -233,7 +233,7 @@ def test_prompts_that_are_too_long_are_named_all_at_once(tokenizer):
     longest = len(found.asked[0].prompt)
     assert longest > size
     assert said.startswith("made: 4 of 4 prompts and their answers are longer than the model's 128")
-    assert f"'q/0' of {longest} ids, with 100 to come; expected a model of {longest + 100}" in said
+    assert f"'q/0' of {longest} ids, with 120 to come; expected a model of {longest + 120}" in said
     (said,), _ = problems(asked, is_cap=True)
     assert said.startswith("made: 1 of 4 prompts")
     assert problems(asked[1:], is_cap=True)[0] == []
@@ -245,10 +245,8 @@ def test_prompts_that_are_too_long_are_named_all_at_once(tokenizer):
 
 def test_a_model_that_never_ends_is_cut_at_what_it_holds(own, tokenizer, tmp_path):
     """As AlpacaEval asks: 8,192 new tokens at most, of a model of 128 positions."""
-    asked = [
-        dataclasses.replace(request, sampling=Sampling(max_new_tokens=8192), then=())
-        for request in requests()[:2]
-    ]
+    endless = Sampling(max_new_tokens=8192, min_new_tokens=8192)
+    asked = [dataclasses.replace(request, sampling=endless, then=()) for request in requests()[:2]]
     found = run.encode("alpaca", asked, tokenizer, chat="spec", is_cap=True)
     answers = run.answers(own, found, tmp_path / "x.jsonl", about=ABOUT, shows=False)
     assert [answer.ended for answer in answers] == [["length"], ["length"]]

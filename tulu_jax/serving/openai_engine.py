@@ -147,21 +147,31 @@ class OpenAIEngine:
     ) -> list:
         """What `read` makes of the answer to each request, of which `done` is told as they come;
         the first failure ends the rest."""
+        told: dict[int, Any] = {}
+
+        def tell(number: int, found: Any) -> None:
+            told[number] = found
+            if done is not None:
+                done(number, found)
+
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            tasks = [
-                pool.submit(self._tried, lambda r=request, n=n: read(self._complete(r), n))
+            tasks = {
+                pool.submit(self._tried, lambda r=request, n=n: read(self._complete(r), n)): n
                 for n, request in enumerate(requests)
-            ]
+            }
             try:
-                numbers = {task: number for number, task in enumerate(tasks)}
                 for task in concurrent.futures.as_completed(tasks):
-                    found = task.result()
-                    if done is not None:
-                        done(numbers[task], found)
-                return [task.result() for task in tasks]
+                    tell(tasks[task], task.result())
+            except validation.UsageError:
+                pool.shutdown(cancel_futures=True)  # those under way end, and are told of
+                for task, number in tasks.items():
+                    if number not in told and not task.cancelled() and not task.exception():
+                        tell(number, task.result())
+                raise
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return [told[number] for number in range(len(requests))]
 
     def _complete(self, request: dict) -> Any:
         return self.client.completions.with_raw_response.create(model=self.model, **request)
