@@ -155,17 +155,17 @@ def _problems(config):
 
 
 def _benchmark_problems():
-    from tulu_jax.evals import paper_tables, registry
+    from tulu_jax.evals import catalogue, paper_tables
 
     try:
-        asked = registry.make(
+        asked = catalogue.make(
             _BENCHMARKS.value, subset=_SUBSET.value, settings=_SET.value,
             allow_altered=_ALLOW_ALTERED.value,
         )  # fmt: skip
     except validation.UsageError as error:
         yield str(error)
     else:
-        if _EVAL_DATA.value is None and {one.name for one in asked} & set(registry.PAPER):
+        if _EVAL_DATA.value is None and {one.name for one in asked} & set(catalogue.PAPER):
             yield (
                 "--eval_data is missing: the folder that has the data of the benchmarks, each in "
                 "a folder of its own (docs/evaluations.md lists the files)"
@@ -190,7 +190,7 @@ def _is_price(given: list[str]) -> bool:
 
 def _evaluate(config) -> None:
     """Evaluates on --benchmarks; prints the table."""
-    from tulu_jax.evals import evaluation, judging, registry
+    from tulu_jax.evals import catalogue, evaluation, judging
 
     if config is not None:
         from tulu_jax import preflight
@@ -199,7 +199,7 @@ def _evaluate(config) -> None:
     if jax.process_count() > 1:
         raise validation.UsageError("--benchmarks are asked by one process; start one alone")
     subject, names, out = _of_folder() if config is None else _of_run(config)
-    benchmarks = registry.make(
+    benchmarks = catalogue.make(
         _BENCHMARKS.value, subset=_SUBSET.value, settings=_SET.value,
         allow_altered=_ALLOW_ALTERED.value,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from completions_server import Server
 
 from tulu_jax import cli, validation
 from tulu_jax.data import tulu_tiny
-from tulu_jax.evals import held_out_prompts, model_folder, registry, scores
+from tulu_jax.evals import catalogue, held_out_prompts, model_folder, scores
 
 ROWS = len(tulu_tiny.held_out())
 
@@ -244,8 +244,8 @@ def test_two_runs_are_compared(folder, whole, tokenizer, tmp_path, capsys):
 
 
 def test_the_registry(monkeypatch):
-    assert registry.names(["all", "mmlu", "tulu_tiny"]) == [*registry.PAPER, "tulu_tiny"]
-    (one,) = registry.make(["tulu_tiny"], subset="full", settings=[], allow_altered=True)
-    assert registry.switches(one) == {"subset": "full"}
+    assert catalogue.names(["all", "mmlu", "tulu_tiny"]) == [*catalogue.PAPER, "tulu_tiny"]
+    (one,) = catalogue.make(["tulu_tiny"], subset="full", settings=[], allow_altered=True)
+    assert catalogue.switches(one) == {"subset": "full"}
     with pytest.raises(validation.UsageError, match="has nothing"):
-        registry.names([])
+        catalogue.names([])

@@ -14,7 +14,7 @@ from etils import epath
 
 from tulu_jax import atomic, validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.evals import paper_tables, registry, run, scores
+from tulu_jax.evals import catalogue, paper_tables, run, scores
 from tulu_jax.evals.benchmark import Answer, Benchmark, Question, Request, Verdicts
 from tulu_jax.serving import engine as engine_lib
 from tulu_jax.training import lease as lease_lib
@@ -60,7 +60,7 @@ def evaluate(
         for one in prepared:
             answers = run.answers(
                 engine, one.prompts, out / f"{one.prompts.name}.jsonl",
-                about={"model": subject.name, "switches": registry.switches(one.benchmark)},
+                about={"model": subject.name, "switches": catalogue.switches(one.benchmark)},
                 shows=shows,
             )  # fmt: skip
             _for_other_tools(one, answers, out, subject.name)
@@ -88,10 +88,10 @@ def _prepared(subject: Subject, benchmark: Benchmark, data: epath.Path) -> _Prep
     requests = benchmark.requests(data, subject.tokenizer, is_chat=is_chat)
     prompts = run.encode(
         f"{benchmark.name}.{benchmark.subset}", requests, subject.tokenizer,
-        chat=subject.chat, is_cap=benchmark.name in registry.CAPPED,
+        chat=subject.chat, is_cap=benchmark.name in catalogue.CAPPED,
     )  # fmt: skip
     notes = []
-    if registry.switches(benchmark).get(registry.ALTERED):
+    if catalogue.switches(benchmark).get(catalogue.ALTERED):
         from tulu_jax.evals import data_files
 
         notes = [f"altered data: {note}" for note in data_files.notes(data, benchmark.name)]
@@ -121,7 +121,7 @@ def _scored(one: _Prepared, answers: Sequence[Answer], judge: Judge) -> scores.S
         verdicts = judge(questions) or None
         logging.info("%s: judged %d of %d", one.prompts.name, len(verdicts or ()), len(questions))
     metrics = benchmark.score(requests, answers, verdicts)
-    switches = registry.switches(benchmark)
+    switches = catalogue.switches(benchmark)
     return scores.scored(benchmark.name, switches, requests, answers, metrics, notes=one.notes)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tulu_jax import atomic, strict_json, validation
-from tulu_jax.evals import paper_tables, registry
+from tulu_jax.evals import catalogue, paper_tables
 from tulu_jax.evals.benchmark import Answer, Metric, Request
 
 FILE = "scores.json"
@@ -83,7 +83,7 @@ def save(folder: pathlib.Path, model: str, new: Sequence[Scored]) -> list[Scored
                 f"{folder / FILE} has scores of {before}; these are of {model}; give another --out"
             )
     by_key = {one.key: one for one in [*kept, *new]}
-    order = list(registry.KNOWN)
+    order = list(catalogue.KNOWN)
     found = sorted(by_key.values(), key=lambda one: (order.index(one.benchmark), one.subset))
     content = {"model": model, "scores": [dataclasses.asdict(one) for one in found]}
     atomic.write_text(folder / FILE, strict_json.dumps(content, indent=1) + "\n")
