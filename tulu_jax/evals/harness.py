@@ -154,7 +154,7 @@ def _sampling(asked: dict[str, Any]) -> Sampling:
             f"a task asks for generation with {unknown}; expected only until, max_gen_toks, "
             f"do_sample, temperature, {' and '.join(_OF_SAMPLING)}"
         )
-    temperature = settings["temperature"]
+    temperature = settings.get("temperature", 0.0)  # absent where nothing is drawn
     drawn = {name: settings[name] for name in _OF_SAMPLING if temperature and name in settings}
     return Sampling(
         max_new_tokens=settings["max_gen_toks"],
