@@ -20,6 +20,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    def handle_error(self, request, client_address):
+        """Says nothing of a client that did not wait."""
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
