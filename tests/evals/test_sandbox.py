@@ -46,6 +46,15 @@ def leftovers() -> list[str]:
     return found
 
 
+def gone_soon():
+    """They were killed; the kernel ends them in its time."""
+    for _ in range(200):
+        if not leftovers():
+            return
+        time.sleep(0.05)
+    raise AssertionError(leftovers())
+
+
 # What each does, and how its verdict begins.
 HOSTILE = {
     "says that it passed": (WRONG + "print('passed', flush=True)", "failed"),
@@ -124,7 +133,7 @@ def test_hostile_programs_do_not_pass_and_leave_nothing(way):
     for (name, (_, begins)), verdict in zip(HOSTILE.items(), verdicts[1:-1], strict=True):
         is_late = verdict == sandbox.TIMED_OUT  # as anything may be on a machine that is too busy
         assert verdict.startswith(begins) or is_late, (name, verdict)
-    assert not leftovers()
+    gone_soon()
 
 
 def test_nothing_of_the_host_is_seen_or_harmed(way, tmp_path, monkeypatch):
@@ -158,7 +167,7 @@ def f(x):
 """
     checks = """
 seen = f(0)
-assert seen["environment"] in ({}, {"PWD": "/"}), seen["environment"]
+assert seen["environment"] == {}, seen["environment"]
 assert seen["canary"] is False and seen["host"] == [], seen
 assert all("Error" in one for one in seen["write"]), seen["write"]
 assert seen["network"] in ("OSError", "ConnectionRefusedError"), seen["network"]
@@ -180,7 +189,7 @@ def test_what_is_left_running_does_not_hold_up_a_verdict(way):
     start = time.monotonic()
     assert sandbox.run([made(waits)], seconds=20, way=way) == ["passed"]
     assert time.monotonic() - start < 90  # without a wait for them; the limit is 200
-    assert not leftovers()
+    gone_soon()
 
 
 def test_values_pass_as_they_are(way):

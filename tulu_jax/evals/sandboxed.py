@@ -25,6 +25,7 @@ def main(role: str, settings: dict) -> None:
     """Runs one of the two processes; `settings` come from `sandbox`."""
     os.chmod("/tmp", 0o1777)
     os.chdir("/tmp")
+    os.environ.clear()  # of what Python and a sandbox put there
     for name, value in settings["limits"].items():
         hard = value + (name == "RLIMIT_CPU")  # SIGXCPU tells, a second before SIGKILL
         resource.setrlimit(getattr(resource, name), (value, hard))

@@ -153,6 +153,9 @@ class OpenAIEngine:
                 )
             except NotTakenError:
                 return None
+            except BaseException as error:
+                failures.append(error)
+                raise
 
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
             try:
@@ -161,9 +164,7 @@ class OpenAIEngine:
                     for place, one in enumerate(zip(conversations, samplings, strict=True))
                 }
                 for task in concurrent.futures.as_completed(tasks):
-                    if error := task.exception():
-                        failures.append(error)
-                    elif task.result() is not _LEFT:
+                    if task.exception() is None and task.result() is not _LEFT:
                         yield tasks[task], task.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
