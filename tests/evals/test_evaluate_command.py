@@ -181,6 +181,28 @@ def test_a_tokenizer_without_the_template(folder, tmp_path, template, said):
     assert model_folder.chat_problems(str(folder)) == []
 
 
+def test_a_run_is_evaluated(tmp_path, tokenizer_dir, capsys):
+    """What training starts from, as a run that has trained would be; into its workdir."""
+    (tmp_path / "small.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from tulu_jax.models import config\n"
+        "include 'tulu_tiny_sft.gin'\n"
+        f"TOKENIZER = {tokenizer_dir!r}\n"
+        "config.LlamaConfig.num_layers = 1\n"
+        "config.LlamaConfig.embed_dim = 32\n"
+        "config.LlamaConfig.mlp_dim = 64\n"
+        "config.LlamaConfig.num_heads = 8\n"
+        "config.LlamaConfig.num_kv_heads = 8\n"
+        "config.LlamaConfig.head_dim = 8\n"
+    )
+    flags = (f"--gin_file={tmp_path / 'small.gin'}", "--initial", "--benchmarks=tulu_tiny")
+    assert commands.run("evaluate", *flags) == 0
+    out = tmp_path / "runs" / "small" / "evals" / "initial"
+    model, (found,) = scores.load(out)
+    assert model == "small, initial" and found.requests == ROWS
+    assert "Answers and scores are in runs/small/evals/initial" in capsys.readouterr().out
+
+
 def test_two_folders_behind_one_flag():
     given = ["x", "--compare", "a", "b", "--groups"]
     assert cli.joined(given, "--compare") == ["x", "--compare=a,b", "--groups"]
