@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,18 @@ def whole(folder, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def served(folder, tmp_path_factory):
+    """The folder that an evaluation behind a server leaves, and what the server was asked."""
+    out, server = tmp_path_factory.mktemp("served") / "out", Server()
+    try:
+        assert evaluate(folder, "--engine=openai", f"--url={server.url}", f"--out={out}") == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    return out, server.asked
+
+
 def evaluate(folder, *flags):
     return commands.run(
         "evaluate", f"--model_folder={folder}", "--benchmarks=tulu_tiny", "--slots=4", *flags
@@ -52,6 +65,7 @@ def refused(capsys, *flags):
     return said
 
 
+@pytest.mark.slow
 def test_a_folder_is_evaluated(folder, whole, capsys):
     model, (found,) = scores.load(whole)
     assert model == "small" and found.benchmark == "tulu_tiny" and found.requests == ROWS
@@ -72,6 +86,7 @@ def test_a_folder_is_evaluated(folder, whole, capsys):
     assert (whole / "tulu_tiny.paper.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_goes_on_and_ends_the_same(folder, whole, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -110,10 +125,10 @@ def test_two_at_once_are_refused(folder, tmp_path, capsys):
     assert f"{tmp_path / 'out'} is held by process {os.getpid()}" in said
 
 
-def test_rows_of_another_prompt_are_refused(folder, whole, capsys):
+def test_rows_of_another_prompt_are_refused(folder, served, capsys):
     said = refused(
         capsys, f"--model_folder={folder}", "--benchmarks=tulu_tiny", "--chat=none",
-        f"--out={whole}",
+        f"--out={served[0]}",
     )  # fmt: skip
     assert f"{ROWS} rows whose prompt_hash is not that of the prompt now ('0', '1', '2'" in said
     assert "chat = 'spec', and now it is 'none'" in said
@@ -167,8 +182,6 @@ def test_folders_that_are_none(capsys, tmp_path, folder, tokenizer):
     ],
 )
 def test_a_tokenizer_without_the_template(folder, tmp_path, template, said):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     config = json.loads((other / "tokenizer_config.json").read_text())
@@ -181,6 +194,28 @@ def test_a_tokenizer_without_the_template(folder, tmp_path, template, said):
     assert model_folder.chat_problems(str(folder)) == []
 
 
+def test_a_run_is_evaluated(tmp_path, tokenizer_dir, capsys):
+    """What training starts from, as a run that has trained would be; into its workdir."""
+    (tmp_path / "small.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from tulu_jax.models import config\n"
+        "include 'tulu_tiny_sft.gin'\n"
+        f"TOKENIZER = {tokenizer_dir!r}\n"
+        "config.LlamaConfig.num_layers = 1\n"
+        "config.LlamaConfig.embed_dim = 32\n"
+        "config.LlamaConfig.mlp_dim = 64\n"
+        "config.LlamaConfig.num_heads = 8\n"
+        "config.LlamaConfig.num_kv_heads = 8\n"
+        "config.LlamaConfig.head_dim = 8\n"
+    )
+    flags = (f"--gin_file={tmp_path / 'small.gin'}", "--initial", "--benchmarks=tulu_tiny")
+    assert commands.run("evaluate", *flags) == 0
+    out = tmp_path / "runs" / "small" / "evals" / "initial"
+    model, (found,) = scores.load(out)
+    assert model == "small, initial" and found.requests == ROWS
+    assert "Answers and scores are in runs/small/evals/initial" in capsys.readouterr().out
+
+
 def test_two_folders_behind_one_flag():
     given = ["x", "--compare", "a", "b", "--groups"]
     assert cli.joined(given, "--compare") == ["x", "--compare=a,b", "--groups"]
@@ -189,8 +224,6 @@ def test_two_folders_behind_one_flag():
 
 
 def test_a_prompt_that_is_too_long_is_named_before_the_model_is_loaded(capsys, tmp_path, folder):
-    import shutil
-
     short = tmp_path / "short"
     shutil.copytree(folder, short)
     config = json.loads((short / "config.json").read_text())
@@ -202,20 +235,13 @@ def test_a_prompt_that_is_too_long_is_named_before_the_model_is_loaded(capsys, t
     assert not (tmp_path / "evals").exists()
 
 
-def test_an_endpoint_is_evaluated(folder, tmp_path, tokenizer):
+def test_an_endpoint_is_evaluated(served, tokenizer):
     """Ids go to the server, of which nothing but the tokenizer is read here."""
-    server = Server()
-    try:
-        flags = ("--engine=openai", f"--url={server.url}", f"--out={tmp_path / 'out'}")
-        assert evaluate(folder, *flags) == 0
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert len(server.asked) == ROWS
-    ids = [asked["prompt"] for asked in server.asked]
-    assert all(asked["max_tokens"] == held_out_prompts.MOST_TOKENS for asked in server.asked)
-    assert all(asked[0] == tokenizer.bos_id for asked in ids)
-    _, (found,) = scores.load(tmp_path / "out")
+    out, asked = served
+    assert len(asked) == ROWS
+    assert all(one["max_tokens"] == held_out_prompts.MOST_TOKENS for one in asked)
+    assert all(one["prompt"][0] == tokenizer.bos_id for one in asked)
+    _, (found,) = scores.load(out)
     assert found.ended == {"stop": ROWS}
 
 
@@ -233,17 +259,34 @@ def test_an_endpoint_that_refuses_is_named_and_what_it_said_is_kept(folder, tmp_
     assert (tmp_path / "out" / "tulu_tiny.paper.jsonl").exists()
 
 
-def test_two_runs_are_compared(folder, whole, tokenizer, tmp_path, capsys):
-    other = small_models.save(tmp_path / "other", tokenizer, seed=1)
-    assert evaluate(other, f"--out={tmp_path / 'b'}") == 0
-    capsys.readouterr()
-    assert commands.run("evaluate", "--compare", str(whole), str(tmp_path / "b"), "--groups") == 0
+def test_two_evaluations_are_compared(folder, served, tmp_path, capsys):
+    """Of one server, and of one that gives the right answer to the first question."""
+    a, b = served[0], tmp_path / "b"
+    shutil.copytree(a, b)
+    rows = [json.loads(line) for line in (b / "tulu_tiny.paper.jsonl").read_text().splitlines()]
+    rows[0]["texts"] = [tulu_tiny.held_out()[0][1]]
+    (b / "tulu_tiny.paper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = Server()
+    try:
+        flags = ("--engine=openai", f"--url={server.url}", f"--out={b}", "--groups")
+        assert evaluate(folder, *flags, "--paper_row=Tulu 2 7B") == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert server.asked == []
+    said = capsys.readouterr()
+    assert "tulu_tiny.paper: 100%" in said.err and f"{ROWS}/{ROWS}" in said.err
+    assert "Tulu 2 7B" in said.out
+    assert commands.run("evaluate", "--compare", str(a), str(b), "--groups") == 0
     said = capsys.readouterr().out
     assert "tulu_tiny.paper" in said and "McNemar, exact" in said
-    assert f"differences are in {tmp_path / 'b' / 'differences.jsonl'}" in said
+    lines = [json.loads(line) for line in (b / "differences.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["metric"] == "exact_match")
+    assert (first["id"], first["a"], first["b"]) == ("0", 0.0, 1.0)
+    assert f"{len(lines)} differences are in {b / 'differences.jsonl'}" in said
 
 
-def test_the_registry(monkeypatch):
+def test_names_of_benchmarks():
     assert catalogue.names(["all", "mmlu", "tulu_tiny"]) == [*catalogue.PAPER, "tulu_tiny"]
     (one,) = catalogue.make(["tulu_tiny"], subset="full", settings=[], allow_altered=True)
     assert catalogue.switches(one) == {"subset": "full"}

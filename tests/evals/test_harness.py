@@ -1,7 +1,6 @@
 """lm-eval itself on our decoder, and the same weights through its own Hugging Face back end.
 
-Importing lm-eval with torch takes longer than all that is measured here, so one test in the default
-suite asks for everything at once, and imports are the fixture's.
+What asks for whole tasks is slow: lm-eval, torch and their imports take most of it.
 """
 
 import json
@@ -118,6 +117,7 @@ def results(lm, folder: str) -> dict:
     return {"results": found["results"], "said": said}
 
 
+@pytest.mark.slow
 def test_the_real_library_runs_its_tasks_on_our_decoder(ours, tasks, stories):
     """The same numbers as through its own back end on torch, in float32."""
     torch = pytest.importorskip("torch")
@@ -148,6 +148,7 @@ class Instance:
         self.args = args
 
 
+@pytest.mark.slow
 def test_what_is_longer_than_the_model_is_cut_on_its_left(ours):
     long = "Once upon a time there was a cow. " * 200
     (whole,) = ours.generate_until([Instance(long, {"max_gen_toks": 8})], disable_tqdm=True)
@@ -157,6 +158,16 @@ def test_what_is_longer_than_the_model_is_cut_on_its_left(ours):
     assert whole == reply.text
     rolled = ours.loglikelihood_rolling([Instance(long)], disable_tqdm=True)
     assert rolled[0] < ours.loglikelihood_rolling([Instance(long[:500])], disable_tqdm=True)[0] < 0
+
+
+def test_a_continuation_has_the_score_that_the_engine_gives(ours):
+    context, text = "Once upon a time", " there was a little girl"
+    ((logps, greedy),) = ours.loglikelihood([Instance(context, text)], disable_tqdm=True)
+    ids = ours.tok_encode(context)
+    whole = ours.tok_encode(context + text)
+    assert whole[: len(ids)] == ids and ids[0] == ours.tokens.bos_id
+    (score,) = ours.engine.score([ids], [whole[len(ids) :]])
+    assert (logps, greedy) == (score.logps, score.is_greedy) and -20 < logps < 0
 
 
 def test_settings_that_we_do_not_have_are_named(ours):
