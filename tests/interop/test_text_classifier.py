@@ -1,6 +1,7 @@
 """A judge that is a classifier by its folder, against `transformers` on one text at a time."""
 
 import pytest
+import small_classifier
 
 from tulu_jax import validation
 from tulu_jax.evals import judges
@@ -9,28 +10,7 @@ from tulu_jax.evals.benchmark import Question
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> str:
-    """A small RoBERTa with random weights, as `transformers` saves it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    folder = str(tmp_path_factory.mktemp("classifier"))
-    words = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=512
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=34, pad_token_id=1, num_labels=2,
-        initializer_range=1.0,
-    )  # fmt: skip
-    transformers.RobertaForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return small_classifier.save(str(tmp_path_factory.mktemp("classifier")))
 
 
 def test_a_classifier_by_its_folder(classifier, tmp_path):
