@@ -227,5 +227,5 @@ class Lease:
     def _refusal(self, record: Record | None) -> UsageError:
         return UsageError(
             f"{self._of(record)}; expected a workdir that no other run writes to. Wait for "
-            "that run, end it, or choose another --workdir"
+            "that run, end it, or choose another folder (--workdir, of evaluate --out)"
         )
