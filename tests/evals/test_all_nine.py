@@ -16,7 +16,7 @@ from tulu_jax.data import chat, tokenizer_files
 from tulu_jax.evals import catalogue, scores
 from tulu_jax.interop import tokenizer_export
 
-POSITIONS = 3584  # its 512 pieces make long prompts
+POSITIONS = 3072  # its 512 pieces make long prompts
 FIRST_LINES = {  # of each file below eval/, how many
     "mmlu/dev/anatomy_dev.csv": 5,
     "mmlu/test/anatomy_test.csv": 3,
@@ -87,7 +87,7 @@ def command(stories, data, out, *more: str) -> str:
         [
             *(sys.executable, "-m", "tulu_jax.evaluate", f"--model_folder={stories}"),
             *("--benchmarks=all", f"--eval_data={data}", "--allow_altered_data", f"--out={out}"),
-            *("--slots=32", "--set=codex_eval.samples=5", *more),
+            *("--slots=4", "--set=codex_eval.samples=5", *more),
         ],
         env=os.environ | {"XLA_FLAGS": "", "OPENAI_API_KEY": "none"},
         capture_output=True, text=True,
