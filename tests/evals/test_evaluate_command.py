@@ -9,6 +9,7 @@ import sys
 import time
 
 import commands
+import numpy as np
 import pytest
 import small_models
 from completions_server import Server
@@ -87,6 +88,28 @@ def test_a_folder_is_evaluated(folder, whole, capsys):
 
 
 @pytest.mark.slow
+def test_weights_are_rounded_as_they_are_read(folder, tokenizer, tmp_path, capsys):
+    """int8 by outputs; answers are those of the rounded weights, under a name of their own."""
+    rounded = model_folder.load(str(folder), tokenizer, slots=4, weights="int8")
+    whole = model_folder.load(str(folder), tokenizer, slots=4)
+    kernels = [
+        engine.params["model"]["layers"]["mlp"]["up_proj"]["kernel"] for engine in (rounded, whole)
+    ]
+    assert kernels[0]["codes"].dtype == np.int8
+    by_hand = kernels[0]["codes"] * (kernels[0]["outmax"] / 127)
+    assert np.abs(by_hand - kernels[1]).max() <= (kernels[0]["outmax"] / 254).max() * 1.001
+    prompts, said = [[1, 20, 30, 40]], [[50, 60]]
+    scores_ = [engine.score(prompts, said)[0].logps for engine in (rounded, whole)]
+    assert scores_[0] != scores_[1] and scores_[0] == pytest.approx(scores_[1], rel=0.1)
+    assert evaluate(folder, f"--out={tmp_path}", "--weights=int8") == 0
+    assert scores.load(tmp_path)[0] == "small_int8"
+    capsys.readouterr()
+    said = refused(
+        capsys, "--gin_file=tulu_tiny_dpo.gin", "--benchmarks=tulu_tiny", "--weights=int8"
+    )
+    assert "--weights rounds those of --model_folder" in said
+
+
 def test_one_that_is_killed_goes_on_and_ends_the_same(folder, whole, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(

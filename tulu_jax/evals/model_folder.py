@@ -1,5 +1,7 @@
 """A Hugging Face folder as an engine: its model on the devices that are here, its tokenizer."""
 
+import functools
+
 import jax
 from etils import epath
 
@@ -12,6 +14,7 @@ from tulu_jax.models import llama, paged_attention
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding, slices
+from tulu_jax.quant import nf4
 from tulu_jax.serving import engine as engine_lib
 
 _PROBE = [
@@ -33,9 +36,12 @@ def max_length_of(folder: str) -> int:
         return hf.read_config(folder).max_positions
 
 
-def load(folder: str, tokenizer: chat_lib.ChatTokenizer, *, slots: int) -> engine_lib.OwnEngine:
+def load(
+    folder: str, tokenizer: chat_lib.ChatTokenizer, *, slots: int, weights: str | None = None
+) -> engine_lib.OwnEngine:
     """Our decoder with the weights in a folder, in the dtype in which they are (of float16 in
-    bfloat16). Raises `UsageError` for what cannot be read or is no Llama."""
+    bfloat16), or rounded to `weights`, a kind of `nf4.KINDS`, as they are read. Raises `UsageError`
+    for what cannot be read or is no Llama."""
     with validation.reading():
         config = hf.read_config(folder)
         dtype = hf.weights_dtype(folder, config)
@@ -44,13 +50,16 @@ def load(folder: str, tokenizer: chat_lib.ChatTokenizer, *, slots: int) -> engin
     laid = slices.resident if on_tpu else slices.anywhere
     mesh = mesh_lib.make(laid(jax.device_count(), config.axis_sizes))
     abstract = llama.abstract_params(config, dtype)
+    quant = None if weights is None else nf4.QuantConfig(kind=weights)
+    if quant is not None:
+        abstract = jax.eval_shape(functools.partial(nf4.quantise_params, config=quant), abstract)
     abstract = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         abstract,
         sharding.param_shardings(mesh, abstract),
     )
     with jax.set_mesh(mesh):
-        params = base_lib.load(folder, config, abstract)
+        params = base_lib.load(folder, config, abstract, quant)
     paged = {}
     if on_tpu:
         paged["page"] = paged_attention.page_for(config, tensor=mesh.shape["tensor"])
