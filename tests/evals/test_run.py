@@ -65,6 +65,15 @@ def put(path, whole):
     path.with_name("made.paper.about.json").write_bytes(whole[2])
 
 
+def test_white_space_of_a_user_is_asked_as_it_is(tokenizer):
+    """As the paper asked: one LF more before the answer of a question that ends with one."""
+    messages = [{"role": "user", "content": "Opposite of hot?\n"}]
+    request = Request(id="0", group="", prompt=messages, prefix="A:", sampling=GREEDY)
+    (asked,) = run.encode("made", [request], tokenizer, chat="spec", is_cap=False).asked
+    text = "<|user|>\nOpposite of hot?\n\n<|assistant|>\nA:"
+    assert asked.prompt == [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
 def test_what_is_asked_is_what_an_engine_is_asked_by_hand(own, prompts, whole, tokenizer):
     asked, answers = requests(), whole[1]
     assert [answer.id for answer in answers] == [request.id for request in asked]

@@ -220,21 +220,28 @@ def shift(token_ids: TokenIds) -> Encoded:
 
 
 def generation_prompt(
-    messages: list[dict], tokenizer: ChatTokenizer, *, chat: str, prefix: str = ""
+    messages: list[dict],
+    tokenizer: ChatTokenizer,
+    *,
+    chat: str,
+    prefix: str = "",
+    strips: bool = True,
 ) -> list[int]:
     """Ids from which an assistant's answer is generated: BOS first, `<|assistant|>` LF last, and
-    behind that what the answer is to begin with."""
+    after that what the answer is to begin with. Contents are stripped as in training, or, as in the
+    paper's evaluations, not."""
     check_messages(messages, "of the prompt")
-    text, _ = _concatenate(messages, chat)
+    text, _ = _concatenate(messages, chat, strips=strips)
     return [tokenizer.bos_id, *tokenizer.encode(f"{text}<|assistant|>\n{prefix}")]
 
 
-def _concatenate(messages: list[dict], chat: str) -> tuple[str, list[Turn]]:
+def _concatenate(messages: list[dict], chat: str, *, strips: bool = True) -> tuple[str, list[Turn]]:
     if chat not in MODES:
         raise ValueError(validation.one_of("chat", chat, MODES)[1])
     parts, turns, length = [], [], 0
     for index, message in enumerate(messages):
-        header, content = f"<|{message['role']}|>\n", message["content"].strip()
+        header, content = f"<|{message['role']}|>\n", message["content"]
+        content = content.strip() if strips else content
         is_assistant = message["role"] == "assistant"
         parts += [header, content, EOS if is_assistant else "", "\n"]
         start = length + len(header)

@@ -107,9 +107,12 @@ def _encoder(request: Request, replies: Sequence[str], tokenizer, chat: str):
         return lambda prefix: [tokenizer.bos_id, *tokenizer.encode(text + prefix)]
     messages = list(request.prompt)
     for reply, further in zip(replies, request.then, strict=False):
-        messages.append({"role": "assistant", "content": request.prefix + reply})
+        messages.append({"role": "assistant", "content": (request.prefix + reply).strip()})
         messages.append({"role": "user", "content": further})
-    return lambda prefix: engine_lib.chat_prompt(messages, tokenizer, chat=chat, prefix=prefix)
+    # The paper's evaluations did not strip what a user says: TyDiQA's questions end with LF.
+    return lambda prefix: chat_lib.generation_prompt(
+        messages, tokenizer, chat=chat, prefix=prefix, strips=False
+    )
 
 
 def length_problems(of: Prompts, max_length: int | None) -> Iterator[str]:
