@@ -17,7 +17,7 @@ from tulu_jax.training import checkpoint_folders
 MISSING, UNFINISHED, OTHER, DONE = "missing", "unfinished", "of another config", "done"
 # What changes no number but by rounding: places, how often something is written, the mesh.
 _NOT_COMPARED = (
-    "workdir", "reference_dir", "logging", "checkpoint", "mesh", "micro_batch_size",
+    "workdir", "reference_dir", "logging", "checkpoint", "mesh", "micro_batch_size", "eval_every",
     "data.workers", "data.cache_dir", "data.data_root", "execution.adapter",
     "execution.remat_policy", "execution.row_parts",
 )  # fmt: skip

@@ -17,7 +17,7 @@ _RANKS = (1, 16)
 
 def _qlora(rank: int) -> Run:
     return tiny_runs.run(
-        f"qlora_r{rank}", tiny_runs.QLORA, updates=100, base="base",
+        f"qlora_r{rank}", tiny_runs.QLORA, updates=50, base="base",
         **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank, "LEARNING_RATE": 2e-3},
     )  # fmt: skip
 
@@ -37,7 +37,7 @@ STUDY = Study(
             # The base has seen no facts; what is then trained must learn them.
             tiny_runs.run("base", tiny_runs.SFT, updates=300, seeds=(1,),
                           MIXTURE="tulu_tiny_no_facts"),
-            tiny_runs.run("full", tiny_runs.SFT, updates=100, base="base",
+            tiny_runs.run("full", tiny_runs.SFT, updates=50, base="base",
                           MIXTURE="tulu_tiny_all"),
             *map(_qlora, _RANKS),
         ),

@@ -25,11 +25,11 @@ def run(
     name: str, gin_file: str, *, updates: int, seeds: tuple[int, ...] = SEEDS,
     base: str | None = None, **overrides: Any,
 ) -> Run:  # fmt: skip
-    """A run of so many updates, evaluated on its held-out rows at both ends and five times between;
+    """A run of so many updates, evaluated on its held-out rows at both ends and half-way;
     `overrides` are macros."""
     fields: Mapping[str, Any] = _MODEL | {
         "NUM_STEPS": updates,
-        "EVAL_EVERY": max(1, updates // 5),
+        "EVAL_EVERY": max(1, updates // 2),
         "CHECKPOINT_EVERY": max(1, updates // 2),
         "metrics.LoggingConfig.tensorboard": False,
     }
