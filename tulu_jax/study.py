@@ -14,7 +14,7 @@ Examples:
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tulu_jax import atomic, cli, validation
 from tulu_jax.studies import (
@@ -51,6 +51,7 @@ flags.register_multi_flags_validator(
 def main(argv: list[str]) -> None:
     """Plans, runs or renders; status 1 if a run failed."""
     del argv
+    logging.get_absl_handler().addFilter(cli.ours_or_serious)
     with validation.refusing():
         sys.exit(_main())
 

@@ -14,6 +14,9 @@ from tulu_jax.evals import paper_tables
 SCALES = ("tiny", "paper")
 AS_FILE = None  # the seed of a run that is trained once, with the seeds that its file has
 CHARACTERS = "characters"  # as a metric: the mean length of an answer
+TRAINING = "training"  # as a benchmark: metrics of the run itself, such as 'eval/loss'
+DATA = "data card"  # as a benchmark: the lengths of its rows, as `prepare` counts them
+CHANGE = "change"  # as a group of TRAINING: the last value from the first
 SEEDS = (1, 2, 3)
 
 
@@ -22,13 +25,14 @@ class Run:
     """A complete config, with `overrides` of macros or of fields such as 'lora.LoRAConfig.rank'; a
     text that begins with @ or % is a reference of gin. It is trained once for each of `seeds`;
     without any, once as it is. `base` names the run of this study that it starts from, with the
-    same seed where that has it."""
+    same seed where that has it. Of a run that is `only_prepared` the rows are wanted, no update."""
 
     name: str
     gin_file: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     base: str | None = None
+    only_prepared: bool = False
 
     @property
     def tries(self) -> tuple[int | None, ...]:
@@ -39,8 +43,8 @@ class Run:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
     """A number of an evaluated run: a metric of a benchmark (None: its first one, `CHARACTERS`: the
-    mean length of an answer), of one group of its items (None: of all); or an average of
-    `paper_tables.AVERAGES` as the benchmark."""
+    mean length of an answer), of one group of its items (None: of all); or with an average of
+    `paper_tables.AVERAGES`, with `TRAINING` or with `DATA` as the benchmark, what these have."""
 
     benchmark: str
     metric: str | None = None
@@ -53,12 +57,14 @@ class Score:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
     """A line of the table: a score of `run`, or with `minus` its difference from that of another
-    run; `paper` is the printed cell that it answers, as (table, row, column)."""
+    run; `paper` is the printed cell that it answers, as (table, row, column), or `printed` a number
+    of the paper that stands in no table."""
 
     run: str
     score: Score
     minus: str | None = None
     paper: tuple[str, str, str] | None = None
+    printed: float | None = None
 
     def __str__(self):
         return f"{self.run} − {self.minus}" if self.minus else self.run

@@ -20,8 +20,19 @@ from tulu_jax.evals import compare_runs, paper_tables, predictions, scores
 from tulu_jax.evals.benchmark import Metric
 from tulu_jax.evals.scores import Z95, Scored
 from tulu_jax.studies import run_states
-from tulu_jax.studies.declared import AS_FILE, CHARACTERS, Cell, Design, Expected, Score
+from tulu_jax.studies.declared import (
+    AS_FILE,
+    CHANGE,
+    CHARACTERS,
+    DATA,
+    TRAINING,
+    Cell,
+    Design,
+    Expected,
+    Score,
+)
 from tulu_jax.studies.run_states import State
+from tulu_jax.training import metrics
 
 WITHIN, DIFFERS = "within noise", "differs"
 DRAWS = 1000  # of a bootstrap
@@ -82,7 +93,7 @@ class Hole(Exception):
 def line(cell: Cell, design: Design, states: Mapping[str, State]) -> Line:
     """A line of the table. `states` are by run and seed, as `run_states.Placed.name` has them."""
     printed = paper_tables.cell(*cell.paper) if cell.paper else None
-    paper = printed and printed.value
+    paper = printed.value if printed else cell.printed
     mark = printed.inconsistent.why if printed and printed.inconsistent else ""
     try:
         ours = estimate(cell, design, states)
@@ -168,6 +179,10 @@ def value_of(score: Score, state: State) -> Value:
         if isinstance(found, list):
             raise Hole(f"{score.benchmark} lacks {', '.join(found)}")
         return Value(value=found[0], error=found[1])
+    if score.benchmark == TRAINING:
+        return _of_training(score, state)
+    if score.benchmark == DATA:
+        return _of_card(score, state)
     scored = next((one for one in state.scored if one.benchmark == score.benchmark), None)
     if scored is None:
         raise Hole(f"not evaluated on {score.benchmark} yet")
@@ -179,6 +194,23 @@ def value_of(score: Score, state: State) -> Value:
     if metric.value is None:
         raise Hole(f"{score.benchmark} waits for a judge")
     return _of_metric(score, scored, metric)
+
+
+def _of_training(score: Score, state: State) -> Value:
+    """The last value of a metric of training, or its change; nothing is known of its error."""
+    found = [line[score.metric] for line in metrics.read(state.workdir)
+             if line.get(score.metric) is not None]  # fmt: skip
+    if not found:
+        raise Hole(f"it has no {score.metric} in {metrics.FILE}")
+    return Value(value=found[-1] - (found[0] if score.group == CHANGE else 0.0), error=None)
+
+
+def _of_card(score: Score, state: State) -> Value:
+    """A number of the lengths of a data card."""
+    found = (state.card or {}).get("lengths", {}).get(score.metric)
+    if found is None:
+        raise Hole(f"its data card has no {score.metric}")
+    return Value(value=float(found), error=None)
 
 
 def _of_metric(score: Score, scored: Scored, metric: Metric) -> Value:

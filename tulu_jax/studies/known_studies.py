@@ -13,6 +13,12 @@ NAMES = (
     "table_4_chat",
     "table_5_qlora",
     "table_6_code",
+    "figure_1_lengths",
+    "small_model",
+    "dpo_stability",
+    "qlora_rank",
+    "leave_one_out",
+    "multilingual",
 )
 
 

@@ -17,8 +17,9 @@ _TYPES = {"v5e": "v5litepod"}  # as the launcher names what the project calls ot
 
 
 def train(placed: Placed) -> list[str]:
-    """Trains a run, or goes on with it."""
-    return ["tulu_jax.train", f"--gin_file={placed.gin_file}", f"--workdir={placed.workdir}"]
+    """Trains a run, or goes on with it; or prepares its rows."""
+    module = "tulu_jax.prepare" if placed.run.only_prepared else "tulu_jax.train"
+    return [module, f"--gin_file={placed.gin_file}", f"--workdir={placed.workdir}"]
 
 
 def evaluate(placed: Placed, design: Design, benchmarks: Sequence[str]) -> list[str]:
@@ -37,6 +38,8 @@ def dry_run(placed: Placed, folder: str) -> str:
 
 def lacking(state: run_states.State, design: Design) -> list[str]:
     """The benchmarks that a trained run was not evaluated on."""
+    if state.card is not None:
+        return []
     there = {one.benchmark for one in state.scored}
     return [name for name in design.benchmarks if name not in there]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from tulu_jax import atomic, gin_files, provenance, validation
+from tulu_jax import atomic, gin_files, provenance, strict_json, validation
+from tulu_jax.data import registry
 from tulu_jax.evals import scores
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.studies.declared import AS_FILE, Design, Run
@@ -44,7 +45,7 @@ class Placed:
 class State:
     """What there is of a run: `kind`, and in `says` what is wrong if it is not done; the step that
     it has reached; the fields of its config; its tries (`provenance.read`), and the scores of its
-    last step with the folder that they lie in."""
+    last step with the folder that they lie in. Of a run that is only prepared, its data card."""
 
     kind: str
     says: str
@@ -53,6 +54,8 @@ class State:
     tries: Sequence[Mapping[str, Any]] = ()
     folder: pathlib.Path | None = None
     scored: Sequence[scores.Scored] = ()
+    workdir: str = ""
+    card: Mapping[str, Any] | None = None
 
 
 def place(
@@ -113,6 +116,8 @@ def config(placed: Placed) -> TrainConfig:
 def state(placed: Placed) -> State:
     """What lies in the workdir of a run, compared with what the study declares."""
     workdir = epath.Path(placed.workdir)
+    if placed.run.only_prepared:
+        return _prepared(placed, workdir / "data" / "card.json")
     saved = workdir / "config.gin"
     steps = _steps(workdir)
     if not saved.exists() or not steps:
@@ -123,7 +128,7 @@ def state(placed: Placed) -> State:
     except validation.UsageError as error:
         return State(kind=OTHER, says=f"{placed.name}: its config cannot be read: {error}")
     step, tries = steps[-1], provenance.read(placed.workdir)
-    about = {"step": step, "config": found, "tries": tries}
+    about = {"step": step, "config": found, "tries": tries, "workdir": placed.workdir}
     if problems := list(differences(found, wanted)):
         return State(kind=OTHER, says=f"{placed.name}: {'; '.join(problems)}", **about)
     last = num_steps(placed.workdir, step)
@@ -136,6 +141,21 @@ def state(placed: Placed) -> State:
     except validation.UsageError:
         scored = []
     return State(kind=DONE, says="", folder=folder, scored=scored, **about)
+
+
+def _prepared(placed: Placed, file: epath.Path) -> State:
+    """The state of a run of which the data card is wanted."""
+    if not file.exists():
+        return State(kind=MISSING, says=f"{placed.name}: no {file}; its rows were not prepared")
+    try:
+        card = strict_json.loads(file.read_text())
+    except ValueError as error:
+        return State(kind=OTHER, says=f"{placed.name}: {file} is not JSON ({error})")
+    wanted = registry.name_of(config(placed).data.train)
+    if card.get("mixture") != wanted:
+        says = f"{placed.name}: {file} is of {card.get('mixture')!r}, expected {wanted!r}"
+        return State(kind=OTHER, says=says)
+    return State(kind=DONE, says="", workdir=placed.workdir, card=card)
 
 
 def num_steps(workdir: str, step: int) -> int:
