@@ -13,7 +13,7 @@ import pytest
 from tulu_jax import cli, validation
 from tulu_jax.data import registry, tulu_tiny
 from tulu_jax.evals import catalogue, paper_tables
-from tulu_jax.studies import declared, known_studies, run_states
+from tulu_jax.studies import declared, known_studies, run_commands, run_states
 from tulu_jax.studies.declared import Cell, Design, Run, Score
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -81,6 +81,11 @@ def test_declarations_that_cannot_be(folder):
 
     refused("expected each name once", runs=(run, run))
     refused("no run is named b", cells=(Cell(run="a", minus="b", score=score),))
+    both = [
+        Run(name=name, gin_file="tulu_tiny_sft.gin", seeds=seeds, base=base)
+        for name, seeds, base in (("d", (2, 1), None), ("e", (1, 2), "d"))
+    ]
+    refused(r"e: seeds = \(1, 2\), and \(2, 1\) of its base", runs=tuple(both))
     late = Run(name="b", gin_file="tulu_tiny_dpo.gin", base="c")
     last = Run(name="c", gin_file="tulu_tiny_sft.gin")
     refused("b: base = 'c' comes later", runs=(late, last))
@@ -153,6 +158,25 @@ def test_families_and_languages_of_tulu_tiny():
     (asked,) = catalogue.make(["tulu_tiny_german"], subset="paper", settings=[], allow_altered=True)
     groups = {request.group for request in asked.requests(None, None, is_chat=True)}
     assert groups == {"erstes", "letztes", "gegenteil", "mixed"}
+
+
+def test_a_run_that_fails_is_named_and_what_starts_from_it_is_left_out(folder):
+    """The rest goes on: a process of each, that is refused for the absent folder of its base."""
+    design = Design(
+        runs=tuple(
+            Run(name=name, gin_file="tulu_tiny_sft.gin", overrides=overrides, seeds=(1,), base=base)
+            for name, overrides, base in (
+                ("a", {"BASE": "/nowhere"}, None), ("b", {}, "a"), ("c", {"BASE": "/nowhere"}, None)
+            )
+        ),
+        benchmarks=(), cells=(),
+    )  # fmt: skip
+    placed = run_states.place(
+        design, design.runs, configs=folder / "configs", root="runs", below_bucket=False
+    )
+    (a, b, c) = (problem for _, problem in run_commands.run_all(placed, design, folder / "logs"))
+    assert a.startswith("a, seed 1: tulu_jax.train ended with status 2; ") and "/nowhere" in a
+    assert b == "b, seed 1: not started, since a failed" and c.startswith("c, seed 1: ")
 
 
 @pytest.mark.slow  # processes of train and evaluate

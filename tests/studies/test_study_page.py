@@ -32,7 +32,7 @@ def test_a_whole_study(folder):
     of = made.design(cells=(*made.design().cells, Cell(run="sft", score=length)))
     for number, one in enumerate(made.placed(of, folder)):
         made.train(one)
-        made.evaluate(one, right=(10, 12, 20, 30)[number])
+        made.evaluate(one, right=(10, 20, 12, 30)[number])
     found = written(of, folder)
     assert found["holes"] == [] and found["differences"] == []
     sft, apart, characters = (cell["numbers"] for cell in found["cells"])
@@ -63,7 +63,7 @@ def test_verdicts_tell_noise_from_a_difference(folder):
 
 def test_every_hole_is_named(folder):
     of = made.design()
-    sft_1, sft_2, dpo_1, _ = made.placed(of, folder)
+    sft_1, dpo_1, sft_2, _ = made.placed(of, folder)
     made.train(sft_1)
     made.evaluate(sft_1, right=20)
     made.train(sft_2, step=2)
@@ -84,7 +84,7 @@ def test_every_hole_is_named(folder):
 
 def test_a_run_of_another_config_is_a_hole_with_its_fields(folder):
     of = made.design(runs=made.design().runs[:1], cells=made.design().cells[:1], expected=())
-    one, _ = made.placed(of, folder)
+    one, *_ = made.placed(of, folder)
     made.train(one)
     made.evaluate(one, right=20)
     changed = dict(made.SMALL, LEARNING_RATE=0.5)
@@ -108,7 +108,7 @@ def test_runs_that_differ_beyond_the_study_are_told(folder):
     said = "\n".join(written(of, folder)["differences"])
     assert "config: optimizer.learning_rate is 0.0015 for sft, seed 1, sft, seed 2; 7e-05" in said
     assert "provenance: there is none of dpo, seed 2" in said
-    assert f"revision: {'a' * 40} for sft, seed 1, dpo, seed 1; {'b' * 40} for sft, seed 2" in said
+    assert f"revision: {'a' * 40} for sft, seed 1, sft, seed 2; {'b' * 40} for dpo, seed 1" in said
     assert "config: objective" not in said
 
 

@@ -112,6 +112,11 @@ class Design:
                 run.base is None or run.base in names[:place],
                 f"{run.name}: base = {run.base!r} comes later; expected the base first",
             )
+            its = next((one.tries for one in self.runs if one.name == run.base), ())
+            yield (
+                all(its.index(s) <= n for n, s in enumerate(run.tries) if s in its),
+                f"{run.name}: seeds = {run.seeds}, and {its} of its base; expected one order",
+            )
         for cell in cells:
             yield (
                 cell.paper is None or paper_tables.cell(*cell.paper) is not None,

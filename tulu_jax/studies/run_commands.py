@@ -53,13 +53,13 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     failed: set[str] = set()
     for one in placed:
-        if one.run.base in failed:
-            failed.add(one.run.name)
+        if one.base in failed:
+            failed.add(os.path.abspath(one.workdir))
             yield one, f"{one.name}: not started, since {one.run.base} failed"
             continue
         problem = _carry_out(one, design, folder)
         if problem:
-            failed.add(one.run.name)
+            failed.add(os.path.abspath(one.workdir))
         yield one, problem
 
 

@@ -28,12 +28,13 @@ _OF_SEEDS = ("seed", "data.seed", "base")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A run with one seed: its gin file, a name or a path, and its workdir."""
+    """A run with one seed: its gin file, a name or a path, its workdir, and that of its base."""
 
     run: Run
     seed: int | None
     gin_file: str
     workdir: str
+    base: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,26 +62,25 @@ class State:
 def place(
     design: Design, runs: Sequence[Run], *, configs: pathlib.Path, root: str, below_bucket: bool
 ) -> list[Placed]:
-    """The runs with their seeds, in an order in which they can be trained; workdirs lie below
-    `root`. A run with seeds or overrides becomes a gin file in `configs`, that starts from the
-    workdir of its base, or `below_bucket` from runs/NAME there. Without them its own file says what
-    it starts from."""
+    """The runs with their seeds, in an order in which they can be trained: the first seed of all,
+    then the second, so that the table is whole early. Workdirs lie below `root`. A run with seeds
+    or overrides becomes a gin file in `configs`, that starts from the workdir of its base, or
+    `below_bucket` from runs/NAME there. Without them its own file says what it starts from."""
     found = []
-    for run in runs:
-        for seed in run.tries:
-            workdir = _workdir(root, run, seed)
-            gin_file = run.gin_file
-            if run.overrides or seed is not AS_FILE or (run.base and not below_bucket):
-                base = None
-                if run.base:
-                    of = design.run(run.base)
-                    its = seed if seed in of.tries else of.tries[0]
-                    base = _workdir("runs" if below_bucket else os.path.abspath(root), of, its)
+    for number in range(max(len(run.tries) for run in runs)):
+        for run in (run for run in runs if number < len(run.tries)):
+            seed, gin_file, base = run.tries[number], run.gin_file, None
+            if run.base:
+                of = design.run(run.base)
+                its = seed if seed in of.tries else of.tries[0]
+                base = _workdir("runs" if below_bucket else os.path.abspath(root), of, its)
+            if run.overrides or seed is not AS_FILE or (base and not below_bucket):
                 file = configs / f"{_stem(run, seed)}.gin"
                 configs.mkdir(parents=True, exist_ok=True)
                 _write(file, gin_text(run, seed, base))
                 gin_file = str(file)
-            found.append(Placed(run=run, seed=seed, gin_file=gin_file, workdir=workdir))
+            workdir = _workdir(root, run, seed)
+            found.append(Placed(run=run, seed=seed, gin_file=gin_file, workdir=workdir, base=base))
     return found
 
 
