@@ -17,6 +17,7 @@ import sys
 from absl import app, flags, logging
 
 from tulu_jax import atomic, cli, validation
+from tulu_jax.parallel import preemption
 from tulu_jax.studies import (
     declared,
     known_studies,
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     """Plans, runs or renders; status 1 if a run failed."""
     del argv
     logging.get_absl_handler().addFilter(cli.ours_or_serious)
-    with validation.refusing():
+    with preemption.ending(), validation.refusing():
         sys.exit(_main())
 
 

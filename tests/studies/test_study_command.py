@@ -161,22 +161,18 @@ def test_families_and_languages_of_tulu_tiny():
 
 
 def test_a_run_that_fails_is_named_and_what_starts_from_it_is_left_out(folder):
-    """The rest goes on: a process of each, that is refused for the absent folder of its base."""
-    design = Design(
-        runs=tuple(
-            Run(name=name, gin_file="tulu_tiny_sft.gin", overrides=overrides, seeds=(1,), base=base)
-            for name, overrides, base in (
-                ("a", {"BASE": "/nowhere"}, None), ("b", {}, "a"), ("c", {"BASE": "/nowhere"}, None)
-            )
-        ),
-        benchmarks=(), cells=(),
-    )  # fmt: skip
+    runs = (
+        Run(name="a", gin_file="no_such.gin", seeds=(1,)),
+        Run(name="b", gin_file="tulu_tiny_dpo.gin", seeds=(1,), base="a"),
+    )
+    design = Design(runs=runs, benchmarks=(), cells=())
     placed = run_states.place(
         design, design.runs, configs=folder / "configs", root="runs", below_bucket=False
     )
-    (a, b, c) = (problem for _, problem in run_commands.run_all(placed, design, folder / "logs"))
-    assert a.startswith("a, seed 1: tulu_jax.train ended with status 2; ") and "/nowhere" in a
-    assert b == "b, seed 1: not started, since a failed" and c.startswith("c, seed 1: ")
+    (a, b) = (problem for _, problem in run_commands.run_all(placed, design, folder / "logs"))
+    assert a.startswith("a, seed 1: tulu_jax.train ended with status 2; ")
+    assert "include 'no_such.gin' was not found" in a
+    assert b == "b, seed 1: not started, since a failed"
 
 
 @pytest.mark.slow  # processes of train and evaluate

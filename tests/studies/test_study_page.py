@@ -122,7 +122,7 @@ def test_a_plan_names_hours_or_the_dry_run_that_finds_them(folder):
     options = dict(on_slices=True, dry_runs=str(dry))
     said = "\n".join(plan_table.lines(placed, states, of, **options))
     assert "Together 4.0 hours, 128 chip-hours" in said and "missing" in said
-    assert f"python -m tulu_jax.dryrun --gin_file={placed[2].gin_file} --out={dry}/dpo" in said
+    assert f"python -m tulu_jax.dryrun --gin_file={placed[1].gin_file} --out={dry}/dpo" in said
     (dry / "sft/dryrun.json").write_text("[]")
     with pytest.raises(validation.UsageError, match="is no result of a dry run"):
         plan_table.lines(placed, states, of, **options)

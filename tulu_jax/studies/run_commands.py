@@ -84,10 +84,16 @@ def _run(command: Sequence[str], one: Placed, folder: pathlib.Path) -> str:
     begin = time.monotonic()
     print(f"{one.name}: python -m {shlex.join(command)}", flush=True)
     with log.open("ab") as file:
-        code = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT,
-            env=_environment(folder), check=False,
-        ).returncode  # fmt: skip
+            env=_environment(folder),
+        )  # fmt: skip
+        try:
+            code = process.wait()
+        except BaseException:  # stopped: the run saves, and ends before this does
+            process.terminate()
+            process.wait()
+            raise
     print(f"  {time.monotonic() - begin:.0f} s, status {code}", flush=True)
     if code == 0:
         return ""
