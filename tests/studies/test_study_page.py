@@ -8,7 +8,7 @@ import gin
 import made_studies as made
 import pytest
 
-from tulu_jax import validation
+from tulu_jax import report, validation
 from tulu_jax.studies import plan_table, run_states, study_page
 from tulu_jax.studies.declared import CHARACTERS, Cell, Design, Score
 
@@ -110,6 +110,24 @@ def test_runs_that_differ_beyond_the_study_are_told(folder):
     assert "provenance: there is none of dpo, seed 2" in said
     assert f"revision: {'a' * 40} for sft, seed 1, sft, seed 2; {'b' * 40} for dpo, seed 1" in said
     assert "config: objective" not in said
+
+
+def test_a_report_has_runs_side_by_side(folder):
+    of = made.design()
+    placed = made.placed(of, folder)
+    for one in placed[:3]:
+        made.train(one)
+        made.evaluate(one, right=20)
+    (pathlib.Path(placed[2].workdir) / "config.gin").write_text("x = 1\n")
+    page = report.page([one.workdir for one in placed[:3]])
+    assert page.count("data:image/png;base64,") == 4 and "Side by side" in page
+    assert "<td>batch_size</td><td>4</td><td>8</td>" in page
+    assert "<td>data.max_length</td>" not in page  # which is the same in both
+    assert "<td>sft.seed_2</td><td>config.gin: " in page and "Configs that cannot be read" in page
+    assert "<td>tulu_tiny.paper</td><td>exact_match</td><td>50.0 ± 15.5</td>" in page
+    assert "3 s</td>" in page and "1 × cpu (cpu)" in page
+    alone = report.page([placed[0].workdir])
+    assert "Side by side" not in alone
 
 
 def test_a_plan_names_hours_or_the_dry_run_that_finds_them(folder):

@@ -10,14 +10,21 @@ from tulu_jax.studies.run_states import Placed, State
 
 def row(placed: Placed, state: State) -> dict[str, str]:
     """What the table of runs says of one."""
-    tries = state.tries
+    return {
+        "run": placed.name,
+        "state": state.kind,
+        "step": "" if state.step is None else f"{state.step:,}",
+        **of_tries(state.tries),
+    }
+
+
+def of_tries(tries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is told of the tries of a run (`provenance.read`), the last one standing for all but
+    their time."""
     last = tries[-1] if tries else {}
     hardware, git = last.get("hardware") or {}, last.get("git") or {}
     seconds = [one.get("seconds", 0.0) for one in tries]
     return {
-        "run": placed.name,
-        "step": "" if state.step is None else f"{state.step:,}",
-        "state": state.kind,
         "wall time": f"{sum(seconds):,.0f} s" if tries else "",
         "tries": str(len(tries)) if tries else "",
         "hardware": _hardware(hardware),
