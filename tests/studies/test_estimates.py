@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tulu_jax.evals import scores
 from tulu_jax.evals.benchmark import Metric
-from tulu_jax.studies import estimates, stability
+from tulu_jax.studies import estimates, run_states, stability
+from tulu_jax.studies.declared import Score
 from tulu_jax.studies.estimates import Value
 
 
@@ -58,6 +60,22 @@ def test_a_bootstrap_error_is_that_of_a_mean():
     found = estimates.bootstrap_error(values)
     assert found == pytest.approx(values.std() / 20, rel=0.1)
     assert found == estimates.bootstrap_error(values)
+
+
+def test_items_that_are_all_wrong_are_not_certain():
+    items = {str(n): 0.0 for n in range(30)}
+    metric = Metric(name="m", value=0.0, standard_error=0.0, items=items, groups={"a": 0.0})
+    scored = scores.Scored(
+        benchmark="b", subset="paper", switches={}, requests=30, metrics=[metric],
+        group_of=dict.fromkeys(items, "a"), ended={}, characters=None, group_characters={},
+        notes=[],
+    )  # fmt: skip
+    state = run_states.State(kind=run_states.DONE, says="", scored=[scored])
+    for group in (None, "a"):
+        found = estimates.value_of(Score(benchmark="b", group=group), state)
+        assert found.value == 0.0
+        assert estimates.over_seeds({1: found}).half == pytest.approx(10.0)  # 3 of 30
+    assert scipy.stats.binom.cdf(0, 30, 0.1) == pytest.approx(0.05, abs=0.01)
 
 
 def losses(values):

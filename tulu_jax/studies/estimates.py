@@ -36,6 +36,7 @@ from tulu_jax.training import metrics
 
 WITHIN, DIFFERS = "within noise", "differs"
 DRAWS = 1000  # of a bootstrap
+NONE_SEEN = 3.0  # over the items: the 95 % bound of a share of which none was seen (rule of three)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,9 @@ def _of_metric(score: Score, scored: Scored, metric: Metric) -> Value:
             items={id_: metric.items[id_] for id_ in ids},
         )  # fmt: skip
     error = metric.standard_error
-    if error is None and len(metric.items) > 1:
+    if len(metric.items) > 1 and set(metric.items.values()) in ({0.0}, {1.0}):
+        error = NONE_SEEN / len(metric.items) / Z95
+    elif error is None and len(metric.items) > 1:
         error = bootstrap_error(list(metric.items.values()))
     return Value(
         value=scores.in_percent(metric, metric.value),

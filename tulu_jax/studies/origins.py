@@ -10,12 +10,11 @@ from tulu_jax.studies.run_states import Placed, State
 
 def row(placed: Placed, state: State) -> dict[str, str]:
     """What the table of runs says of one."""
-    return {
-        "run": placed.name,
-        "state": state.kind,
-        "step": "" if state.step is None else f"{state.step:,}",
-        **of_tries(state.tries),
-    }
+    found = of_tries(state.tries)
+    if state.card is not None:
+        found["data"] = str(state.card.get("settings", {}).get("fingerprint", ""))[:12]
+    step = "" if state.step is None else f"{state.step:,}"
+    return {"run": placed.name, "state": state.kind, "step": step, **found}
 
 
 def of_tries(tries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -55,7 +54,7 @@ def differences(
     for field, values in run_states.varied(done).items():
         if not field.startswith(design.varies):
             yield f"config: {field} is {_by_value(values)}, which the study does not vary"
-    without = [name for name, state in done.items() if not state.tries]
+    without = [name for name, its in done.items() if not its.tries and its.card is None]
     if without:
         yield f"provenance: there is none of {', '.join(without)}, so nobody knows what made them"
     tries = {name: state.tries for name, state in done.items() if state.tries}
