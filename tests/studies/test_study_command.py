@@ -135,6 +135,15 @@ def test_at_paper_scale_launch_commands_are_written(folder, capsys):
     assert "qlora_7b: no checkpoint in runs/qlora_7b" in page and "left out by --only" in page
 
 
+def test_launch_scripts_ask_for_no_more_than_a_study_wants(folder):
+    for name, only in (("figure_1_lengths", []), ("dpo_stability", ["--only=sft_7b"])):
+        assert commands.run("study", f"--study={name}", "--scale=paper", *only) == 0
+        text = (folder / f"studies/{name}_paper/launch.sh").read_text()
+        assert "tulu_jax.evaluate" not in text
+        assert ("tulu_jax.prepare" in text) == (name == "figure_1_lengths")
+        assert ("tpu_vm.sh watch" in text) == (name == "dpo_stability")
+
+
 def test_families_and_languages_of_tulu_tiny():
     whole = {
         tuple(m["content"] for m in row["messages"])

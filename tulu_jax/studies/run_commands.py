@@ -131,12 +131,17 @@ def launch_script(placed: Sequence[Placed], slices: Mapping[str, str], design: D
         config = f'--gin_file={shlex.quote(one.gin_file)} "$BUCKET_FLAG" {workdir}'
         asked = f'--benchmarks={",".join(design.benchmarks)} --eval_data="$EVAL_DATA"'
         flags = " ".join(map(shlex.quote, design.asked))
+        lines += ["", f"# {one.name}"]
+        if one.run.only_prepared:
+            lines.append(f"python -m tulu_jax.prepare {config}")
+            continue
         lines += [
-            "",
-            f"# {one.name}",
             f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
             f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
-            f"python -m tulu_jax.evaluate {config} \\",
-            f"  {asked} ${{JUDGE:-}} {flags}".rstrip(),
         ]
+        if design.benchmarks:
+            lines += [
+                f"python -m tulu_jax.evaluate {config} \\",
+                f"  {asked} ${{JUDGE:-}} {flags}".rstrip(),
+            ]
     return "\n".join(lines) + "\n"
