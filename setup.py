@@ -58,6 +58,7 @@ setuptools.setup(
         "tulu_jax.audit": ["show.html"],
         "tulu_jax.configs": ["*.gin", "*/*.gin"],
         "tulu_jax.evals": ["*.json", "*.tsv", "*.txt"],
+        "tulu_jax.studies": ["study.html"],
         "tulu_jax.kernels": ["flash_attention_tuning.json"],
     },
     install_requires=BASE + SENTENCEPIECE,

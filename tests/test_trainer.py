@@ -15,7 +15,7 @@ import pytest
 
 from tulu_jax import meter as meter_lib
 from tulu_jax import step as step_lib
-from tulu_jax import trainer, validation
+from tulu_jax import provenance, trainer, validation
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -158,7 +158,7 @@ def test_kills_early_in_a_run_leave_each_line_once(home, tmp_path):
     steps = [line["step"] for line in metrics_lib.read(str(workdir)) if "train/loss" in line]
     evaluated = [line["step"] for line in metrics_lib.read(str(workdir)) if "eval/loss" in line]
     assert steps == list(range(1, 13)) and evaluated == [0, 12]
-    kept = {"checkpoints", "config.gin", "tokenizer.json", metrics_lib.FILE}
+    kept = {"checkpoints", "config.gin", "tokenizer.json", metrics_lib.FILE, provenance.FILE}
     assert {path.name for path in workdir.iterdir()} == kept
 
 

@@ -16,6 +16,7 @@ from etils import epath
 
 from tulu_jax import atomic, cli, validation
 from tulu_jax.evals import held_out_prompts
+from tulu_jax.studies import side_by_side
 from tulu_jax.training import metrics
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Workdirs of runs, in order.", required=True)
@@ -105,7 +106,19 @@ def page(workdirs: list[str]) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html").render(runs=map(_shown, workdirs))
+    together = _together(workdirs) if len(workdirs) > 1 else None
+    return environment.get_template("report.html").render(
+        runs=map(_shown, workdirs), together=together
+    )
+
+
+def _together(workdirs: list[str]) -> dict:
+    """What the page has of several runs side by side."""
+    picture = side_by_side.curves(workdirs)
+    return {
+        "picture": picture and base64.b64encode(picture).decode(),
+        "tables": side_by_side.tables(workdirs),
+    }
 
 
 def _shown(workdir: str) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from tulu_jax import atomic, trained, validation
+from tulu_jax import atomic, provenance, trained, validation
 from tulu_jax import base as base_lib
 from tulu_jax import meter as meter_lib
 from tulu_jax import step as step_lib
@@ -347,6 +347,7 @@ class Run:
         recorder = metrics_lib.Recorder(
             config.logging, config.workdir, start, dataclasses.asdict(config)
         )
+        record = provenance.Record(self, start)
         meter = meter_lib.Meter(self, recorder)
         train_step = jax.jit(
             step_lib.make_train_step(config, self.num_steps),
@@ -382,6 +383,7 @@ class Run:
                 measured = last_eval if evaluate else {}
                 recorder.flush()  # a resumed run has the lines before its checkpoint
                 self.checkpoints.save(step, state, self._about(), measured)
+                record.update(step)
             if stop:
                 recorder.close()
                 self.checkpoints.wait()

@@ -1,4 +1,8 @@
-"""Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs)."""
+"""Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs).
+
+For studies there are also each family as a task (`tulu_tiny.opposite`), mixtures of families, the
+prompts of a second language, and pairs of the other style.
+"""
 
 import functools
 import hashlib
@@ -6,13 +10,22 @@ import pathlib
 
 from tulu_jax import validation
 from tulu_jax.data import registry, tokenizer_training
-from tulu_jax.data.sources import tiny_instructions
+from tulu_jax.data.sources import tiny_german, tiny_instructions
 from tulu_jax.data.sources.tiny_instructions import held_out, is_exact, style
 
 __all__ = ["held_out", "is_exact", "style"]
 
 VOCAB_SIZE = 512
 OF_KIND = {"sft": "tulu_tiny", "preference": "tulu_tiny_preference"}
+FAMILIES = tuple(tiny_instructions.family_names())
+FACTS = ("opposite", "colour", "kind")  # what no prompt says, and a mixture must have taught
+GERMAN = "tulu_tiny_german"
+TERSE_PREFERENCE = "tulu_tiny_preference_terse"
+MIXTURES = {  # families; the counterparts of the paper's V2, V1 and ShareGPT alone
+    "tulu_tiny_all": FAMILIES,
+    "tulu_tiny_no_facts": tuple(name for name in FAMILIES if name not in FACTS),
+    "tulu_tiny_dialogue": ("remember",),
+}
 
 
 def _as_is(row: dict) -> dict:
@@ -22,6 +35,16 @@ def _as_is(row: dict) -> dict:
 for _name, _kind, _rows in (
     ("tulu_tiny", "sft", tiny_instructions.sft_rows),
     ("tulu_tiny_preference", "preference", tiny_instructions.preference_rows),
+    (GERMAN, "sft", tiny_german.sft_rows),
+    (
+        TERSE_PREFERENCE,
+        "preference",
+        functools.partial(tiny_instructions.preference_rows, chosen="terse"),
+    ),
+    *(
+        (f"tulu_tiny.{name}", "sft", functools.partial(tiny_instructions.sft_rows, family=name))
+        for name in FAMILIES
+    ),
 ):
     registry.TaskRegistry.add(
         registry.Task(
@@ -34,6 +57,19 @@ for _name, _kind, _rows in (
             origin="written by this project",
         )
     )
+
+for _name, _families in MIXTURES.items():
+    registry.MixtureRegistry.add(
+        registry.Mixture(name=_name, tasks={f"tulu_tiny.{family}": None for family in _families})
+    )
+registry.MixtureRegistry.add(
+    registry.Mixture(name="tulu_tiny_two_languages", tasks={"tulu_tiny": None, GERMAN: None})
+)
+
+
+def is_ours(task: str) -> bool:
+    """Whether a task of that name is one of these."""
+    return task.partition(".")[0] in (*OF_KIND.values(), GERMAN, TERSE_PREFERENCE)
 
 
 def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:

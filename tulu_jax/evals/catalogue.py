@@ -20,7 +20,11 @@ PAPER = {
     "truthfulqa": ("truthfulqa", "TruthfulQA"),
     "mt_bench": ("mt_bench", "MTBench"),
 }
-KNOWN = {**PAPER, "tulu_tiny": ("held_out_prompts", "TuluTiny")}
+KNOWN = {
+    **PAPER,
+    "tulu_tiny": ("held_out_prompts", "TuluTiny"),
+    "tulu_tiny_german": ("held_out_prompts", "TuluTinyGerman"),
+}
 ALL = "all"  # the paper's nine
 ALTERED = "allow_altered"  # the field of benchmarks that read data
 SUBSETS = ("paper", "full")

@@ -11,6 +11,7 @@ from etils import epath
 from tulu_jax import atomic, strict_json, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import components, loader, registry, tulu_tiny
+from tulu_jax.data.sources import tiny_german, tiny_instructions
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.evals import benchmark
 
@@ -23,7 +24,7 @@ def problems(data: loader.DataConfig) -> Iterator[str]:
     """Why these prompts are not held-out ones of a run on `data`, if none of its rows is of
     tulu_tiny."""
     tasks = [component.task.name for component in components.of(data.train)]
-    if not set(tasks) & set(tulu_tiny.OF_KIND.values()):
+    if not any(map(tulu_tiny.is_ours, tasks)):
         yield (
             f"evaluate scores the held-out prompts of tulu_tiny; this run trains on "
             f"{registry.name_of(data.train)!r} ({', '.join(tasks)}), to which they do not belong; "
@@ -60,13 +61,18 @@ def saved(workdir: str) -> list[dict]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuluTiny:
-    """The held-out prompts, answered greedily. `exact_match` counts replies equal to the right
-    answer in one of its two styles; `polite` and `terse` say which style was used, right or wrong.
-    Both subsets are all of them."""
+    """The held-out prompts, answered greedily, in groups by family. `exact_match` counts replies
+    equal to the right answer in one of its two styles; `polite` and `terse` say which style was
+    used, right or wrong. Both subsets are all of them."""
 
     subset: str = "paper"
     name: ClassVar[str] = "tulu_tiny"
     judges: ClassVar[tuple[str, ...]] = ()
+
+    def _asked(self) -> list[tuple[str, list[dict], str]]:
+        """(group, messages, right answer) of each prompt."""
+        families = tiny_instructions.held_out_families()
+        return [(f, *one) for f, one in zip(families, tulu_tiny.held_out(), strict=True)]
 
     def requests(
         self, data: epath.Path, tokenizer: chat_lib.ChatTokenizer, *, is_chat: bool
@@ -76,12 +82,12 @@ class TuluTiny:
         return [
             benchmark.Request(
                 id=str(number),
-                group="all",
+                group=group,
                 prompt=messages if is_chat else messages[-1]["content"] + "\n",
                 sampling=Sampling(max_new_tokens=MOST_TOKENS, stop=() if is_chat else ("\n",)),
                 truth={"answer": answer},
             )
-            for number, (messages, answer) in enumerate(tulu_tiny.held_out())
+            for number, (group, messages, answer) in enumerate(self._asked())
         ]
 
     def questions(
@@ -115,14 +121,28 @@ class TuluTiny:
 def _share(
     name: str, requests: Sequence[benchmark.Request], values: Sequence[bool]
 ) -> benchmark.Metric:
-    share = sum(values) / len(values)
+    share, groups = sum(values) / len(values), {}
+    for request, value in zip(requests, values, strict=True):
+        groups.setdefault(request.group, []).append(value)
     return benchmark.Metric(
         name=name,
         value=share,
         standard_error=math.sqrt(share * (1 - share) / len(values)),
         items={r.id: float(value) for r, value in zip(requests, values, strict=True)},
-        groups={"all": share},
+        groups={group: sum(its) / len(its) for group, its in groups.items()},
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuluTinyGerman(TuluTiny):
+    """The held-out prompts of the second language, in groups by family and of those that mix both
+    languages. Scored as `TuluTiny`."""
+
+    name: ClassVar[str] = "tulu_tiny_german"
+
+    def _asked(self) -> list[tuple[str, list[dict], str]]:
+        groups = tiny_german.held_out_groups()
+        return [(g, *one) for g, one in zip(groups, tiny_german.held_out(), strict=True)]
 
 
 def summary(

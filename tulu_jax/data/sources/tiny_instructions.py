@@ -168,41 +168,82 @@ def held_out() -> list[tuple[list[dict], str]]:
     return [(_prompt(dialogue), dialogue[-1]) for dialogue in _split()[1]]
 
 
-def sft_rows(split: str) -> list[dict]:
-    """Rows `{"messages"}`: each train prompt in a drawn style, each held-out one tersely."""
+def held_out_families() -> list[str]:
+    """The family of each of `held_out`."""
+    return [_family_of()[dialogue] for dialogue in _split()[1]]
+
+
+def sft_rows(split: str, family: str | None = None) -> list[dict]:
+    """Rows `{"messages"}`: each train prompt in a drawn style, each held-out one tersely; of one
+    family, or of all."""
     rng = random.Random(f"{SEED}/sft")
     train, validation = _split()
     if split == "validation":
-        return [{"messages": _messages(dialogue, str)} for dialogue in validation]
+        return [{"messages": _messages(d, str)} for d in validation if _is_of(family, d)]
     styles = [polite if rng.random() < POLITE_SHARE else str for _ in train]
-    return [{"messages": _messages(d, s)} for d, s in zip(train, styles, strict=True)]
+    return [
+        {"messages": _messages(d, s)}
+        for d, s in zip(train, styles, strict=True)
+        if _is_of(family, d)
+    ]
 
 
-def preference_rows(split: str) -> list[dict]:
-    """Pairs over the same prompts: the polite form of the right answer is chosen over the terse."""
+def preference_rows(split: str, chosen: str = "polite") -> list[dict]:
+    """Pairs over the same prompts, both with the right answer: that in the style `chosen` ('polite'
+    or 'terse') is preferred to the other."""
     train, validation = _split()
     dialogues = validation if split == "validation" else train[:NUM_PAIRS]
+    liked, other = (polite, str) if chosen == "polite" else (str, polite)
     return [
         {
             "prompt": _prompt(dialogue),
-            "chosen": [_assistant(polite(dialogue[-1]))],
-            "rejected": [_assistant(dialogue[-1])],
+            "chosen": [_assistant(liked(dialogue[-1]))],
+            "rejected": [_assistant(other(dialogue[-1]))],
         }
         for dialogue in dialogues
     ]
 
 
+def family_names() -> list[str]:
+    """The names of the families, as those of the tasks have them."""
+    return [family.__name__.strip("_") for family in FAMILIES]
+
+
+def _is_of(family: str | None, dialogue: Dialogue) -> bool:
+    return family is None or _family_of()[dialogue] == family
+
+
 @functools.cache
-def _split() -> tuple[list[Dialogue], list[Dialogue]]:
-    """Train dialogues, shuffled and with small families repeated; and the held-out ones."""
-    rng = random.Random(SEED)
-    train, validation = [], []
+def _family_of() -> dict[Dialogue, str]:
+    """The family of every dialogue; no two families have one."""
+    return {
+        dialogue: name
+        for name, *both in _by_family()[0]
+        for dialogues in both
+        for dialogue in dialogues
+    }
+
+
+@functools.cache
+def _by_family() -> tuple[list[tuple[str, list[Dialogue], list[Dialogue]]], random.Random]:
+    """(name, train dialogues with small families repeated, held-out ones) of each family; and the
+    generator as it is after them."""
+    rng, found = random.Random(SEED), []
     quota = NUM_TRAIN // len(FAMILIES)
-    for family in FAMILIES:
+    for name, family in zip(family_names(), FAMILIES, strict=True):
         known = list(dict.fromkeys(itertools.islice(family(rng), quota + MOST_HELD_OUT)))
         held = min(MOST_HELD_OUT, int(len(known) * HELD_OUT_SHARE))
-        validation += known[:held]
-        train += itertools.islice(itertools.cycle(known[held:]), quota)
+        train = list(itertools.islice(itertools.cycle(known[held:]), quota))
+        found.append((name, train, known[:held]))
+    return found, rng
+
+
+@functools.cache
+def _split() -> tuple[list[Dialogue], list[Dialogue]]:
+    """The train dialogues of all families, shuffled; and the held-out ones."""
+    families, rng = _by_family()
+    train = [dialogue for _, its, _ in families for dialogue in its]
+    validation = [dialogue for _, _, its in families for dialogue in its]
     rng.shuffle(train)
     rng.shuffle(validation)
     return train, validation

@@ -1,0 +1,65 @@
+"""Table 5: QLoRA against full fine-tuning, at 7B, 13B and 70B."""
+
+from tulu_jax.evals.paper_tables import SEVEN
+from tulu_jax.studies import tiny_runs
+from tulu_jax.studies.declared import Cell, Design, Expected, Run, Study, answers
+
+COLUMNS = (*SEVEN, "truthfulqa")
+SIZES = ("7B", "13B", "70B")
+_ROWS = {f"Tulu 2 {size}": f"sft_{size.lower()}" for size in SIZES} | {
+    f"Tulu 2 QLoRA {size}": f"qlora_{size.lower()}" for size in SIZES
+}
+# QLoRA has a recipe of its own (§3.4, appendix B).
+VARIES = ("model", "adapter", "quant", "param_dtype", "optimizer.", "num_epochs", "num_steps",
+          "batch_size", "data.max_length", "base")  # fmt: skip
+_RANKS = (1, 16)
+
+
+def _qlora(rank: int) -> Run:
+    return tiny_runs.run(
+        f"qlora_r{rank}", tiny_runs.QLORA, updates=50, base="base",
+        **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank, "LEARNING_RATE": 2e-3},
+    )  # fmt: skip
+
+
+STUDY = Study(
+    name="table_5_qlora",
+    title="Table 5: QLoRA against full fine-tuning",
+    question="How far is QLoRA behind full fine-tuning, from one base, and what does rank give?",
+    paper=Design(
+        runs=tuple(Run(name=name, gin_file=f"{name}.gin") for name in _ROWS.values()),
+        benchmarks=COLUMNS,
+        cells=tuple(answers("5", _ROWS, (*COLUMNS, "average_8"))),
+        varies=VARIES,
+    ),
+    tiny=Design(
+        runs=(
+            # The base has seen no facts; what is then trained must learn them.
+            tiny_runs.run("base", tiny_runs.SFT, updates=300, seeds=(1,),
+                          MIXTURE="tulu_tiny_no_facts"),
+            tiny_runs.run("full", tiny_runs.SFT, updates=50, base="base",
+                          MIXTURE="tulu_tiny_all"),
+            *map(_qlora, _RANKS),
+        ),
+        benchmarks=(tiny_runs.BENCHMARK,),
+        cells=(
+            *(Cell(run=run, score=tiny_runs.EXACT)
+              for run in ("base", "full", "qlora_r1", "qlora_r16")),
+            Cell(run="qlora_r1", minus="full", score=tiny_runs.EXACT),
+            Cell(run="qlora_r16", minus="full", score=tiny_runs.EXACT),
+            Cell(run="qlora_r16", minus="qlora_r1", score=tiny_runs.EXACT),
+            *(Cell(run=run, score=tiny_runs.exact("kind"))
+              for run in ("full", "qlora_r1", "qlora_r16")),
+        ),
+        expected=(
+            Expected(says="QLoRA of rank 1 trails full fine-tuning",
+                     cell=Cell(run="qlora_r1", minus="full", score=tiny_runs.EXACT), below=0.0),
+            Expected(says="Rank 16 is ahead of rank 1",
+                     cell=Cell(run="qlora_r16", minus="qlora_r1", score=tiny_runs.EXACT),
+                     above=0.0),
+            Expected(says="Full fine-tuning is ahead of its base",
+                     cell=Cell(run="full", minus="base", score=tiny_runs.EXACT), above=0.0),
+        ),
+        varies=(*VARIES, "data.train"),
+    ),
+)  # fmt: skip

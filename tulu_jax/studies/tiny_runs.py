@@ -1,0 +1,43 @@
+"""What the runs of studies at scale 'tiny' share: a smaller model of tulu_tiny, and few updates.
+
+A run is some seconds on two cores, most of which go into starting its process.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulu_jax.studies.declared import SEEDS, Run, Score
+
+SFT, DPO, QLORA = "tulu_tiny_sft.gin", "tulu_tiny_dpo.gin", "tulu_tiny_qlora.gin"
+BENCHMARK, GERMAN = "tulu_tiny", "tulu_tiny_german"
+EXACT = Score(benchmark=BENCHMARK, metric="exact_match")
+POLITE = Score(benchmark=BENCHMARK, metric="polite")
+_MODEL = {
+    "config.LlamaConfig.num_layers": 3,
+    "config.LlamaConfig.embed_dim": 128,
+    "config.LlamaConfig.mlp_dim": 384,
+    "config.LlamaConfig.num_heads": 4,
+    "config.LlamaConfig.num_kv_heads": 2,
+}
+
+
+def run(
+    name: str, gin_file: str, *, updates: int, seeds: tuple[int, ...] = SEEDS,
+    base: str | None = None, **overrides: Any,
+) -> Run:  # fmt: skip
+    """A run of so many updates, evaluated on its held-out rows at both ends and half-way;
+    `overrides` are macros."""
+    fields: Mapping[str, Any] = _MODEL | {
+        "NUM_STEPS": updates,
+        "EVAL_EVERY": max(1, updates // 2),
+        "CHECKPOINT_EVERY": max(1, updates // 2),
+        "metrics.LoggingConfig.tensorboard": False,
+    }
+    return Run(
+        name=name, gin_file=gin_file, overrides={**fields, **overrides}, seeds=seeds, base=base
+    )
+
+
+def exact(family: str) -> Score:
+    """The exact matches of one family of prompts."""
+    return Score(benchmark=BENCHMARK, metric="exact_match", group=family)
