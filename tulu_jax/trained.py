@@ -14,6 +14,7 @@ from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import llama, paged_attention
+from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.recipe import TrainConfig
@@ -104,6 +105,11 @@ class Generator:
         seed: int = 0,
         **sampling,
     ):
+        if config.objective.head == SCORE:
+            raise validation.UsageError(
+                f"{config.workdir} is the run of a reward model, which gives scores and no text; "
+                "expected a run of SFT or DPO. trained.Scorer reads its scores"
+            )
         self.config = config
         self.step = None if initial else saved_step(config, step)
         with validation.reading():
