@@ -213,10 +213,10 @@ def save(
     """Writes the folder `path` that `AutoModelForCausalLM.from_pretrained` opens, or with a score
     head `AutoModelForSequenceClassification`.
 
-    `generation_config` becomes generation_config.json, but of a score head; its bos, eos and pad ids go into
-    config.json as well. `write_tokenizer` puts the tokenizer's files, chat template included, into the local
-    folder it is given; `card` is the text of README.md. The leaves of `params` may be anything
-    `placement.gather` reads; with a `source` they are read by threads, an export that was killed
+    `generation_config` becomes generation_config.json, but of a score head; its bos, eos and pad
+    ids go into config.json as well. `write_tokenizer` puts the tokenizer's files, chat template
+    included, into the local folder it is given; `card` is the text of README.md. The leaves of
+    `params` may be anything `placement.gather` reads; with a `source` they are read by threads, an export that was killed
     goes on behind its last whole file, and nothing appears unless `source.check` finds no fault.
     The manifest has the digest of every weight. Every process of a multi-host run calls this;
     process 0 writes. The folder appears when it is complete (`folder.finished`). An id that is none

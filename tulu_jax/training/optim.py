@@ -21,7 +21,8 @@ class OptimizerConfig:
     of 1.0 are its trainer's defaults (EasyLM's `optimizers.py`, November 2023).
 
     The learning rate rises from 0 over ceil(`warmup_ratio` × updates) updates to `learning_rate`
-    and falls linearly to `end_learning_rate` at the last. `mu_dtype` is the dtype of the first moment.
+    and falls linearly to `end_learning_rate` at the last. `mu_dtype` is the dtype of the first
+    moment.
     """
 
     learning_rate: float
