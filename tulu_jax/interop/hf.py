@@ -216,13 +216,13 @@ def save(
     `generation_config` becomes generation_config.json, but of a score head; its bos, eos and pad
     ids go into config.json as well. `write_tokenizer` puts the tokenizer's files, chat template
     included, into the local folder it is given; `card` is the text of README.md. The leaves of
-    `params` may be anything `placement.gather` reads; with a `source` they are read by threads, an export that was killed
-    goes on behind its last whole file, and nothing appears unless `source.check` finds no fault.
-    The manifest has the digest of every weight. Every process of a multi-host run calls this;
-    process 0 writes. The folder appears when it is complete (`folder.finished`). An id that is none
-    of the vocabulary is left out with a word in the log: `transformers` does not open a model whose
-    padding is not in its embedding. Raises `ValueError` for what `target_problems` finds, and for
-    parameters that are not a `config`.
+    `params` may be anything `placement.gather` reads; with a `source` they are read by threads, an
+    export that was killed goes on behind its last whole file, and nothing appears unless
+    `source.check` finds no fault. The manifest has the digest of every weight. Every process of a
+    multi-host run calls this; process 0 writes. The folder appears when it is complete
+    (`folder.finished`). An id that is none of the vocabulary is left out with a word in the log:
+    `transformers` does not open a model whose padding is not in its embedding. Raises `ValueError`
+    for what `target_problems` finds, and for parameters that are not a `config`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {sorted(DTYPES)}")
