@@ -5,18 +5,18 @@ import json
 import shutil
 
 import builders
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tulu_jax import base as base_lib
 from tulu_jax import conversion, report, trained, trainer, validation
+from tulu_jax import step as step_lib
 from tulu_jax.data import tulu_tiny
+from tulu_jax.data.sources import ready_pairs
 from tulu_jax.interop import hf
 from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives import dpo, reward, sft
-from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.quant.nf4 import QuantConfig
 from tulu_jax.training import agreement, watch
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -56,6 +56,16 @@ def config(home, tmp_path_factory):
     config = run_config(home, tmp_path_factory.mktemp("run"))
     trainer.Run(config).train()
     return config
+
+
+@pytest.fixture(scope="module")
+def scorer(config):
+    return trained.Scorer(config)
+
+
+@pytest.fixture(scope="module")
+def scores(scorer):
+    return scorer.scores(CHATS)
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +118,14 @@ def test_another_template_is_refused(config):
         trained.Scorer(other)
 
 
-def test_scores_are_those_of_transformers(config, exported):
-    scorer = trained.Scorer(config)
-    ours = np.array(scorer.scores(CHATS))
-    assert scorer.step == 8 and ours.std() > 0.01
-    np.testing.assert_allclose(ours, of_transformers(exported, CHATS), atol=1e-5)
+def test_scores_are_those_of_transformers(scorer, scores, exported):
+    assert scorer.step == 8 and np.std(scores) > 0.01
+    np.testing.assert_allclose(scores, of_transformers(exported, CHATS), atol=1e-5)
 
 
-def test_a_score_does_not_depend_on_its_batch(config):
-    scorer = trained.Scorer(config)
-    together = scorer.scores(CHATS)
-    assert [scorer.scores([chat])[0] for chat in CHATS[::-1]] == together[::-1]
-    assert scorer.scores(CHATS[4:] * 2) == together[4:] * 2
+def test_a_score_does_not_depend_on_its_batch(scorer, scores):
+    assert [scorer.scores([chat])[0] for chat in CHATS[::-1]] == scores[::-1]
+    assert scorer.scores(CHATS[4:] * 2) == scores[4:] * 2
 
 
 def test_the_folder_is_as_transformers_writes_it(config, exported, tmp_path):
@@ -145,14 +151,12 @@ def test_the_folder_is_as_transformers_writes_it(config, exported, tmp_path):
     conversion.verify(config, str(exported), step=8)
 
 
-def test_a_folder_with_a_score_head_is_a_base(config, exported, tmp_path):
+def test_a_folder_with_a_score_head_is_a_base(config, exported, scores, tmp_path):
     """Inward with the very head; and the run of a reward model is one as well."""
     onto = builders.replace(config, base=str(exported), workdir=str(tmp_path / "onto"))
     assert base_lib.problems(onto) == []
     conversion.write_first_step(onto, "")
-    scores = trained.Scorer(config).scores(CHATS)
     assert trained.Scorer(onto).scores(CHATS) == scores
-    assert trained.Scorer(onto, initial=True).scores(CHATS) == scores
     conversion.verify(onto, str(exported), step=0)
     second = builders.replace(config, base=config.workdir, workdir=str(tmp_path / "second"))
     assert base_lib.problems(second) == []
@@ -184,7 +188,7 @@ def test_a_base_of_another_architecture_is_refused_by_name(home, config, exporte
     assert "score.weight of shape [1, 32] is not a weight" in "\n".join(base_lib.problems(onto))
 
 
-def test_what_gives_text_and_what_gives_scores(home, config, tmp_path):
+def test_what_gives_text_and_what_gives_scores(home, config, scorer, tmp_path):
     with pytest.raises(validation.UsageError, match="which gives scores and no text"):
         trained.Generator(config)
     with pytest.raises(validation.UsageError, match="is no run of a reward model"):
@@ -192,7 +196,7 @@ def test_what_gives_text_and_what_gives_scores(home, config, tmp_path):
     with pytest.raises(validation.UsageError, match="base = None has no score head"):
         trained.Scorer(config, initial=True)
     with pytest.raises(validation.UsageError, match="conversation 1 ends with user; expected"):
-        trained.Scorer(config).scores([CHATS[0], CHATS[0][:1]])
+        scorer.scores([CHATS[0], CHATS[0][:1]])
 
 
 def test_settings_that_do_not_go_with_a_reward_model(home, tmp_path):
@@ -200,23 +204,26 @@ def test_settings_that_do_not_go_with_a_reward_model(home, tmp_path):
         run_config(home, tmp_path, reference_dir="x")
     with pytest.raises(validation.UsageError, match="a PEFT folder of ours has no score head"):
         run_config(home, tmp_path, adapter=LoRAConfig(rank=4), adapter_from="x")
-    with pytest.raises(validation.UsageError, match="margin = -1: expected 0 or more"):
-        reward.RewardConfig(margin=-1)
+    with pytest.raises(validation.UsageError, match=r"margin = -1\.0: expected 0 or more"):
+        reward.RewardConfig(margin=-1.0)
     assert run_config(home, tmp_path).data.to_ends
     assert not run_config(home, tmp_path, objective=dpo.DPOConfig()).data.to_ends
 
 
-def test_a_score_that_is_not_finite_is_named_with_its_rows(home, config, tmp_path):
-    wild = builders.replace(config, workdir=str(tmp_path / "run"), optimizer__learning_rate=1e30)
-    wild = builders.replace(wild, optimizer__warmup_ratio=0.0)
-    run = trainer.Run(wild)
+@pytest.mark.slow
+def test_a_run_whose_scores_are_not_finite_names_its_pairs(config, tmp_path):
+    wild = builders.replace(config, workdir=str(tmp_path / "run"), optimizer__learning_rate=1e15)
+    run = trainer.Run(builders.replace(wild, optimizer__warmup_ratio=0.0))
     with pytest.raises(watch.UnstableError, match="Examples whose rewards/margins is not") as error:
         run.train()
     step = int(str(error.value).split()[1].rstrip(":"))
     rows = [i for row in range((step - 1) * 8, step * 8) for i in run.feed.rows.example_ids(row)]
     assert all(row in str(error.value) for row in rows)
-    scorer = trained.Scorer(config)
-    scorer.params = jax.tree.map(lambda leaf: leaf * np.float32(1e38), scorer.params)
+
+
+def test_scores_that_are_not_finite_are_named(scorer, monkeypatch):
+    head = {"kernel": scorer.params["score"]["kernel"] * np.float32(np.inf)}
+    monkeypatch.setattr(scorer, "params", {**scorer.params, "score": head})
     with pytest.raises(validation.UsageError, match=r"scores of rows \[0, 1\] are not finite"):
         scorer.scores(CHATS[:2])
 
@@ -235,28 +242,30 @@ def test_the_page_has_a_calibration_plot_and_the_workdir_its_numbers(config):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["lora", "qlora"])
-def test_a_head_beside_an_adapter(home, tmp_path, quant):
-    """Both train on a frozen base, alone; resumed bit for bit; a merge is what transformers reads.
-
-    QLoRA's merge is into the dequantised base: only rounding parts it from what was trained."""
+def adapted(home, folder, quant):
     model = dataclasses.replace(
         builders.MODEL, embed_dim=64, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=32
     )
-    config = run_config(
-        home,
-        tmp_path,
-        model=model,
-        adapter=LoRAConfig(rank=4, dropout=0.1),
-        quant=quant,
-        mesh=MeshConfig(data=8),
-        num_steps=4,
-    )
-    config = builders.replace(config, checkpoint__every=2)
-    run = trainer.Run(config)
-    run.train()
-    names = agreement.param_shapes(run.abstract.params)
+    changes = dict(model=model, adapter=LoRAConfig(rank=4, dropout=0.1), quant=quant, num_steps=4)
+    return builders.replace(run_config(home, folder, **changes), checkpoint__every=2)
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["lora", "qlora"])
+def test_a_head_trains_beside_an_adapter_on_a_frozen_base(home, tmp_path, quant):
+    trains, frozen = step_lib.abstract_split(adapted(home, tmp_path, quant))
+    names = agreement.param_shapes(trains)
     assert len(names) == 15 and names["score/kernel"] == [64, 1]
+    assert all(name == "score/kernel" or "lora_" in name for name in names)
+    assert frozen.base.keys() == {"model"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["lora", "qlora"])
+def test_a_run_of_a_head_beside_an_adapter(home, tmp_path, quant):
+    """Resumed bit for bit; a merge is what transformers reads. QLoRA's merge is into the
+    dequantised base: only rounding parts it from what was trained."""
+    config = adapted(home, tmp_path, quant)
+    trainer.Run(config).train()
     whole = lines_of(config.workdir)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     trainer.Run(config).train()
@@ -284,8 +293,9 @@ def test_real_rows_on_real_weights_score_as_in_transformers(tmp_path, shared_dat
     trainer.Run(config).save_initial()
     file = shared_data / "preference_raw/ultrafeedback/ultrafeedback_binarized.jsonl"
     with open(file) as lines:
-        rows = [json.loads(line)["chosen"] for line, _ in zip(lines, range(40), strict=False)]
-    chats = [row for row in rows if sum(len(turn["content"]) for turn in row) < 700][:6]
+        pairs = [ready_pairs.ultrafeedback_binarized(json.loads(line)) for line in lines]
+    chats = [pair["prompt"] + pair["chosen"] for pair in pairs if isinstance(pair, dict)]
+    chats = [chat for chat in chats if sum(len(turn["content"]) for turn in chat) < 700][:6]
     assert len(chats) == 6
     ours = np.array(trained.Scorer(config).scores(chats))
     conversion.export(config, str(tmp_path / "hf"), step=0, dtype="float32", overwrite=False)

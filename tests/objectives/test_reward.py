@@ -143,6 +143,23 @@ def test_a_margin_is_subtracted():
     np.testing.assert_allclose(found.value, np.log1p(np.exp(0.5 - margins)).mean(), rtol=1e-5)
 
 
+def test_a_score_that_is_not_finite_is_watched_pair_by_pair():
+    """An infinite hidden state where pair 5 ends, and all that is padding: only that pair shows."""
+    batch = packed(PAIRS, 4)
+    row, place = np.argwhere(batch["example"] == 5)[0]
+    here = (batch["segment_ids"][row] == place + 1) & reward.ends(batch)[row]
+    broken = (batch["segment_ids"] == 0).at[row].set(here | (batch["segment_ids"][row] == 0))
+    hidden = jnp.broadcast_to(
+        jnp.where(broken, jnp.inf, 1.0)[..., None], (*broken.shape, MODEL.embed_dim)
+    )
+    found = jax.jit(
+        lambda batch: REWARD.compute(lambda *_: hidden, params(), Frozen(), REWARD.weigh(batch))
+    )(batch)
+    (watched,) = REWARD.watched
+    bad = np.argwhere(~np.isfinite(np.asarray(found.examples[watched])))
+    np.testing.assert_array_equal(bad, [[row, place]])
+
+
 @pytest.mark.parametrize("most", [LENGTH, 30])
 def test_the_end_of_each_answer_is_scored_also_of_cut_ones(most):
     """The last id of each side, once: `</s>`, or where the rule cut it."""
