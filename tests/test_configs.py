@@ -16,7 +16,7 @@ import pytest
 from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
 from tulu_jax.models import lora
-from tulu_jax.objectives import dpo, sft
+from tulu_jax.objectives import dpo, reward, sft
 from tulu_jax.parallel import mesh, slices
 from tulu_jax.planning.cycles import schedule
 from tulu_jax.quant import nf4
@@ -27,10 +27,12 @@ TOKENIZER = "--gin.TOKENIZER='unused'"  # else the embedded default trains its o
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "\nSLICE = " in path.read_text())
 ADAPTERS = [run for run in RUNS if "lora" in run]
 WHOLE = [run for run in RUNS if "lora" not in run]
+REWARD = [run for run in RUNS if run.startswith("rm_")]
 
 # Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
 # of 8,192 as benchmarks/dpo_packing.py measures them.
 V2_ROWS, V2_MEAN, PAIRS, PAIRS_A_ROW = 326_154, 1_097, 61_966, 10.6
+CLEANED = 60_917  # pairs of UltraFeedback as Argilla cleaned them
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +55,15 @@ def laid_out(run):
     """The stage and the size that a run's layouts are found by."""
     *kind, size = run.split("_")
     adapter = f"{kind[0]}_" if "lora" in kind[0] else ""
-    return {"stage": adapter + ("dpo" if "dpo" in kind else "sft"), "size": size}
+    return {"stage": adapter + ("dpo" if {"dpo", "rm"} & {*kind} else "sft"), "size": size}
 
 
 def test_the_published_runs_are_there():
     sft_runs = ["sft_7b", "sft_13b", "sft_70b", "sft_code_7b", "sft_code_13b", "sft_code_34b"]
     ablations = ["sft_v1_7b", "sft_v1_13b", "sft_v1_70b", "sft_sharegpt_7b"]
-    assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations}
     sizes = ("7b", "13b", "70b")
+    assert set(REWARD) == {f"rm_ultrafeedback_{size}" for size in sizes}
+    assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations, *REWARD}
     of_sft = {f"{kind}_{size}" for kind in ("lora", "qlora") for size in sizes}
     assert set(ADAPTERS) == of_sft | {"qlora_dpo_7b", "qlora_dpo_70b"}
 
@@ -86,7 +89,26 @@ def test_recipe_values_of_adapters(run):
         assert optimizer.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("run", WHOLE)
+@pytest.mark.parametrize("run", REWARD)
+def test_recipe_values_of_reward_models(run):
+    """Tülu 2.5 (Ivison et al. 2024), appendix F.1, and its trainer's defaults. Model, workdir, base
+    and slice are as of DPO."""
+    config, size = load(run), run.split("_")[-1]
+    dpo_run = load(f"dpo_{size}")
+    for name in ("model", "base", "mesh", "execution", "param_dtype"):
+        assert getattr(config, name) == getattr(dpo_run, name), name
+    assert config.objective == reward.RewardConfig(margin=0.0)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.end_learning_rate) == (1e-5, 1e-6)
+    assert (optimizer.b1, optimizer.b2, optimizer.clip_norm) == (0.9, 0.95, 1.0)
+    assert (optimizer.weight_decay, optimizer.warmup_ratio, config.num_epochs) == (0.0, 0.03, 1.0)
+    data = config.data
+    assert (data.max_length, data.packing, data.truncation) == (4096, "best_fit", "drop")
+    assert data.to_ends and data.train == "ultrafeedback_argilla_cleaned"
+    assert config.batch_size * PAIRS_A_ROW / 2 == pytest.approx(512, rel=0.01)
+
+
+@pytest.mark.parametrize("run", sorted({*WHOLE} - {*REWARD}))
 def test_recipe_values(run):
     config = load(run)
     stage, *kind, size = run.split("_")
@@ -173,6 +195,8 @@ def test_a_file_states_what_its_packed_batch_holds(run):
     total, a_row = V2_ROWS, config.data.max_length / V2_MEAN
     if run.startswith("dpo"):
         total, a_row = PAIRS, PAIRS_A_ROW
+    if run in REWARD:  # rows of half the length; every hundredth row is held out
+        total, a_row = CLEANED * 0.99, PAIRS_A_ROW / 2
     assert config.batch_size == rows
     assert examples == pytest.approx(rows * a_row, abs=0.05)
     assert number == pytest.approx(config.num_updates(math.ceil(total / a_row)), abs=1)
@@ -211,7 +235,7 @@ def test_a_slice_gives_way_to_what_a_file_sets(tmp_path):
         cli.load(str(mine), workdir=None, pod="v6e_64")
 
 
-@pytest.mark.parametrize("run", [*RUNS, "tulu_tiny_sft", "tulu_tiny_dpo"])
+@pytest.mark.parametrize("run", [*RUNS, "tulu_tiny_sft", "tulu_tiny_dpo", "tulu_tiny_rm"])
 def test_any_is_whatever_devices_there_are(run):
     config = load(run, *([TOKENIZER] if "tiny" in run else []), pod="any")
     for devices in (1, 2, 4, 8, 32, 256):

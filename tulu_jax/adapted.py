@@ -13,9 +13,11 @@ import numpy as np
 from absl import logging
 
 from tulu_jax import base as base_lib
+from tulu_jax import step as step_lib
 from tulu_jax import trained, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.models import llama, lora
+from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
@@ -30,23 +32,29 @@ def merged(config: TrainConfig, params: llama.Params, into: str, mesh) -> llama.
     `into` is 'dequantised', the base as it was trained beside, or 'full', the weights that were
     quantised, which are loaded again.
     """
-    adapters = params
+    trains = lora.only(params) | {name: params[name] for name in (SCORE,) if name in params}
     if into == "full" and config.quant is not None:
         logging.info("Loading base = %r in full precision", config.base)
         params = base_lib.initial_params(dataclasses.replace(config, quant=None), mesh)
-    like = llama.abstract_params(config.model, config.param_dtype)
+        params = step_lib.split(config, params)[1].base
+    like = llama.abstract_params(config.trained_model, config.param_dtype)
     shardings = sharding.param_shardings(mesh, like)
+    frozen = {name: leaves for name, leaves in lora.without(params).items() if name != SCORE}
 
-    def run(params, adapters):
-        kernels = nf4.dequantise_params(lora.without(params), like)
-        whole = Frozen(base=kernels).whole(adapters)
+    def run(frozen, trains):
+        kernels = nf4.dequantise_params(frozen, {name: like[name] for name in frozen})
+        whole = Frozen(base=kernels).whole(trains)
         return lora.merge(config.adapter, whole, config.param_dtype)
 
-    return jax.jit(run, out_shardings=shardings)(params, lora.only(adapters))
+    return jax.jit(run, out_shardings=shardings)(frozen, trains)
 
 
 def check(config: TrainConfig, step: int | None, prompts: list[str]) -> list[str]:
     """`gaps` of the checkpoint of `step`, or the latest."""
+    if config.objective.head == SCORE:
+        raise validation.UsageError(
+            "--check compares log-probabilities, which a reward model has not; go without it"
+        )
     mesh, params = trained.load(config, step=trained.saved_step(config, step))
     with jax.set_mesh(mesh):
         return gaps(config, params, prompts, mesh)

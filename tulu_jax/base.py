@@ -1,5 +1,6 @@
 """The parameters that a run begins with: random, of a Hugging Face folder, or of another run."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,7 @@ from tulu_jax import step as step_lib
 from tulu_jax import validation
 from tulu_jax.interop import hf, layout, peft, sources
 from tulu_jax.models import llama
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import SCORE, LlamaConfig
 from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
@@ -24,7 +25,26 @@ SHOWN = 8  # weights named in a message
 
 def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     """Shapes, dtypes and shardings of the base of a run; nothing is allocated."""
-    return _placed(step_lib.abstract_base(config), mesh)
+    return _placed(step_lib.abstract_base(_headed(config)), mesh)
+
+
+def _headed(config: TrainConfig) -> TrainConfig:
+    """`config` with the model that lies in its base: where a score head trains, that may have one
+    already."""
+    if config.objective.head != SCORE or config.base is None or not _has_score(config.base):
+        return config
+    return dataclasses.replace(config, model=config.trained_model)
+
+
+def _has_score(base: str) -> bool:
+    if not epath.Path(base).exists():
+        return False  # which `problems` tells
+    if sources.is_published(base):
+        with validation.reading():
+            return hf.is_scored(base)
+    checkpoints = checkpoint_lib.Checkpoints(base)
+    step = checkpoints.latest_step()
+    return step is not None and f"{SCORE}/kernel" in checkpoints.about(step)["params"]
 
 
 def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
@@ -37,6 +57,7 @@ def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
 
 def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
+    config = _headed(config)
     abstract = abstract_params(config, mesh)
     if config.base is not None:
         if config.quant is None:
@@ -102,7 +123,7 @@ def adapter_problems(config: TrainConfig) -> list[str]:
 
 def problems(config: TrainConfig) -> list[str]:
     """Why the run cannot begin from its base, one line each, from headers and JSON alone."""
-    return adapter_problems(config) + _problems(config)
+    return adapter_problems(config) + _problems(_headed(config))
 
 
 def _problems(config: TrainConfig) -> list[str]:

@@ -25,6 +25,7 @@ from tulu_jax.interop import folder as folder_lib
 from tulu_jax.interop import hf, peft, sources, tokenizer_export
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.models import llama, lora
+from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import sharding
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement, checkpoint_digests, optim
@@ -63,7 +64,13 @@ def export(
     step = checkpoints.require(step)
     about = checkpoints.about(step)
     dtype = dtype or _dtype_of_base(config, about)
-    problems = hf.target_problems(out, config.model, dtype=dtype, overwrite=overwrite)
+    model, scored = config.trained_model, config.objective.head == SCORE
+    if scored and config.adapter is not None and merge is None:
+        raise validation.UsageError(
+            "a PEFT folder of ours has no score head, which trained beside the adapter; expected "
+            "--merge=dequantised or --merge=full, which write the whole model"
+        )
+    problems = hf.target_problems(out, model, dtype=dtype, overwrite=overwrite)
     if problems:
         raise validation.UsageError("\n".join(problems))
     validation.raise_if(_disagreements(config, about, checkpoints.folder / str(step)))
@@ -74,13 +81,16 @@ def export(
         generation = about.get("generation_config")  # checkpoints of before have none
         if generation is None:
             generation = base_lib.generation_config(config)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if scored:  # transformers reads the score before the padding, which must not be `</s>`
+            unknown = tokenizer.backend.token_to_id("<unk>")
+            ids["pad_token_id"] = tokenizer.bos_id if unknown is None else unknown
     write = functools.partial(
         hf.save,
         out,
-        config=config.model,
+        config=model,
         dtype=dtype,
-        generation_config=generation
-        | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        generation_config=generation | ids,
         overwrite=overwrite,
         write_tokenizer=lambda folder: tokenizer_export.save(
             backend,
@@ -116,7 +126,7 @@ class StoredSource:
 
     def __init__(self, config: TrainConfig, checkpoints: checkpoint_lib.Checkpoints, step: int):
         folder = checkpoints.folder / str(step)
-        abstract = llama.abstract_params(config.model, config.param_dtype)
+        abstract = llama.abstract_params(config.trained_model, config.param_dtype)
         trains = step_lib.abstract_split(config)[0]
         found = agreement.model_problems(checkpoints.about(step), folder, config.model, trains)
         validation.raise_if(found)
@@ -181,6 +191,7 @@ def verify(config: TrainConfig, published: str, *, step: int | None) -> None:
     `published`, an export of it or the base it began with. Raises `UsageError` if they differ."""
     checkpoints = checkpoint_lib.Checkpoints(config.workdir)
     step = checkpoints.require(step)
+    validation.raise_if(hf.config_problems(published, config.trained_model))
     dtype = hf.weights_dtype(published, config.model)
     if checkpoints.about(step).get("frozen"):
         mesh, params = trained.load(config, step=step)
@@ -188,7 +199,7 @@ def verify(config: TrainConfig, published: str, *, step: int | None) -> None:
             params = jax.tree.map(np.asarray, params)
     else:
         params = StoredSource(config, checkpoints, step).params
-    verification.check(params, published, config.model, dtype=dtype)
+    verification.check(params, published, config.trained_model, dtype=dtype)
 
 
 def _usage_error(error: BaseException) -> validation.UsageError | None:

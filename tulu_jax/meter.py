@@ -18,7 +18,7 @@ class Meter:
     def __init__(self, run, recorder: metrics_lib.Recorder):
         self.run, self.recorder = run, recorder
         self.pending: tuple[int, step_lib.Measured] | None = None
-        self.flops = run.config.model.flops_per_token(run.config.data.max_length)
+        self.flops = run.config.trained_model.flops_per_token(run.config.data.max_length)
         self.restart()
 
     def restart(self) -> None:

@@ -8,6 +8,7 @@ from etils import epath
 
 from tulu_jax import strict_json
 from tulu_jax.data import components, registry
+from tulu_jax.models.config import SCORE
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import metrics
 
@@ -47,7 +48,8 @@ def text(config: TrainConfig, about: dict, *, step: int, dtype: str) -> str:
 def _front_matter(config: TrainConfig) -> Iterator[str]:
     yield "---"
     yield "library_name: transformers"
-    yield "pipeline_tag: text-generation"
+    scored = config.objective.head == SCORE
+    yield f"pipeline_tag: text-{'classification' if scored else 'generation'}"
     yield f"tags: [tulu, {config.objective.kind}]"
     if config.base and "://" not in config.base and not config.base.startswith("/"):
         yield f"base_model: {json.dumps(config.base)}"

@@ -5,7 +5,7 @@ import math
 
 from tulu_jax import validation
 from tulu_jax.data import loader
-from tulu_jax.models.config import DTYPES, KEEP_NOTHING, ExecutionConfig, LlamaConfig
+from tulu_jax.models.config import DTYPES, KEEP_NOTHING, SCORE, ExecutionConfig, LlamaConfig
 from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives.objective import Objective
 from tulu_jax.parallel import slices
@@ -103,6 +103,9 @@ class TrainConfig:
             adapter=self.adapter,
         )
         object.__setattr__(self, "execution", execution)
+        to_ends = self.objective.head == SCORE
+        if self.data.to_ends != to_ends:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, to_ends=to_ends))
         return []
 
     def _rules(self):
@@ -143,6 +146,11 @@ class TrainConfig:
             self.execution.adapter in (None, self.adapter),
             "execution.adapter is set by the run; set recipe.TrainConfig.adapter instead",
         )
+
+    @property
+    def trained_model(self) -> LlamaConfig:
+        """`model` below the head that the objective trains: what comes out of the run."""
+        return self.model.with_head(self.objective.head)
 
     @property
     def stage(self) -> str:

@@ -1,5 +1,7 @@
 """One page about one or more runs: their curves, their scores, and what they say.
 
+Of the run of a reward model it also leaves `calibration.json` and `calibration.png` in the workdir.
+
 Examples:
   python -m tulu_jax.report --workdirs=runs/tulu_tiny_sft,runs/tulu_tiny_dpo
   python -m tulu_jax.report --workdirs=runs/stories260k_sft --out=/tmp/page.html
@@ -8,6 +10,7 @@ Examples:
 import base64
 import fnmatch
 import io
+import json
 from collections.abc import Iterable, Iterator
 
 import jinja2
@@ -16,6 +19,7 @@ from etils import epath
 
 from tulu_jax import atomic, cli, validation
 from tulu_jax.evals import held_out_prompts
+from tulu_jax.objectives import reward_feed
 from tulu_jax.studies import side_by_side
 from tulu_jax.training import metrics
 
@@ -38,6 +42,7 @@ PANELS = (
 )
 COLUMNS = 5
 PROMPTS_SHOWN = 12
+CALIBRATION = "eval/calibration/"
 
 
 def series(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
@@ -82,9 +87,57 @@ def draw(lines: list[dict], title: str) -> bytes:
     return buffer.getvalue()
 
 
+def calibration(lines: list[dict]) -> dict | None:
+    """Of the last evaluation of a reward model its `step`, calibration `error`, and `bins`, each
+    with its number of `pairs`, how `sure` the model was of them, the mean of σ(|margin|), and the
+    share it has `won`; None of another run."""
+    found = [line for line in lines if line.get(f"{CALIBRATION}error") is not None]
+    if not found:
+        return None
+    last, bins = found[-1], []
+    names = ("pairs", "sure", "won")
+    for number in range(reward_feed.BINS):
+        values = [last.get(f"{CALIBRATION}{number}/{name}") for name in names]
+        if None not in values:
+            bins.append(dict(zip(names, values, strict=True)))
+    return {"step": last["step"], "error": last[f"{CALIBRATION}error"], "bins": bins}
+
+
+def draw_calibration(found: dict, title: str) -> bytes:
+    """A PNG of what `calibration` found: the share won against how sure the model was."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sure, won, pairs = ([b[name] for b in found["bins"]] for name in ("sure", "won", "pairs"))
+    figure, axis = pyplot.subplots(figsize=(4.5, 4))
+    axis.plot([0.5, 1], [0.5, 1], color="grey", linewidth=1)
+    axis.scatter(sure, won, s=[20 + 200 * n / max(1, sum(pairs)) for n in pairs])
+    axis.set_xlabel("σ(|margin|)")
+    axis.set_ylabel("share of pairs won")
+    axis.set_title(f"{title}, update {found['step']}: error {found['error']:.3f}", fontsize=9)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def keep_calibration(workdir: str) -> None:
+    """Writes `calibration.json` and `calibration.png` of the run of a reward model."""
+    folder, found = epath.Path(workdir), calibration(metrics.read(workdir))
+    if found is not None:
+        atomic.write_text(folder / "calibration.json", json.dumps(found, indent=2) + "\n")
+        atomic.write_bytes(folder / "calibration.png", draw_calibration(found, folder.name))
+
+
 def summary(lines: list[dict]) -> list[tuple[str, float, float]]:
     """(metric, first, last) of the evaluations and of the training loss."""
-    names = sorted({n for line in lines for n in line if n.startswith("eval/")}) + ["train/loss"]
+    bins = f"{CALIBRATION}[0-9]/*"
+    named = {n for line in lines for n in line if n.startswith("eval/")}
+    names = sorted(named - set(fnmatch.filter(named, bins))) + ["train/loss"]
     found = [(name, series(lines, name)[1]) for name in names]
     return [(name, values[0], values[-1]) for name, values in found if values]
 
@@ -122,7 +175,7 @@ def _together(workdirs: list[str]) -> dict:
 
 
 def _shown(workdir: str) -> dict:
-    """What the page has of one run: its name, picture, and tables of a header and rows."""
+    """What the page has of one run: its name, pictures, and tables of a header and rows."""
     lines, name = metrics.read(workdir), epath.Path(workdir).name
     rows = [[n, f"{first:.4f}", f"{last:.4f}"] for n, first, last in summary(lines)]
     tables = [(["metric", "first", "last"], rows)]
@@ -134,8 +187,11 @@ def _shown(workdir: str) -> dict:
         last = scored[-1][1]["replies"][:PROMPTS_SHOWN]
         said = [[r["prompt"], r["answer"], r["reply"]] for r in last]
         tables.append((["prompt", "right answer", "reply"], said))
-    picture = base64.b64encode(draw(lines, name)).decode()
-    return {"name": name, "picture": picture, "tables": tables}
+    pictures = [draw(lines, name)]
+    if (found := calibration(lines)) is not None:
+        pictures.append(draw_calibration(found, name))
+    encoded = [base64.b64encode(picture).decode() for picture in pictures]
+    return {"name": name, "pictures": encoded, "tables": tables}
 
 
 def problems(workdirs: list[str]) -> Iterator[str]:
@@ -156,6 +212,7 @@ def main(argv: list[str]) -> None:
         out = validation.expanded(_OUT.value)
         validation.raise_if(problems(workdirs))
         for workdir in workdirs:
+            keep_calibration(workdir)
             print(epath.Path(workdir).name)
             for name, first, last in summary(metrics.read(workdir)):
                 print(f"  {name:28} {first:10.4f} -> {last:10.4f}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from tulu_jax.models import llama, lora
+from tulu_jax.models.config import SCORE
 from tulu_jax.objectives.objective import Batch
 from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
@@ -142,11 +143,14 @@ def keys(config: TrainConfig) -> jax.Array:
 def split(config: TrainConfig, params: llama.Params) -> tuple[llama.Params, Frozen]:
     """Of the parameters of the base, (what trains, what is frozen). With an adapter the base is
     frozen, and the reference too: it is the base without adapters."""
-    key = keys(config)[0]
+    key, head = keys(config)[0], {}
     if config.adapter is None:
         return config.objective.split(params, key)
+    if config.objective.head == SCORE:  # trains beside the adapter
+        whole, _ = config.objective.split(params, key)
+        params, head = {"model": whole["model"]}, {SCORE: whole[SCORE]}
     shapes, layers = config.model.projections, config.model.num_layers
-    return lora.init(config.adapter, shapes, layers, key), Frozen(base=params)
+    return lora.init(config.adapter, shapes, layers, key) | head, Frozen(base=params)
 
 
 def abstract_base(config: TrainConfig) -> llama.Params:

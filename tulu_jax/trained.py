@@ -1,8 +1,10 @@
-"""What a run trained: its parameters, its tokenizer, its replies."""
+"""What a run trained: its parameters, its tokenizer, its replies or its scores."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from tulu_jax import atomic, digests, validation
@@ -14,8 +16,9 @@ from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import llama, paged_attention
+from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import slices
+from tulu_jax.parallel import sharding, slices
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -24,6 +27,7 @@ from tulu_jax.training.state import Frozen
 
 Messages = list[dict[str, str]]
 KEPT_TOKENIZER = "tokenizer.json"  # in the workdir
+FEWEST = 64  # positions of a row that is scored
 
 
 def saved_step(config: TrainConfig, step: int | None) -> int:
@@ -87,6 +91,99 @@ def keep_tokenizer(config: TrainConfig, *, replace: bool) -> None:
         atomic.write_text(kept, text)
 
 
+class Scorer:
+    """Scores of conversations by the reward model that a run trained, at their last token.
+
+    `step` as in `Generator`; with `initial` a base that has a score head. A score depends on its
+    conversation alone, to the bit: a device computes one at a time, in a row whose length is that
+    of the conversation rounded up to a power of two. Raises `UsageError` if the run trains no
+    reward model, or if its checkpoint was made with another tokenizer or template.
+    """
+
+    def __init__(self, config: TrainConfig, *, step: int | None = None, initial: bool = False):
+        if config.objective.head != SCORE:
+            raise validation.UsageError(
+                f"{config.workdir} is no run of a reward model, and has no scores; expected one "
+                "whose objective is reward.RewardConfig"
+            )
+        self.config = config
+        self.step = None if initial else saved_step(config, step)
+        with validation.reading():
+            self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
+        if self.step is not None:
+            recorded = checkpoint_lib.Checkpoints(config.workdir).about(self.step)["must_match"]
+            now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(tokenizer_path(config))}
+            validation.raise_if(
+                f"the checkpoint of step {self.step} in {config.workdir} was made with {name} = "
+                f"{before}; this config has {found}. Give the config.gin of that run"
+                for name, before, found in agreement.differences(recorded, now)
+            )
+        self.mesh, self.params = load(config, step=self.step)
+        if SCORE not in self.params:
+            raise validation.UsageError(
+                f"base = {config.base!r} has no score head, and a new one says nothing; give a "
+                "reward model, or train this run and leave `initial` out"
+            )
+        forward = llama.forward(config.model, config.execution)
+        self._at_ends = jax.jit(
+            lambda params, rows, ends: sharding.replicate(
+                jnp.take_along_axis(llama.scores(forward(params, rows), params), ends, axis=1)
+            )
+        )
+
+    def scores(self, conversations: list[Messages]) -> list[float]:
+        """The score of each conversation, which ends with the assistant's turn."""
+        names = [f"conversation {number}" for number in range(len(conversations))]
+        validation.raise_if(
+            f"{name} ends with {messages[-1]['role'] if messages else 'nothing'}; expected the "
+            "assistant's turn, which is scored"
+            for name, messages in zip(names, conversations, strict=True)
+            if not messages or messages[-1]["role"] != "assistant"
+        )
+        with validation.reading():
+            encoded = chat_lib.tokenize(
+                conversations, names=names, tokenizer=self.tokenizer, chat=self.config.data.chat
+            )
+        return self.of_ids([[int(i) for i in found.ids] for found in encoded])
+
+    def of_ids(self, rows: list[list[int]]) -> list[float]:
+        """The score at the last of each row's ids, which are one or more. Raises `UsageError` for
+        scores that are not finite, by their places."""
+        shape = self.mesh.shape
+        count, pieces = shape["data"] * shape["fsdp"], shape["context"] * shape["tensor"]
+        by_length: dict[int, list[int]] = {}
+        for place, ids in enumerate(rows):
+            length = max(1 << (len(ids) - 1).bit_length(), FEWEST)
+            by_length.setdefault(length + -length % pieces, []).append(place)
+        found = np.zeros(len(rows), np.float32)
+        for length, places in by_length.items():
+            for start in range(0, len(places), count):
+                here = places[start : start + count]
+                batch, ends = _one_each([rows[place] for place in here], count, length)
+                with jax.set_mesh(self.mesh):
+                    scores = np.asarray(self._at_ends(self.params, batch, ends))
+                found[here] = scores[: len(here), 0]
+        bad = np.flatnonzero(~np.isfinite(found)).tolist()
+        if bad:
+            raise validation.UsageError(
+                f"the scores of rows {bad} are not finite: {found[bad].tolist()}; the reward model "
+                "overflows on them, or its weights are damaged"
+            )
+        return found.tolist()
+
+
+def _one_each(rows: list[list[int]], count: int, length: int):
+    """`count` rows [B, T] of one sequence each, the last ones empty, and the last place of each
+    [B, 1]."""
+    batch = {name: np.zeros((count, length), np.int32) for name in ("tokens", "segment_ids")}
+    batch["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length))
+    ends = np.zeros((count, 1), np.int32)
+    for number, ids in enumerate(rows):
+        batch["tokens"][number, : len(ids)], batch["segment_ids"][number, : len(ids)] = ids, 1
+        ends[number] = len(ids) - 1
+    return batch, ends
+
+
 class Generator:
     """Replies of what a run trained. Temperature 0 is greedy; otherwise draws depend on `seed`.
 
@@ -104,6 +201,11 @@ class Generator:
         seed: int = 0,
         **sampling,
     ):
+        if config.objective.head == SCORE:
+            raise validation.UsageError(
+                f"{config.workdir} is the run of a reward model, which gives scores and no text; "
+                "expected a run of SFT or DPO. trained.Scorer reads its scores"
+            )
         self.config = config
         self.step = None if initial else saved_step(config, step)
         with validation.reading():

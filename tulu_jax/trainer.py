@@ -34,6 +34,7 @@ MEANS = {
     "tokenizer": " (digests; another text has the same ids)",
 }
 OF_BASE = ("base_dtype", "generation_config")
+BEFORE = {"optimizer": {"end_learning_rate": 0.0}}  # what checkpoints of before do not say
 
 
 def about(
@@ -294,11 +295,13 @@ class Run:
                 "batch_size": self.config.batch_size,
                 "num_steps": self.num_steps,
                 "tokenizer": self.tokenizer,
+                "chat": self.config.data.chat,
             }
         return found | {"watch": self.history.as_saved()}
 
     def _resume_problems(self, about: dict) -> list[str]:
         theirs, ours = about["must_match"], self._about()["must_match"]
+        theirs |= {name: said | theirs[name] for name, said in BEFORE.items() if name in theirs}
         frozen = about.get("frozen", {})  # checkpoints of before froze nothing
         return [
             *agreement.param_problems(about["params"], self.abstract.params),

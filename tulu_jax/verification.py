@@ -17,7 +17,7 @@ from tulu_jax import validation
 from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop import reference_logits, sources
 from tulu_jax.models import llama
-from tulu_jax.models.config import ExecutionConfig, LlamaConfig
+from tulu_jax.models.config import SCORE, ExecutionConfig, LlamaConfig
 
 ROWS, LENGTH = 2, 48
 TOLERANCE = 5e-3  # of a standard deviation of the logits: float32 sums in other orders, 80 layers
@@ -65,7 +65,7 @@ def _logits(params: llama.Params, config: LlamaConfig, tokens, dtype: np.dtype) 
         hidden = through(one, hidden)
     norm = jnp.asarray(rounded(of_model["norm"]["scale"], model["norm"]["scale"], 0))
     hidden = llama.last_norm(config, norm, hidden)
-    if config.tie_embeddings:
+    if config.tie_embeddings and config.head != SCORE:
         return np.asarray(hidden) @ table.T
-    head = rounded(layouts["lm_head"]["kernel"], params["lm_head"]["kernel"], 0)
+    head = rounded(layouts[config.head]["kernel"], params[config.head]["kernel"], 0)
     return np.asarray(hidden) @ head

@@ -15,7 +15,7 @@ import pytest
 from tulu_jax import base, cli, preflight, trained, trainer, validation
 from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo, losses, objective, sft
+from tulu_jax.objectives import dpo, losses, objective, reward, sft
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
@@ -183,7 +183,11 @@ def test_training_changes_nothing_that_is_frozen(home, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
-@pytest.mark.parametrize("made", [sft.SFTConfig(), dpo.DPOConfig()], ids=["sft", "dpo"])
+@pytest.mark.parametrize(
+    "made",
+    [sft.SFTConfig(), dpo.DPOConfig(), reward.RewardConfig()],
+    ids=["sft", "dpo", "reward"],
+)
 def test_batches_have_the_fields_that_the_objective_says(home, tmp_path, packing, made):
     """By name, shape and dtype, as the dry run compiles them; another dtype is refused by name."""
     config = run_config(home, tmp_path, dpo_stage=made.kind != "sft")

@@ -52,3 +52,14 @@ def test_the_share_below_rounding_is_what_numpy_counts(dtype, rate):
     share = optim.share_below_rounding(params, rate)
     assert 0 < share < 1
     assert share == pytest.approx(unchanged / total, abs=1e-6)
+
+
+def test_the_rate_falls_to_its_end():
+    """1e-5 to 1e-6 over 100 updates, 3 of them warm-up; by default to 0."""
+    made = optim.schedule(config(0.03, learning_rate=1e-5, end_learning_rate=1e-6), 100)
+    steps = np.arange(101)
+    expected = np.where(steps < 3, 1e-5 * steps / 3, 1e-5 - 9e-6 * (steps - 3) / 97)
+    np.testing.assert_allclose([float(made(i)) for i in steps], expected, rtol=1e-5)
+    assert float(optim.schedule(config(0.03), 100)(100)) == 0
+    with pytest.raises(ValueError, match="end_learning_rate = 1e-06: expected 0 to learning_rate"):
+        config(0.03, end_learning_rate=1e-6)

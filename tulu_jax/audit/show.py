@@ -177,7 +177,7 @@ def _shown(rows: loader.Rows, index: int, source: _Source, *, is_train: bool) ->
     for number, example in enumerate(examples.tolist(), 1):
         name = rows.store.name(example)
         sides = source.sides(int(rows.store.task_of[example]), name)
-        parts = _parts(row, number, sides, name)
+        parts = _parts(_shifted(row) if rows.config.to_ends else row, number, sides, name)
         segments.append(Segment(number=number, example=name, parts=tuple(parts)))
     return ShownRow(
         index=index,
@@ -188,6 +188,34 @@ def _shown(rows: loader.Rows, index: int, source: _Source, *, is_train: bool) ->
         segments=tuple(segments),
         runs=_runs(row),
     )
+
+
+def _shifted(row: loader.Batch) -> loader.Batch:
+    """A row of the loader's `to_ends` as what predicts: each token has the next one of its part as
+    target, and an answer begins with the prompt's last token."""
+    halves = [row] if row["tokens"].ndim == 1 else [_half(row, half) for half in range(2)]
+    made = []
+    for half in halves:
+        examples, branches = half["segment_ids"], half.get("branches", 0 * half["segment_ids"])
+        stretches = []
+        for number in range(1, examples.max(initial=0) + 1):
+            (prompt,) = np.nonzero((examples == number) & (branches == 0))
+            stretches.append(prompt)
+            for branch in range(1, branches.max(initial=0) + 1):
+                (answer,) = np.nonzero((examples == number) & (branches == branch))
+                stretches.append(np.concatenate([prompt[-1:], answer]))
+        inputs = np.concatenate([places[:-1] for places in stretches])
+        targets = np.concatenate([places[1:] for places in stretches])
+        new = {key: half[key][inputs] for key in ("tokens", "segment_ids", "positions")}
+        new |= {key: half[key][targets] for key in ("targets", "loss_mask")}
+        made.append(new | ({"branches": branches[targets]} if "branches" in half else {}))
+    if len(made) == 1:
+        return made[0]
+    size = max(len(new["tokens"]) for new in made)
+    padded = [
+        {key: np.pad(value, (0, size - len(value))) for key, value in new.items()} for new in made
+    ]
+    return {key: np.stack([new[key] for new in padded]) for key in padded[0]}
 
 
 def _parts(row: loader.Batch, number: int, sides: list, name: str) -> Iterator[Part]:

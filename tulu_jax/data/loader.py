@@ -42,7 +42,9 @@ class DataConfig:
     after the shift; what becomes of longer examples is the rule `truncation`, one of
     `truncation.RULES`, and counted. `packing` is "best_fit" (of pairs: prompt once, answers as
     branches) or "none" (one example a row; of a pair, two rows). A mixture whose counts are not as
-    expected is refused unless `accept_counts`. `workers` threads build batches ahead. Relative
+    expected is refused unless `accept_counts`. `workers` threads build batches ahead. `to_ends`
+    rows are not shifted and hold the last id of each example too; the run sets it, as its objective
+    asks (`recipe.TrainConfig`). Relative
     `tokenizer`, `data_root` and `cache_dir` lie below `bucket`, and `data_root` None is the bucket.
     """
 
@@ -59,6 +61,7 @@ class DataConfig:
     cache_dir: str = "cache"
     seed: int = 0
     workers: int = 2
+    to_ends: bool = False
     bucket: dataclasses.InitVar[str | None] = None
 
     def __post_init__(self, bucket):
@@ -167,7 +170,7 @@ def prepare(config: DataConfig, *, split: str) -> "Rows | None":
     encoding = encode.Encoding(
         tokenizer=chat_lib.load_tokenizer(config.tokenizer),
         chat=config.chat,
-        max_length=config.max_length,
+        max_length=config.max_length - config.to_ends,
         truncation=config.truncation,
         one_row=config.one_row,
     )
@@ -223,14 +226,16 @@ class Rows:
         self.one_row = config.one_row
         self.store = store.ExampleStore(folders, kind=kind, one_row=self.one_row)
         identity = [[f.name for f in folders], config.max_length, config.packing]
+        identity += ["to_ends"] * config.to_ends
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         self._plans, self._lock = {}, threading.Lock()
+        self.lengths = self.store.lengths + config.to_ends  # positions of a row that each takes
         self._ordered = packing.ordered_plan(
-            self.store.lengths, capacity=config.max_length, packing=config.packing
+            self.lengths, capacity=config.max_length, packing=config.packing
         )
         self.rows_per_epoch = self._ordered.num_rows
         self.num_examples = len(self.store)
-        self.pairs_per_row = config.max_length // max(1, int(self.store.lengths.min()))
+        self.pairs_per_row = config.max_length // max(1, int(self.lengths.min()))
         self.num_tokens = sum(c.tokens for c in counts)
         self.num_trained_tokens = sum(c.trained_tokens for c in counts)
         two_rows = kind == "preference" and not self.one_row
@@ -238,7 +243,7 @@ class Rows:
             tasks=counts,
             rows_per_epoch=self.rows_per_epoch,
             positions_per_row=config.max_length * (2 if two_rows else 1),
-            positions=self.num_tokens if two_rows else int(self.store.lengths.sum()),
+            positions=self.num_tokens if two_rows else int(self.lengths.sum()),
         )
 
     def row(self, index: int) -> Batch:
@@ -273,7 +278,7 @@ class Rows:
         """The plan of an epoch; the few used last are kept, for a batch may straddle two."""
         with self._lock:
             plan = self._plans.pop(epoch, None) or packing.epoch_plan(
-                self.store.lengths,
+                self.lengths,
                 capacity=self.config.max_length,
                 packing=self.config.packing,
                 seed=self.config.seed,
@@ -286,15 +291,18 @@ class Rows:
 
     def _filled(self, indices: np.ndarray) -> Batch:
         sides = [self.store.sides(int(i)) for i in indices]
+        to_ends, capacity = self.config.to_ends, self.config.max_length
+        fill_row = packing.fill_row_to_ends if to_ends else packing.fill_row
         if self.one_row:
-            row = packing.fill_pair_row(sides, capacity=self.config.max_length)
+            fill_pairs = packing.fill_pair_row_to_ends if to_ends else packing.fill_pair_row
+            row = fill_pairs(sides, capacity=capacity)
             row["example"] = np.full(self.pairs_per_row, NO_EXAMPLE, np.int32)
             row["example"][: len(indices)] = indices
             return row
         if self.kind == "sft":
-            return packing.fill_row([side for (side,) in sides], capacity=self.config.max_length)
+            return fill_row([side for (side,) in sides], capacity=capacity)
         halves = [
-            packing.fill_row([pair[side] for pair in sides], capacity=self.config.max_length)
+            fill_row([pair[side] for pair in sides], capacity=capacity)
             for side in (CHOSEN, REJECTED)
         ]
         row = {key: np.stack([half[key] for half in halves]) for key in halves[0]}

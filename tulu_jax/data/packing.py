@@ -129,6 +129,29 @@ def fill_pair_row(
     return row
 
 
+def fill_row_to_ends(
+    examples: list[tuple[np.ndarray, np.ndarray]], *, capacity: int
+) -> dict[str, np.ndarray]:
+    """`fill_row` without a shift, for what reads an example at its end: every id is an input, and
+    its own target; `loss_mask` marks the ids that are trained otherwise. One position more each."""
+    shifted = [(np.append(ids, ids[-1]), spans + 1) for ids, spans in examples]
+    return _unshifted(fill_row(shifted, capacity=capacity))
+
+
+def fill_pair_row_to_ends(
+    pairs: list[list[tuple[np.ndarray, np.ndarray]]], *, capacity: int
+) -> dict[str, np.ndarray]:
+    """`fill_pair_row` without a shift: branch 0 is the whole prompt, and each answer follows it
+    with its last id. One position more for each pair."""
+    shifted = [[(np.append(ids, ids[-1]), spans + 1) for ids, spans in pair] for pair in pairs]
+    return _unshifted(fill_pair_row(shifted, capacity=capacity))
+
+
+def _unshifted(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    row["targets"] = row["tokens"].copy()
+    return row
+
+
 def _place(row, ids, spans, *, start: int, stop: int, segment: int) -> None:
     """Writes `ids`, shifted, to positions start:stop, and marks the trained of its targets."""
     if stop > len(row["tokens"]):

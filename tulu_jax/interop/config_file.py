@@ -9,9 +9,10 @@ from typing import Any
 from etils import epath
 
 from tulu_jax import strict_json, validation
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import LM_HEAD, SCORE, LlamaConfig
 
 NAME = "config.json"
+ARCHITECTURES = {LM_HEAD: "LlamaForCausalLM", SCORE: "LlamaForSequenceClassification"}
 DEFAULT_ROPE_THETA, DEFAULT_NORM_EPS, DEFAULT_POSITIONS = 1e4, 1e-6, 2048
 
 _REQUIRED = (
@@ -87,6 +88,7 @@ def unsupported(fields: dict[str, Any]) -> list[str]:
         problems.append(
             f"layer_types = {fields['layer_types']!r}: expected 'full_attention' in every layer"
         )
+    problems += _architecture_problems(fields)
     problems += _quantisation_problems(fields) + _rope_problems(fields)
     if not problems and fields["hidden_size"] % fields["num_attention_heads"]:
         problems.append(
@@ -96,8 +98,15 @@ def unsupported(fields: dict[str, Any]) -> list[str]:
     return problems
 
 
+def head(fields: dict[str, Any]) -> str:
+    """What is above the trunk of `fields`, of which `unsupported` has nothing to say."""
+    scored = fields.get("architectures") == [ARCHITECTURES[SCORE]]
+    return SCORE if scored else LM_HEAD
+
+
 def parse(fields: dict[str, Any]) -> LlamaConfig:
-    """The model of `fields`, of which `unsupported` has nothing to say. Raises `ValueError`."""
+    """The model of `fields`, of which `unsupported` has nothing to say, below an output projection;
+    `head` tells which one it has. Raises `ValueError`."""
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     kv_heads, head_dim = (fields.get(name) for name in _MAY_BE_NULL)
     return LlamaConfig(
@@ -117,8 +126,9 @@ def parse(fields: dict[str, Any]) -> LlamaConfig:
 
 def write_config(config: LlamaConfig) -> dict[str, Any]:
     """The fields of a `config.json`, readable by `transformers` 4 and 5 alike."""
+    one_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [ARCHITECTURES[config.head]],
         "model_type": "llama",
         **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         "rope_scaling": None,
@@ -129,6 +139,7 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
         "pretraining_tp": 1,
         "initializer_range": 0.02,
         "use_cache": True,
+        **(one_label if config.head == SCORE else {}),
     }
 
 
@@ -140,6 +151,19 @@ def differences(found: LlamaConfig, expected: LlamaConfig) -> list[str]:
         f"{NAME} if it is wrong"
         for name in found.computed_otherwise(expected)
     ]
+
+
+def _architecture_problems(fields: dict[str, Any]) -> list[str]:
+    """Another class than those of ours, or more scores than one; absent it is a language model."""
+    found, known = fields.get("architectures"), [[name] for name in ARCHITECTURES.values()]
+    if found is not None and found not in known:
+        return [f"architectures = {found!r}: expected one of {known}"]
+    if head(fields) == SCORE:
+        labels = fields.get("id2label")
+        count = fields.get("num_labels", 2) if labels is None else len(labels)  # 2: its default
+        if count != 1:
+            return [f"id2label = {labels!r}: {count} labels; expected one, the score"]
+    return []
 
 
 def _rope(fields: dict[str, Any]) -> Any:

@@ -38,7 +38,7 @@ from tulu_jax.interop import layout as layout_lib
 from tulu_jax.interop.config_file import write_config
 from tulu_jax.interop.layout import Layout
 from tulu_jax.models import llama
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import SCORE, LlamaConfig
 from tulu_jax.parallel.sharding import path_name
 from tulu_jax.quant import nf4
 from tulu_jax.quant.nf4 import QuantConfig
@@ -79,15 +79,28 @@ def config_problems(path: Path, config: LlamaConfig) -> list[str]:
     """
     folder_ = epath.Path(path).expanduser()
     if sources.is_meta(folder_) or sources.is_easylm(folder_):
-        return []  # the former's fields are compared when it is opened, the latter has none
+        # The former's fields are compared when it is opened, the latter has none.
+        return [f"{path} is a language model, without a score head"] * (config.head == SCORE)
     try:
         fields = config_file.read(folder_)
         problems = config_file.unsupported(fields)
         if not problems:
             problems = config_file.differences(config_file.parse(fields), config)
+            if (found := config_file.head(fields)) != config.head:
+                found, expected = (config_file.ARCHITECTURES[h] for h in (found, config.head))
+                problems.append(f"architectures = [{found!r}]; expected {expected!r}")
     except ValueError as error:
         return [str(error)]
     return [f"{folder_ / config_file.NAME} says {text}" for text in problems]
+
+
+def is_scored(path: Path) -> bool:
+    """Whether `path` is the folder of a Llama with a score head. Raises `ValueError` for a folder
+    whose `config.json` is none of a Llama."""
+    folder_ = epath.Path(path).expanduser()
+    if sources.is_meta(folder_) or sources.is_easylm(folder_):
+        return False
+    return config_file.head(config_file.read(folder_)) == SCORE
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
@@ -197,18 +210,19 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Writes the folder `path` that `AutoModelForCausalLM.from_pretrained` opens.
+    """Writes the folder `path` that `AutoModelForCausalLM.from_pretrained` opens, or with a score
+    head `AutoModelForSequenceClassification`.
 
-    `generation_config` becomes generation_config.json; its bos, eos and pad ids go into config.json
-    as well. `write_tokenizer` puts the tokenizer's files, chat template included, into the local
-    folder it is given; `card` is the text of README.md. The leaves of `params` may be anything
-    `placement.gather` reads; with a `source` they are read by threads, an export that was killed
-    goes on behind its last whole file, and nothing appears unless `source.check` finds no fault.
-    The manifest has the digest of every weight. Every process of a multi-host run calls this;
-    process 0 writes. The folder appears when it is complete (`folder.finished`). An id that is none
-    of the vocabulary is left out with a word in the log: `transformers` does not open a model whose
-    padding is not in its embedding. Raises `ValueError` for what `target_problems` finds, and for
-    parameters that are not a `config`.
+    `generation_config` becomes generation_config.json, but of a score head; its bos, eos and pad
+    ids go into config.json as well. `write_tokenizer` puts the tokenizer's files, chat template
+    included, into the local folder it is given; `card` is the text of README.md. The leaves of
+    `params` may be anything `placement.gather` reads; with a `source` they are read by threads, an
+    export that was killed goes on behind its last whole file, and nothing appears unless
+    `source.check` finds no fault. The manifest has the digest of every weight. Every process of a
+    multi-host run calls this; process 0 writes. The folder appears when it is complete
+    (`folder.finished`). An id that is none of the vocabulary is left out with a word in the log:
+    `transformers` does not open a model whose padding is not in its embedding. Raises `ValueError`
+    for what `target_problems` finds, and for parameters that are not a `config`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {sorted(DTYPES)}")
@@ -234,7 +248,8 @@ def save(
             _write_weights(partial, files, get, DTYPES[dtype], source)
             if len(files) > 1:
                 _write_json(partial / weight_files.INDEX, shards.index(files, DTYPES[dtype]))
-            _write_json(partial / "generation_config.json", generation_config)
+            if config.head != SCORE:
+                _write_json(partial / "generation_config.json", generation_config)
             _write_json(partial / "config.json", fields)
             if card is not None:
                 (partial / CARD).write_text(card)

@@ -29,6 +29,7 @@ _RULES = {
     "down_proj": "D F -> F D",
     "norm": "D -> D",
     "lm_head": "V D -> D V",
+    "score": "O D -> D O",  # O labels: one
 }
 
 
@@ -92,11 +93,11 @@ def layouts(config: LlamaConfig) -> dict:
 
 def expected_weights(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name and shape of every weight, in the order they are written."""
-    order = re.compile(r"(model\.(embed_tokens|layers|norm)|lm_head)(?:\.(\d+))?")
+    order = re.compile(r"(model\.(embed_tokens|layers|norm)|lm_head|score)(?:\.(\d+))?")
 
     def key(item):
         name = order.match(item[0])
-        kinds = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+        kinds = ("model.embed_tokens", "model.layers", "model.norm", "lm_head", "score")
         return kinds.index(name[1]), int(name[3] or 0)
 
     found = jax.tree.leaves(layouts(config))
@@ -112,6 +113,7 @@ def _layout(config: LlamaConfig, path: str) -> Layout:
         "N": config.num_heads,
         "K": config.num_kv_heads,
         "H": config.head_dim,
+        "O": 1,
     }
     *modules, _ = path.split("/")
     theirs, ours = _RULES[modules[-1]].split(" -> ")

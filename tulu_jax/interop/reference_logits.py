@@ -7,11 +7,11 @@ import numpy as np
 
 from tulu_jax import validation
 from tulu_jax.interop import config_file, sources
-from tulu_jax.models.config import LlamaConfig
+from tulu_jax.models.config import SCORE, LlamaConfig
 
 
 def logits(files: sources.Weights, config: LlamaConfig, tokens: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V] of int32 tokens [B, T], of the weights in `files`.
+    """float32 [B, T, V] of int32 tokens [B, T], of the weights in `files`; with a score head V = 1.
 
     Raises `UsageError` if torch is not installed.
     """
@@ -51,5 +51,7 @@ def logits(files: sources.Weights, config: LlamaConfig, tokens: np.ndarray) -> n
             del layer, state
         norm = modeling_llama.LlamaRMSNorm(config.embed_dim, eps=config.norm_eps)
         norm.load_state_dict({"weight": weight("model.norm.weight")})
-        head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+        head = f"{config.head}.weight"
+        if config.tie_embeddings and config.head != SCORE:
+            head = "model.embed_tokens.weight"
         return (norm(hidden) @ weight(head).T).numpy()

@@ -1,7 +1,7 @@
 """Llama configurations: the published sizes by name, and how a model is executed."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ MOST = {
     "head_dim": 1024,
 }
 DTYPES = ("float32", "bfloat16")
+LM_HEAD, SCORE = "lm_head", "score"  # what a Llama may have above its trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class LlamaConfig:
 
     D `embed_dim`, F `mlp_dim`, N `num_heads`, K `num_kv_heads`, H `head_dim`, V `vocab_size`.
     `max_positions` is recorded in exports; nothing in the model depends on it, because rotary
-    angles are computed from the positions of each batch.
+    angles are computed from the positions of each batch. `head` is what is above the trunk: here
+    the output projection.
     """
 
     vocab_size: int
@@ -56,6 +58,8 @@ class LlamaConfig:
     norm_eps: float
     tie_embeddings: bool
     max_positions: int
+
+    head: ClassVar[str] = LM_HEAD
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -72,6 +76,11 @@ class LlamaConfig:
             f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}",
         )
         yield self.head_dim % 2 == 0, f"head_dim = {self.head_dim}: rotary needs an even number"
+
+    def with_head(self, head: str) -> "LlamaConfig":
+        """The same trunk below `head`, 'lm_head' or 'score'."""
+        made = ScoredLlamaConfig if head == SCORE else LlamaConfig
+        return made(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     def computed_otherwise(self, other: "LlamaConfig") -> list[str]:
         """The fields by which `other` computes another function of the same weights.
@@ -114,11 +123,15 @@ class LlamaConfig:
 
     @property
     def num_params(self) -> int:
-        """Exact number of parameters: 2VD + L(2D² + 2DKH + 3DF + 2D) + D where N·H = D."""
+        """Exact number of parameters: 2VD + L(2D² + 2DKH + 3DF + 2D) + D where N·H = D; with a
+        score head VD fewer and D more."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
-        tables = 1 if self.tie_embeddings else 2
-        return tables * self.vocab_size * self.embed_dim + self.num_layers * layer + self.embed_dim
+        scored = self.head == SCORE
+        tables = 1 if self.tie_embeddings or scored else 2
+        vectors = 2 if scored else 1
+        in_tables = tables * self.vocab_size * self.embed_dim
+        return in_tables + self.num_layers * layer + vectors * self.embed_dim
 
     def flops_per_token(self, length: int) -> float:
         """Model FLOPs of one trained position: forward and backward, attention over `length`.
@@ -129,8 +142,16 @@ class LlamaConfig:
         """
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
         weights = self.num_layers * (attention + 3 * self.embed_dim * self.mlp_dim)
-        weights += self.vocab_size * self.embed_dim
+        weights += (1 if self.head == SCORE else self.vocab_size) * self.embed_dim
         return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_dim * length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredLlamaConfig(LlamaConfig):
+    """A Llama with a score head in place of the output projection, a number for each position: a
+    reward model. Its fields are those of the Llama."""
+
+    head: ClassVar[str] = SCORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

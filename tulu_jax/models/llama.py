@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt
 from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
 from tulu_jax.models import layers, lora
-from tulu_jax.models.config import ExecutionConfig, LlamaConfig
+from tulu_jax.models.config import LM_HEAD, SCORE, ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
@@ -31,7 +31,7 @@ Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, Any], tuple[jax.Array, Cache]]
 
 NOISE = "noise"  # the field of a batch that `lora.noise` makes
-PARTS = ("model", "lm_head")  # of the parameters, at the top
+PARTS = ("model", LM_HEAD, SCORE)  # of the parameters, at the top
 
 
 class Embedding(nnx.Module):
@@ -168,11 +168,29 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(layers.INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
 
+class Score(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init_score(config.embed_dim, rngs.params())["kernel"])
+
+
 class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
         self.model = Trunk(config, execution, rngs=rngs)
-        if not config.tie_embeddings:
+        if config.head == SCORE:
+            self.score = Score(config, rngs=rngs)
+        elif not config.tie_embeddings:
             self.lm_head = Head(config, rngs=rngs)
+
+
+def init_score(embed_dim: int, key: jax.Array) -> Params:
+    """A score head: float32 `kernel` [D, 1] from normal(0, 0.02), without bias; typed `key`."""
+    return {"kernel": layers.INIT_STDDEV * jax.random.normal(key, (embed_dim, 1), jnp.float32)}
+
+
+def scores(hidden: Float[Array, "B T D"], params: Params) -> Float[Array, "B T"]:
+    """The score of each position: float32 sums of float32 products of what came in any dtype."""
+    kernel = params[SCORE]["kernel"][:, 0].astype(jnp.float32)
+    return jnp.sum(hidden.astype(jnp.float32) * kernel[None, None], axis=-1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tulu_jax import validation
 from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
-from tulu_jax.models.config import DTYPES
+from tulu_jax.models.config import DTYPES, LM_HEAD
 from tulu_jax.objectives import dpo_feed, losses, objective, preference_losses
 from tulu_jax.objectives.preference_losses import CHOSEN, REJECTED
 from tulu_jax.training.state import Frozen
@@ -48,6 +48,7 @@ class DPOConfig:
 
     kind: ClassVar[str] = "preference"
     stage: ClassVar[str] = "dpo"
+    head: ClassVar[str] = LM_HEAD
     metrics: ClassVar[tuple[str, ...]] = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *("logps/chosen", "logps/rejected", "kl", "lengths/chosen", "lengths/rejected"),

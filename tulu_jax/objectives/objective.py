@@ -63,12 +63,14 @@ class Feed(Protocol):
 @runtime_checkable
 class Objective(Protocol):
     """`kind` is that of the tasks it trains on (`registry.KINDS`), `stage` that of the layouts it
-    takes on a slice (`parallel/slices.py`), `metrics` the names in
+    takes on a slice (`parallel/slices.py`), `head` what its model has above the trunk, 'lm_head' or
+    'score' (then rows are unshifted, `DataConfig.to_ends`), `metrics` the names in
     `Loss.metrics`, of which "loss" is one, and `watched` the names in `Loss.examples` that every
     update reads, to tell which examples are not finite."""
 
     kind: str
     stage: str
+    head: str
     metrics: tuple[str, ...]
     watched: tuple[str, ...]
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from tulu_jax import validation
 from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
+from tulu_jax.models.config import LM_HEAD
 from tulu_jax.objectives import loader_feed, losses, objective
 from tulu_jax.training.state import Frozen
 
@@ -28,6 +29,7 @@ class SFTConfig:
 
     kind: ClassVar[str] = "sft"
     stage: ClassVar[str] = "sft"
+    head: ClassVar[str] = LM_HEAD
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     watched: ClassVar[tuple[str, ...]] = ()
     param_axes: ClassVar[tuple] = ()

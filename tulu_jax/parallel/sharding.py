@@ -48,6 +48,7 @@ PARAM_AXES = (
     (r"model/layers/(self_attn/o|mlp/down)_proj/lora_b", ("layers", "rank", "embed")),
     (r"model/norm/scale", ("norm",)),
     (r"lm_head/kernel", ("embed", "vocab")),
+    (r"score/kernel", ("norm", "norm")),
 )
 
 AXIS_RULES = {

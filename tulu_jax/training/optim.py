@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and linear decay to zero, counted in updates."""
+"""AdamW with linear warm-up and linear decay, counted in updates."""
 
 import dataclasses
 import functools
@@ -21,7 +21,8 @@ class OptimizerConfig:
     of 1.0 are its trainer's defaults (EasyLM's `optimizers.py`, November 2023).
 
     The learning rate rises from 0 over ceil(`warmup_ratio` × updates) updates to `learning_rate`
-    and falls linearly to 0 at the last. `mu_dtype` is the dtype of the first moment.
+    and falls linearly to `end_learning_rate` at the last. `mu_dtype` is the dtype of the first
+    moment.
     """
 
     learning_rate: float
@@ -32,6 +33,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     mu_dtype: str = "float32"
+    end_learning_rate: float = 0.0
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -46,6 +48,11 @@ class OptimizerConfig:
         yield 0 <= self.b1 < 1, f"b1 = {self.b1}: not in [0, 1)"
         yield 0 <= self.b2 < 1, f"b2 = {self.b2}: not in [0, 1)"
         yield self.clip_norm > 0, f"clip_norm = {self.clip_norm}: not positive"
+        end = self.end_learning_rate
+        yield (
+            0 <= end <= self.learning_rate,
+            f"end_learning_rate = {end}: expected 0 to learning_rate = {self.learning_rate}",
+        )
         yield validation.one_of("mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
 
 
@@ -117,7 +124,9 @@ def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, config.learning_rate, warmup),
-            optax.linear_schedule(config.learning_rate, 0.0, max(num_steps - warmup, 1)),
+            optax.linear_schedule(
+                config.learning_rate, config.end_learning_rate, max(num_steps - warmup, 1)
+            ),
         ],
         [warmup],
     )
