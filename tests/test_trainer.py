@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tulu_jax import meter as meter_lib
-from tulu_jax import step as step_lib
 from tulu_jax import provenance, trainer, validation
+from tulu_jax import step as step_lib
 from tulu_jax.data import tulu_tiny
 from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.training import checkpoint as checkpoint_lib
