@@ -27,10 +27,8 @@ if [ "${1:-}" = --slow ]; then
   MARK="slow"
   shift
 fi
-# The longest files first, so that the two workers end together.
-"$VENV/bin/python" -m pytest -m "$MARK" -n 2 --dist loadfile --no-loadscope-reorder \
-  tests/test_recipe.py tests/kernels/test_compiles.py tests/test_trainer.py tests/test_step.py \
-  tests/test_processes.py tests/test_rehearse.py tests/planning/test_dryrun.py tests "$@"
+# In the order of collection, which has the longest files first.
+"$VENV/bin/python" -m pytest -m "$MARK" -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
 if [ $# -eq 0 ] && [ "$MARK" != slow ]; then  # alone: TensorFlow and torch's Triton crash in one
   "$VENV/bin/python" -m pytest tests/data/test_seqio_bridge.py
 fi

@@ -35,6 +35,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 20, 1_000)
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
+LONGEST = (
+    "test_recipe.py", "test_trainer.py", "test_step.py", "test_processes.py", "test_qlora.py",
+    "test_rehearse.py", "test_buckets.py", "test_reward_runs.py", "test_watch.py",
+    "test_dryrun.py", "test_flash_attention.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -46,6 +51,11 @@ def pytest_configure(config):
         limit = time_limit.TimeLimit(float(config.getini("limit_seconds")))
         config.pluginmanager.register(limit)
         caches.trim(caches.root(), caches.BYTES)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
