@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tulu_jax import validation
+from tulu_jax import provenance, validation
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import lease
 from tulu_jax.training import metrics as metrics_lib
@@ -114,7 +114,13 @@ def test_a_disk_that_fills_up_keeps_the_run_and_its_curve(home, disk):
     steps = [line["step"] for line in metrics_lib.read(str(workdir)) if "train/loss" in line]
     assert steps == list(range(1, 31))
     left = {path.name for path in workdir.iterdir()}
-    assert left == {"checkpoints", "config.gin", "tokenizer.json", metrics_lib.FILE}
+    assert left == {
+        "checkpoints",
+        "config.gin",
+        "tokenizer.json",
+        metrics_lib.FILE,
+        provenance.FILE,
+    }
 
     out = disk(0.1) / "hf"  # an export
     said = finish(start(home, "convert", f"--workdir={workdir}", f"--out={out}"), 2)

@@ -83,7 +83,7 @@ def preferred(folder: pathlib.Path, name: str) -> dict:
     workdirs = f"--workdirs=runs/{name}_sft,runs/{name}_dpo"
     run(folder, "report", workdirs, "--out=page.html")
     page = (folder / "page.html").read_text()
-    assert page.count("data:image/png;base64") == 2 and "<th>right answer</th>" in page
+    assert page.count("data:image/png;base64") == 3 and "<th>right answer</th>" in page
     return after
 
 

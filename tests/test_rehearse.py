@@ -18,7 +18,7 @@ from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import AXES, MeshConfig
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-LOCAL = {"tulu_tiny_sft.gin", "tulu_tiny_dpo.gin", "tulu_tiny_qlora.gin"}
+LOCAL = {f"tulu_tiny_{name}.gin" for name in ("sft", "dpo", "qlora", "rm")}
 COMPLETE = sorted(  # the others read a model's folder
     path.name for path in (REPO / "configs").glob("*.gin") if "stories" not in path.name
 )

@@ -43,7 +43,9 @@ def test_a_workdir_that_is_held_is_refused_by_name(tmp_path):
     holder = rf"run is held by process {me.pid} on {me.host} since \d{{4}}-.* UTC, last heard 0 s"
     with lease.held(str(workdir)) as mine:
         with (
-            pytest.raises(validation.UsageError, match=holder + ".*choose another --workdir"),
+            pytest.raises(
+                validation.UsageError, match=holder + ".*choose another folder .--workdir"
+            ),
             lease.held(str(workdir)),
         ):
             pass
