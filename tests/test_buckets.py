@@ -229,12 +229,18 @@ def read(place: str, what: str):
 @pytest.mark.parametrize(
     ("where", "what", "named"),
     [
-        (
+        pytest.param(
             r"checkpoints/4/state/.*/d/",
             "params",
             r"step 4 .*array .* was saved as .*step 2 is whole",
+            marks=pytest.mark.slow,
         ),
-        (r"checkpoints/4/about/metadata", "params", r"step 4 .*gs://.*/about/metadata"),
+        pytest.param(
+            r"checkpoints/4/about/metadata",
+            "params",
+            r"step 4 .*gs://.*/about/metadata",
+            marks=pytest.mark.slow,
+        ),
         (r"checkpoints/4/digests\.json", "params", r"step 4 .*gs://.*/4/digests\.json"),
         (r"cache/.*\.arrow", "rows", r"gs://.*\.arrow"),
         (r"cache/.*manifest", "rows", r"gs://.*manifest"),
@@ -266,6 +272,7 @@ def test_a_part_of_a_file_of_weights_that_is_flipped_is_read_again(
         files.rows("w", slice(10, 90))
 
 
+@pytest.mark.slow
 def test_what_does_not_answer_is_given_up_and_asked_again(trained, proxy, monkeypatch):
     """By TensorStore and by gcsfs."""
     monkeypatch.setattr(bucket_client, "STALLED", 5.0)

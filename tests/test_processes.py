@@ -185,6 +185,7 @@ def test_two_processes_through_a_sigterm_to_the_second(home, one, tmp_path):
     goes_on_to_the_end(home, tmp_path, one, tries=2, **run)
 
 
+@pytest.mark.slow
 def test_two_processes_find_a_flipped_bit_and_go_back(home, one, tmp_path):
     """Each reads its share of the files; both say which one, though one alone has read it."""
     workdir = shutil.copytree(one, tmp_path / "run")

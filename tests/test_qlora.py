@@ -113,6 +113,7 @@ def test_one_base_is_policy_and_reference(home, tmp_path, reference):
     assert abs(first - np.log(2)) < 1e-4 < abs(last - np.log(2))
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_how_an_update_is_cut(home, tmp_path):
     """All rows at once over eight devices, and four at a time over other axes."""
     config = run_config(home, tmp_path, quant=None, param_dtype="float32", num_steps=3)

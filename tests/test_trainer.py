@@ -205,6 +205,7 @@ def test_a_terminated_run_saves_and_goes_on_from_there(home, tmp_path):
     assert without_times(workdir) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_previous_checkpoint(home, tmp_path):
     """No file may grow past 8 kB, as on a full disk: the run stops, the old one restores."""
     workdir = tmp_path / "run"

@@ -148,6 +148,7 @@ def skipped_steps(workdir):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_run_skips_the_same_updates_again(home, tmp_path):
     """SIGKILL in the midst of them: the same losses, the same updates skipped, to the bit."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -240,7 +241,7 @@ def test_a_skipped_update_names_its_rows_and_changes_nothing(
     assert not any("is a spike" in text for text in caplog.messages)
 
 
-@pytest.mark.parametrize("policy", ["log", "stop"])
+@pytest.mark.parametrize("policy", ["stop", pytest.param("log", marks=pytest.mark.slow)])
 def test_a_spike_is_told_or_stops_before_it_is_saved(
     home, tmp_path, tokenizer_dir, cursed, caplog, policy
 ):

@@ -56,6 +56,7 @@ def test_mcnemar(won, lost, p):
     assert compare_runs.mcnemar(won, lost) == compare_runs.mcnemar(lost, won) == p
 
 
+@pytest.mark.slow
 def test_of_14_042_items_the_exact_test_is_no_overflow():
     assert compare_runs.mcnemar(7100, 6900) == pytest.approx(
         scipy.stats.binomtest(7100, 14000, 0.5).pvalue, rel=1e-9

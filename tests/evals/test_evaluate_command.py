@@ -110,6 +110,7 @@ def test_weights_are_rounded_as_they_are_read(folder, tokenizer, tmp_path, capsy
     assert "--weights rounds those of --model_folder" in said
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_goes_on_and_ends_the_same(folder, whole, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(

@@ -92,7 +92,8 @@ def losses_of_trl(config, rows, workdir) -> list[float]:
     return theirs.losses
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 50])
 def test_losses_of_updates_are_those_of_trl(tmp_path, tokenizer_dir, number):
     """The same weights and head, ids, order, AdamW, and a rate that falls to a tenth. The recipe's
     shape; on random weights a larger rate."""

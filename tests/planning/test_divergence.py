@@ -85,6 +85,7 @@ def test_what_a_field_computes_otherwise_is_named(config, field, value):
         assert "layers/1/mlp out" in forward and "embedding out" not in forward
 
 
+@pytest.mark.slow
 def test_weights_of_another_base_are_named_and_what_they_change(config, home):
     """One kernel of layer 1 is another one: nothing is blamed that lies before or behind."""
     run = trainer.Run(builders.replace(config, workdir=str(home / "one")))
