@@ -241,7 +241,12 @@ def read(place: str, what: str):
             r"step 4 .*gs://.*/about/metadata",
             marks=pytest.mark.slow,
         ),
-        (r"checkpoints/4/digests\.json", "params", r"step 4 .*gs://.*/4/digests\.json"),
+        pytest.param(
+            r"checkpoints/4/digests\.json",
+            "params",
+            r"step 4 .*gs://.*/4/digests\.json",
+            marks=pytest.mark.slow,
+        ),
         (r"cache/.*\.arrow", "rows", r"gs://.*\.arrow"),
         (r"cache/.*manifest", "rows", r"gs://.*manifest"),
     ],

@@ -171,6 +171,7 @@ def one(home):
     return home / "one"
 
 
+@pytest.mark.slow
 def test_two_processes_through_the_death_of_the_first(home, one, tmp_path):
     """The death of the second is rehearsed in test_rehearse.py."""
     run = dict(count=2, options=SHORT)

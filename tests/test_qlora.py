@@ -130,6 +130,7 @@ def test_dropout_does_not_depend_on_how_an_update_is_cut(home, tmp_path):
     np.testing.assert_allclose(*curves, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_adapters_begin_with_those_of_a_folder(home, tmp_path):
     config = run_config(home, tmp_path, num_steps=4, mesh=mesh_lib.MeshConfig(data=8))
     trainer.Run(config).train()

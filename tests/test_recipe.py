@@ -158,6 +158,7 @@ def real_dpo(folder, root, *options):
     assert last["eval/rewards/margins"] > 0
 
 
+@pytest.mark.slow
 def test_real_weights_and_rows(tmp_path, shared_data):
     real_sft(tmp_path, shared_data, "--gin.NUM_EPOCHS=0.05", "--gin.MAX_LENGTH=256")
 

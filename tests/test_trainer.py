@@ -339,6 +339,7 @@ def test_dpo_starts_from_the_run_before_it(home, tmp_path):
     assert end["eval/rewards/margins"] > begin["eval/rewards/margins"]
 
 
+@pytest.mark.slow
 def test_reference_of_a_resumed_run_is_never_another_base(home, tmp_path):
     """The cache is gone: the same base gives the same curve, another base is refused."""
     config = run_config(home, tmp_path, dpo_stage=True)
@@ -362,6 +363,7 @@ def packed_dpo(home, tmp_path, **changes):
     return builders.replace(config, data__packing="best_fit", data__max_length=128)
 
 
+@pytest.mark.slow
 def test_packed_pairs_start_at_log_two_and_a_resident_reference_gives_the_same(home, tmp_path):
     cached = packed_dpo(home, tmp_path / "cached", micro_batch_size=8)
     trainer.Run(cached).train()

@@ -401,6 +401,7 @@ def test_show_as_a_process(tmp_path):
     assert alone.returncode == 2 and "give --show=N" in alone.stdout + alone.stderr
 
 
+@pytest.mark.slow
 def test_check_as_a_process_finds_a_tokenizer_json_unlike_its_model(llama2_dir, tmp_path):
     pytest.importorskip("transformers")
     model = pathlib.Path(llama2_dir, "tokenizer.model")

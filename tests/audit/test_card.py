@@ -225,6 +225,7 @@ def test_the_command_prints_and_writes_the_card(tmp_path):
     assert numbers["contamination"] is None
 
 
+@pytest.mark.slow
 def test_the_command_on_real_pairs_with_real_benchmarks(tmp_path, shared_data):
     done = prepare(
         "--gin_file=stories260k_dpo.gin",
