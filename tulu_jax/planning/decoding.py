@@ -189,6 +189,11 @@ class Programs:
     filled: dict[str, Any]
     compile_seconds: float
 
+    @functools.cached_property
+    def modules(self) -> tuple[hlo.Module, hlo.Module]:
+        """Both programs, parsed."""
+        return hlo.parse(self.stepped["hlo"]), hlo.parse(self.filled["hlo"])
+
     def price(self, asked: Asked) -> Decoding:
         """What `asked` takes of these programs; it is no longer than what they were made for."""
         config, topology, mesh, rows = self.config, self.topology, self.mesh, self.rows
@@ -200,7 +205,7 @@ class Programs:
             _attention_seconds, config=config, topology=topology, mesh=mesh, page=self.page,
             rows=-(-used // self.parts), live=math.ceil(asked.live),
         )  # fmt: skip
-        step_module, fill_module = hlo.parse(self.stepped["hlo"]), hlo.parse(self.filled["hlo"])
+        step_module, fill_module = self.modules
         step, least, most = (
             scaled(estimate(step_module, attention, believed=believed), 1 / STEPS)
             for believed in ("products", "none", "all")
