@@ -17,6 +17,7 @@ from etils import epath
 from tulu_jax import atomic, digests
 from tulu_jax.interop import weight_files
 
+PIECE = 1 << 18  # bytes that are written and hashed while they are in the caches of a core
 NAMES = {name: short for short, name in weight_files.DTYPES.items()}  # as the format has them
 
 
@@ -87,19 +88,22 @@ def write(
     whole, found = xxhash.xxh3_64(), {}
     with atomic.writing(folder / shard.file) as file:
 
-        def put(content) -> None:
-            file.write(content)
-            whole.update(content)
+        def put(content) -> str:
+            one, content = xxhash.xxh3_64(), memoryview(content)
+            for begin in range(0, len(content), PIECE):
+                piece = content[begin : begin + PIECE]
+                file.write(piece)
+                whole.update(piece)
+                one.update(piece)
+            return one.hexdigest()
 
         put(shard.header(dtype))
         for name, shape in shard.weights.items():
             given, weight = next(weights)
             if (given, weight.shape, weight.dtype) != (name, shape, dtype):
                 raise ValueError(f"found {given} {weight.shape}; expected {name} {shape}")
-            content = weight.reshape(-1).view(np.uint8).data
-            put(content)
-            found[name] = digests.of_bytes(content)
-            bar.update(len(content))
+            found[name] = put(weight.reshape(-1).view(np.uint8).data)
+            bar.update(weight.nbytes)
     return {"file": whole.hexdigest(), "weights": found}
 
 

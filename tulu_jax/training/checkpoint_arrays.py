@@ -5,7 +5,6 @@ the digest that was saved with the array, so what is read whole is known to be w
 """
 
 import asyncio
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -132,7 +131,8 @@ class Streamed(np.ndarray):
         """Adds a piece to the sums. Raises `UsageError` for one that is not finite."""
         layer = index[0] if index else 0
         if self.constant:
-            found = _of_constant(piece.dtype, piece.reshape(-1)[:1].item(), piece.size, layer)
+            value = piece[(0,) * piece.ndim].item()
+            found = host_sums.of_constant(piece.dtype, value, piece.size, layer)
         else:
             found = host_sums.of(piece, layer)
         if not found.finite:
@@ -142,12 +142,6 @@ class Streamed(np.ndarray):
             )
         for total, part in ((self.sums, found.digest), (self.weights, found.weights)):
             total[:] = [(a + b) % 2**32 for a, b in zip(total, part, strict=True)]
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_constant(dtype: np.dtype, value: float | int, size: int, layer: int) -> host_sums.Sums:
-    """Sums ask for places in the array laid flat, so moments of one size have the same."""
-    return host_sums.of(np.broadcast_to(np.asarray(value, dtype), size), layer)
 
 
 def of_streamed(tree: Any) -> dict[str, tuple[str, list[int]]]:
@@ -207,7 +201,9 @@ def write_streamed(ocp) -> None:
 
             if not value.constant:
                 tspec["metadata"]["compressor"] = None
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            # What a conversion writes it can write again: nobody waits for the disk.
+            context = ts.Context({"file_io_sync": False}, parent=ts_context)
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=context)
             if value.constant:
                 async with self._slots:
                     for index, make in value.pieces():
