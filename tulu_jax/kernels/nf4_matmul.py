@@ -77,12 +77,17 @@ def _product(x, codes, scales, *, backward):
 
 
 def _by_xla(x, codes, scales, *, backward):
-    """Even and odd rows of W apart, as they lie in words; x is put in their order."""
+    """Even and odd rows of W apart, as they lie in words; x is put in their order. On a CPU W is
+    put in order instead, and the rows of x lie end to end, as `models/products.py` has them."""
     words = codes.reshape(1, -1, 1, SUBLANES, codes.shape[1])  # [h, K/64, q, r, N]
     shifts = (16 * np.arange(2)[:, None] + 4 * np.arange(4)).reshape(2, 1, 4, 1, 1)
     fields = lax.shift_right_logical(*jnp.broadcast_arrays(words, jnp.asarray(shifts, jnp.int32)))
     weights = (_looked_up(fields) * scales[None, :, None, None]).astype(x.dtype)
     weights = weights.reshape(2, -1, codes.shape[1])
+    if target.platform() == "cpu":
+        weights = weights.swapaxes(0, 1).reshape(-1, codes.shape[1])
+        found = x.reshape(-1, x.shape[-1]) @ (weights.T if backward else weights)
+        return found.reshape(*x.shape[:-1], -1)
     if backward:
         pairs = jnp.einsum("...N,HKN->...KH", x, weights)
         return pairs.reshape(*x.shape[:-1], -1)

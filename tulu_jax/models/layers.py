@@ -6,6 +6,7 @@ rows in parts; what lies below takes and gives a list of them.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Int
 
 from tulu_jax.kernels import nf4_matmul
 from tulu_jax.models import attention as attention_lib
-from tulu_jax.models import lora
+from tulu_jax.models import lora, products
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES, LlamaConfig
 from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
@@ -39,7 +40,7 @@ class Noise:
 
 
 class Projection(nnx.Module):
-    """An einsum with one kernel, computed in the dtype of its input.
+    """A product with one kernel [*inputs, *outputs], computed in the dtype of its input.
 
     It takes and gives a list of parts. The kernel's `embed` axis is gathered for them, once; over
     `tensor` it stays divided. The kernel is an array, or the dict of `quant/nf4.py`. With the
@@ -47,10 +48,9 @@ class Projection(nnx.Module):
     """
 
     def __init__(
-        self, name: str, equation: str, shape: tuple[int, ...], *, adapter, rngs: nnx.Rngs
+        self, name: str, shape: tuple[int, ...], *, inputs: int = 1, adapter, rngs: nnx.Rngs
     ):
-        self.path, self.equation, self.adapter = f"model/layers/{name}", equation, adapter
-        self.head_dim = shape[-1]
+        self.path, self.outputs, self.adapter = f"model/layers/{name}", shape[inputs:], adapter
         self.number = lora.TARGETS["all"].index(name.split("/")[1])
         self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
@@ -63,7 +63,7 @@ class Projection(nnx.Module):
         else:
             kernel = weights["kernel"].astype(parts[0].dtype)
             kernel = sharding.whole(kernel, f"{self.path}/kernel", but=DIVIDED)
-            outs = [jnp.einsum(self.equation, part, kernel) for part in parts]
+            outs = [products.multiply(part, kernel) for part in parts]
         if lora.A not in weights:
             return outs
         a, b = (
@@ -95,8 +95,9 @@ class Projection(nnx.Module):
         return [p.reshape(*p.shape[:2], *self._heads(p.shape[-1])) for p in products]
 
     def _heads(self, size: int) -> tuple[int, ...]:
-        """The shape of `size` outputs: with heads apart, if the equation has them."""
-        return (size // self.head_dim, self.head_dim) if self.equation.endswith("H") else (size,)
+        """The shape of `size` outputs of this device, with heads apart if they are."""
+        heads = self.outputs[1:]
+        return (size // math.prod(heads), *heads)
 
     @staticmethod
     def _product(x, kernel, scales):
@@ -171,10 +172,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         made = dict(adapter=adapter, rngs=rngs)
-        self.q_proj = Projection("self_attn/q_proj", "BTD,DNH->BTNH", (D, N, H), **made)
-        self.k_proj = Projection("self_attn/k_proj", "BTD,DKH->BTKH", (D, K, H), **made)
-        self.v_proj = Projection("self_attn/v_proj", "BTD,DKH->BTKH", (D, K, H), **made)
-        self.o_proj = Projection("self_attn/o_proj", "BTNH,NHD->BTD", (N, H, D), **made)
+        self.q_proj = Projection("self_attn/q_proj", (D, N, H), **made)
+        self.k_proj = Projection("self_attn/k_proj", (D, K, H), **made)
+        self.v_proj = Projection("self_attn/v_proj", (D, K, H), **made)
+        self.o_proj = Projection("self_attn/o_proj", (N, H, D), inputs=2, **made)
 
     def __call__(self, parts, *, angles, attend, noise):
         q = rotate(_joined(self.q_proj(parts, noise)), *angles)
@@ -199,9 +200,9 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
         made = dict(adapter=adapter, rngs=rngs)
-        self.gate_proj = Projection("mlp/gate_proj", "BTD,DF->BTF", (D, F), **made)
-        self.up_proj = Projection("mlp/up_proj", "BTD,DF->BTF", (D, F), **made)
-        self.down_proj = Projection("mlp/down_proj", "BTF,FD->BTD", (F, D), **made)
+        self.gate_proj = Projection("mlp/gate_proj", (D, F), **made)
+        self.up_proj = Projection("mlp/up_proj", (D, F), **made)
+        self.down_proj = Projection("mlp/down_proj", (F, D), **made)
 
     def __call__(self, parts, noise):
         gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts, noise)]

@@ -15,6 +15,7 @@ from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, UInt
 
 from tulu_jax import validation
+from tulu_jax.models import products
 
 A, B = "lora_a", "lora_b"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -180,8 +181,8 @@ def delta(
     """s · dropout(x) A B, in the dtype of x."""
     if keep is not None:
         x = jnp.where(keep, x * jnp.asarray(1 / (1 - config.dropout), x.dtype), 0)
-    low = jnp.einsum("BTK,KR->BTR", x, a.astype(x.dtype))
-    return jnp.einsum("BTR,RN->BTN", low, b.astype(x.dtype)) * jnp.asarray(config.scale, x.dtype)
+    low = products.multiply(x, a.astype(x.dtype))
+    return products.multiply(low, b.astype(x.dtype)) * jnp.asarray(config.scale, x.dtype)
 
 
 def merge(config: LoRAConfig, params: dict, dtype) -> dict:
