@@ -19,6 +19,7 @@ from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
+from tulu_jax.training.state import REWARD
 
 SHOWN = 8  # weights named in a message
 
@@ -56,8 +57,17 @@ def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
 
 
 def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
-    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
-    config = _headed(config)
+    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`; beside them those of
+    the reward model, if the objective has one."""
+    params = _initial_params(_headed(config), mesh)
+    if (folder := config.objective.reward_from) is None:
+        return params
+    scored = config.model.with_head(SCORE)
+    abstract = _placed(llama.abstract_params(scored, config.param_dtype), mesh)
+    return {**params, REWARD: load(folder, scored, abstract)}
+
+
+def _initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     abstract = abstract_params(config, mesh)
     if config.base is not None:
         if config.quant is None:
@@ -91,10 +101,13 @@ def initial_adapters(config: TrainConfig, weights: str) -> dict | None:
 
 
 def require_same(config: TrainConfig, found: str, expected: str) -> None:
-    """Raises `UsageError` unless the base has the weights that the run began with."""
+    """Raises `UsageError` unless the base, and the reward model where there is one, have the weights
+    that the run began with."""
+    reward = config.objective.reward_from
+    named = f"base = {config.base!r}" + (f" with reward_from = {reward!r}" if reward else "")
     if found != expected:
         raise validation.UsageError(
-            f"base = {config.base!r} has weights {found}; this run began with {expected}, and what "
+            f"{named} has weights {found}; this run began with {expected}, and what "
             "is frozen or cached of them is needed again. Restore that base, or start anew in "
             "another --workdir"
         )

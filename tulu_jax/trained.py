@@ -45,7 +45,7 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
         if step is None:
             base = base_lib.initial_params(config, mesh)
             if config.adapter_from is None:
-                return mesh, base
+                return mesh, llama.own(base)
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
             return mesh, Frozen(base=base).whole(adapters)
         checkpoints = checkpoint_lib.Checkpoints(config.workdir)

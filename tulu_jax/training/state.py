@@ -10,6 +10,7 @@ import numpy as np
 
 from tulu_jax.parallel import sharding
 
+VALUE, REWARD = "value", "reward"  # networks beside the policy, below these names
 STACKED = "model/layers/"  # parameters of all layers, stacked on axis 0
 
 
