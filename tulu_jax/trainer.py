@@ -222,6 +222,7 @@ class Run:
             if jax.tree.leaves(self.abstract_frozen):
                 frozen = self._split(self._loaded_again())[1]
             return state, frozen
+        validation.raise_if(trained.reward_problems(self.config))
         params = base_lib.initial_params(self.config, self.mesh)
         self.of_base = base_lib.about(self.config)
         self.weights = state_lib.fingerprint(params)

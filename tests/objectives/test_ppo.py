@@ -134,7 +134,13 @@ def numpy_step(logps, values, batch):
             d_values[at] = SETTINGS["value_coef"] * (v - r) / n
         elif abs(v - before) < vc:
             d_values[at] = SETTINGS["value_coef"] * (near - r) / n
-    return losses["p"] + SETTINGS["value_coef"] * losses["v"], losses, d_logps, d_values, clipped / n
+    return (
+        losses["p"] + SETTINGS["value_coef"] * losses["v"],
+        losses,
+        d_logps,
+        d_values,
+        clipped / n,
+    )
 
 
 def batch_of(rollouts, params, spread=0.3):

@@ -95,7 +95,7 @@ class PPOConfig:
     bucket: dataclasses.InitVar[str | None] = None
 
     kind: ClassVar[str] = "preference"
-    stage: ClassVar[str] = "dpo"
+    stage: ClassVar[str] = "sft"  # rows divide over fsdp
     head: ClassVar[str] = LM_HEAD
     metrics: ClassVar[tuple[str, ...]] = (
         *("loss", *(f"rollout/{name}" for name in COLLECTED)),

@@ -57,9 +57,9 @@ class Prompts:
         self.num_examples, self.num_left_out = len(self._kept), len(left)
         if self.num_examples < count:
             raise validation.UsageError(
-                f"there are {self.num_examples} prompts of at most {longest} ids ({len(left)} longer "
-                f"ones are left out); an iteration takes {count}. Lower ppo.PPOConfig.prompts, raise "
-                "max_length, or give more data"
+                f"there are {self.num_examples} prompts of at most {longest} ids ({len(left)} "
+                f"longer ones are left out); an iteration takes {count}. Lower "
+                "ppo.PPOConfig.prompts, raise max_length, or give more data"
             )
         self.per_epoch = self.num_examples // count  # iterations
         self.rows_per_epoch = self.per_epoch * count * epochs
@@ -73,11 +73,11 @@ class Prompts:
         order = rng.permutation(self._kept)
         return order[place * self._count : (place + 1) * self._count]
 
-    def prompt(self, example: int) -> list[int]:
+    def prompt(self, example: int | np.integer) -> list[int]:
         """The ids of a prompt, `<s>` first and `<|assistant|>` LF last."""
         return self._ids(example).tolist()
 
-    def answers(self, example: int) -> list[np.ndarray]:
+    def answers(self, example: int | np.integer) -> list[np.ndarray]:
         """The ids of the two answers of the pair, the chosen one first."""
         sides = self._rows.store.sides(int(example))
         return [ids[spans[0, 0] + 1 : spans[-1, 1] + 1] for ids, spans in sides]
@@ -90,7 +90,7 @@ class Prompts:
         iteration, place = divmod(row, self._count * self._epochs)
         return self.names(self.of_iteration(iteration)[[place % self._count]])
 
-    def _ids(self, example: int) -> np.ndarray:
+    def _ids(self, example: int | np.integer) -> np.ndarray:
         ids, spans = self._rows.store.sides(int(example))[0]
         return ids[: spans[0, 0] + 1]
 
@@ -130,15 +130,13 @@ class PPOFeed:
             max_length=config.data.max_length,
             **paged,
         )
-        self._measure = jax.jit(
-            self._measured, out_shardings=jax.NamedSharding(run.mesh, jax.P())
-        )
+        self._measure = jax.jit(self._measured, out_shardings=jax.NamedSharding(run.mesh, jax.P()))
 
     def begin(self, initial, weights: str) -> None:
         """Nothing is made before the first update: the reference is `run.frozen`."""
 
     def evaluation(self) -> Iterator[Batch] | None:
-        """None: what an iteration's own prompts, new ones to the policy, bring is in its metrics."""
+        """None: metrics are of prompts that are new to the policy anyway."""
 
     def groups(self, examples: list[Mapping[str, Any]]) -> dict[str, float]:
         return {}
@@ -257,8 +255,8 @@ class PPOFeed:
         bad = ~np.isfinite(scores)
         if bad.any():
             self._stop(
-                f"{name}: the reward of {bad.sum()} of {len(bad)} answers is not finite", examples[bad],
-                "Look at these rows, and at the reward model",
+                f"{name}: the reward of {bad.sum()} of {len(bad)} answers is not finite",
+                examples[bad], "Look at these rows, and at the reward model",
             )  # fmt: skip
         bad = ~np.isfinite(kl) | ~np.isfinite(np.where(found.mask, found.values, 0.0)).all(axis=1)
         if bad.any():
@@ -271,7 +269,8 @@ class PPOFeed:
             worst = np.argsort(-kl)
             self._stop(
                 f"{name}: the KL divergence from the reference is {kl.mean():.5g} nats an answer; "
-                f"expected at most most_kl = {most}. The largest are {kl[worst[:3]].round(1).tolist()}",
+                f"expected at most most_kl = {most}. The largest are "
+                f"{kl[worst[:3]].round(1).tolist()}",
                 examples[worst[kl[worst] > most]],
                 "Raise kl_coef, lower the learning rate, or raise ppo.PPOConfig.most_kl",
             )

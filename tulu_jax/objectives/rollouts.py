@@ -110,11 +110,11 @@ def load(workdir: str, iteration: int) -> Rollouts:
     """The rollouts of `iteration`. Raises `UsageError` if they are not there or were damaged."""
     folder = epath.Path(workdir) / FOLDER
     files = _files(folder, iteration)
-    advice = "go back to a checkpoint of the end of an iteration, or start anew in another --workdir"
+    advice = "go back to a checkpoint from an iteration's end, or start anew in another --workdir"
     if len(files) != 1:
         raise validation.UsageError(
-            f"{folder} has {len(files)} files of the rollouts of iteration {iteration}, in which the "
-            f"checkpoint was made; expected one. Restore it, {advice}"
+            f"{folder} has {len(files)} files of the rollouts of iteration {iteration}, in which "
+            f"the checkpoint was made; expected one. Restore it, {advice}"
         )
     content = files[0].read_bytes()
     found, expected = digests.of_bytes(content), NAME.fullmatch(files[0].name)[2]
