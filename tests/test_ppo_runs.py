@@ -18,6 +18,7 @@ from tulu_jax import conversion, trained, trainer, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.data.sources import tiny_instructions
+from tulu_jax.models import llama
 from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives import ppo, ppo_feed, ppo_rewards, reward, sft
 from tulu_jax.objectives import rollouts as rollouts_lib
@@ -125,7 +126,7 @@ def test_rollouts_are_the_decoders_at_the_temperature(home, tmp_path):
         prompts = [run.feed.rows.prompt(i) for i in examples]
         key = jax.random.fold_in(jax.random.key(config.seed), ppo_feed.DRAWS)
         results = run.feed._decoder.generate(
-            state.params, prompts, run.feed._sampling, jax.random.fold_in(key, 0)
+            llama.own(state.params), prompts, run.feed._sampling, jax.random.fold_in(key, 0)
         )
     texts = set()
     for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):

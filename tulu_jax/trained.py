@@ -109,7 +109,7 @@ def reward_problems(config: TrainConfig) -> list[str]:
 def _told_by_run(config: TrainConfig, folder: str) -> Iterator[str]:
     checkpoints = checkpoint_lib.Checkpoints(folder)
     recorded = checkpoints.about(checkpoints.require(None))["must_match"]
-    now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(tokenizer_path(config))}
+    now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(config.data.tokenizer)}
     for name, before, value in agreement.differences(recorded, now):
         yield (
             f"it was trained with {name} = {before}; this run has {value}, and would score other "
@@ -123,7 +123,7 @@ def _told_by_folder(config: TrainConfig, folder: str) -> Iterator[str]:
     except (ValueError, OSError) as error:
         yield f"no tokenizer can be read there to compare ({error}); put its own beside it"
         return
-    if theirs != (ours := tokenizer_digest(tokenizer_path(config))):
+    if theirs != (ours := tokenizer_digest(config.data.tokenizer)):
         yield (
             f"another tokenizer lies there, with the digest {theirs}; this run has {ours}, so the "
             "same ids are other text. Give one trained on these"
