@@ -12,6 +12,7 @@ import builders
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tulu_jax import base as base_lib
 from tulu_jax import conversion, trained, trainer, validation
@@ -23,7 +24,7 @@ from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives import ppo, ppo_feed, ppo_rewards, reward, sft
 from tulu_jax.objectives import rollouts as rollouts_lib
 from tulu_jax.parallel.mesh import MeshConfig
-from tulu_jax.training import agreement, watch
+from tulu_jax.training import agreement, checkpoint_digests, watch
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import metrics as metrics_lib
 
@@ -79,8 +80,9 @@ def run_config(home, folder, **changes):
 
 @pytest.fixture(scope="module")
 def config(home, tmp_path_factory):
-    """A run that has ended."""
+    """A run that has ended, with a checkpoint of each update."""
     config = run_config(home, tmp_path_factory.mktemp("run"))
+    config = builders.replace(config, checkpoint__every=1, checkpoint__keep=4)
     trainer.Run(config).train()
     return config
 
@@ -143,7 +145,7 @@ def test_prompts_are_those_that_generation_has(home, tmp_path):
     run, _ = opened(run_config(home, tmp_path))
     feed, rows = run.feed, tiny_instructions.preference_rows("train")
     for example in feed.rows.of_iteration(3)[:5]:
-        row = rows[int(feed.rows.names([example])[0].split("/")[1])]
+        row = rows[int(feed.rows.names(np.array([example]))[0].split("/")[1])]
         expected = chat_lib.generation_prompt(row["prompt"], feed._tokenizer, chat="spec")
         assert feed.rows.prompt(example) == expected
         texts = [feed._tokenizer.decode(ids) for ids in feed.rows.answers(example)]
@@ -181,32 +183,39 @@ def test_a_value_model_starts_as_the_reward_model_and_the_rest_is_frozen(home, t
     assert names["value/score/kernel"] == [32, 1] and "score/kernel" not in names
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(config, tmp_path):
-    """From the end of an iteration, and from its middle, where the rollouts are read."""
-    whole = lines_of(config.workdir)
-    after = checkpoint_lib.Checkpoints(config.workdir).about(4)
-    for last in (2, 3):
-        mine = builders.replace(
-            config, workdir=str(tmp_path / f"run_{last}"), checkpoint__every=last
-        )
-        trainer.Run(mine).train()
-        shutil.rmtree(f"{mine.workdir}/checkpoints/4")
-        trainer.Run(mine).train()
-        assert lines_of(mine.workdir) == whole
-        assert checkpoint_lib.Checkpoints(mine.workdir).about(4)["params"] == after["params"]
-        assert digests_of(mine.workdir) == digests_of(config.workdir)
+def stopped(config, folder, step):
+    """A copy of the run that has come no further than `step`."""
+    mine = builders.replace(config, workdir=str(folder / f"run_{step}"))
+    shutil.copytree(config.workdir, mine.workdir)
+    for later in range(step + 1, 5):
+        shutil.rmtree(f"{mine.workdir}/checkpoints/{later}")
+    return mine
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_run_is_the_same_bit_for_bit(config, tmp_path, step):
+    """From the middle of an iteration, where its rollouts are read, and from its end."""
+    mine = stopped(config, tmp_path, step)
+    if step == 2:  # what an iteration begins with is made again
+        (file,) = pathlib.Path(mine.workdir, "rollouts").glob("000001-*.npz")
+        file.unlink()
+    trainer.Run(mine).train()
+    assert lines_of(mine.workdir) == lines_of(config.workdir)
+    assert digests_of(mine.workdir) == digests_of(config.workdir)
+    names = [
+        sorted(f.name for f in pathlib.Path(c.workdir, "rollouts").iterdir())
+        for c in (mine, config)
+    ]
+    assert names[0] == names[1]
 
 
 def digests_of(workdir):
     """The digests of all arrays of step 4."""
-    (file,) = pathlib.Path(workdir, "checkpoints/4").glob("*digests*")
-    return json.loads(file.read_text())["arrays"]
+    return checkpoint_digests.load(epath.Path(workdir) / "checkpoints/4")["arrays"]
 
 
 def test_rollouts_that_are_needed_and_gone_or_damaged(config, tmp_path):
-    mine = builders.replace(config, workdir=str(tmp_path / "run"), checkpoint__every=3)
-    trainer.Run(mine).train()
-    shutil.rmtree(f"{mine.workdir}/checkpoints/4")
+    mine = stopped(config, tmp_path, 3)
     (file,) = pathlib.Path(mine.workdir, "rollouts").glob("000001-*.npz")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -216,6 +225,19 @@ def test_rollouts_that_are_needed_and_gone_or_damaged(config, tmp_path):
     file.unlink()
     with pytest.raises(validation.UsageError, match="has 0 files of the rollouts of iteration 1"):
         trainer.Run(mine).train()
+
+
+def test_files_of_rollouts_stay_while_a_checkpoint_needs_them(tmp_path, config):
+    made = rollouts_lib.load(config.workdir, 0)
+    for iteration in (0, 3, 4, 5):
+        rollouts_lib.save(str(tmp_path), iteration, made)
+    rollouts_lib.save(str(tmp_path), 5, made[:8])  # in place of the one before
+    rollouts_lib.sweep(str(tmp_path), {0, 4, 5})
+    assert [f.name[:6] for f in sorted((tmp_path / "rollouts").iterdir())] == [
+        "000000", "000004", "000005",
+    ]  # fmt: skip
+    assert len(rollouts_lib.load(str(tmp_path), 5)) == 8
+    np.testing.assert_array_equal(rollouts_lib.load(str(tmp_path), 4).logps, made.logps)
 
 
 KILLED = """
@@ -233,6 +255,7 @@ if where == "rollout":  # after some tokens of the second iteration
     generate = ppo_feed.Decoder.generate
     def then(self, *arguments, **options):
         calls.append(1)
+        run.checkpoints.wait()
         return generate(self, *arguments, stream=(lambda piece: die()) if len(calls) == 2 else None)
     calls = []
     ppo_feed.Decoder.generate = then

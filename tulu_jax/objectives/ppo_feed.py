@@ -7,7 +7,7 @@ data's seed, its draws from the run's seed and its number.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ class Prompts:
         sides = self._rows.store.sides(int(example))
         return [ids[spans[0, 0] + 1 : spans[-1, 1] + 1] for ids, spans in sides]
 
-    def names(self, examples: Sequence[int] | np.ndarray) -> list[str]:
+    def names(self, examples: np.ndarray) -> list[str]:
         return [self._rows.store.name(int(i)) for i in examples]
 
     def example_ids(self, row: int) -> list[str]:

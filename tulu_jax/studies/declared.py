@@ -115,19 +115,15 @@ class Design:
         used |= {name for cell in cells for name in (cell.run, cell.minus) if name}
         yield used <= set(names), f"no run is named {', '.join(sorted(used - set(names)))}"
         for place, run in enumerate(self.runs):
-            yield (
-                run.base is None or run.base in names[:place],
-                f"{run.name}: base = {run.base!r} comes later; expected the base first",
-            )
-            yield (
-                run.reward is None or run.reward in names[:place],
-                f"{run.name}: reward = {run.reward!r} comes later; expected the reward model first",
-            )
-            for needed in run.needs:
-                its = next((one.tries for one in self.runs if one.name == needed), ())
+            for kind, name in (("base", run.base), ("reward", run.reward)):
+                yield (
+                    name is None or name in names[:place],
+                    f"{run.name}: {kind} = {name!r} comes later; expected the {kind} first",
+                )
+                its = next((one.tries for one in self.runs if one.name == name), ())
                 yield (
                     all(its.index(s) <= n for n, s in enumerate(run.tries) if s in its),
-                    f"{run.name}: seeds = {run.seeds}, and {its} of {needed}; expected one order",
+                    f"{run.name}: seeds = {run.seeds}, and {its} of its {kind}; expected one order",
                 )
         for cell in cells:
             yield (

@@ -39,7 +39,7 @@ def _of_size(size: str) -> tuple[Run, ...]:
     sft, rm = f"sft_{size}", f"rm_ultrafeedback_{size}"
     return (
         Run(name=sft, gin_file=f"{sft}.gin"),
-        Run(name=f"dpo_{size}", gin_file=f"dpo_{size}.gin", base=sft,
+        Run(name=f"dpo_uf_{size}", gin_file=f"dpo_{size}.gin", base=sft,
             overrides={"MIXTURE": "ultrafeedback_argilla_cleaned"}),
         Run(name=rm, gin_file=f"{rm}.gin", base=sft),
         Run(name=f"ppo_{size}", gin_file=f"ppo_{size}.gin", base=sft, reward=rm),
@@ -55,7 +55,7 @@ STUDY = Study(
         runs=tuple(run for size in SIZES for run in _of_size(size)),
         benchmarks=SEVEN,
         cells=tuple(
-            Cell(run=f"ppo_{size}", minus=f"dpo_{size}", score=Score(benchmark=column))
+            Cell(run=f"ppo_{size}", minus=f"dpo_uf_{size}", score=Score(benchmark=column))
             for size in SIZES
             for column in (*SEVEN, "average_7")
         ),
