@@ -148,8 +148,13 @@ def batch_of(rollouts, params, spread=0.3):
     ratios and values are on both sides of every clip."""
     rng, rows = np.random.default_rng(2), {n: jnp.asarray(v) for n, v in rollouts.rows().items()}
     mask = rollouts.mask
-    logps = np.asarray(CONFIG.token_logps(FORWARD, params, rows))
-    values = np.asarray(ppo.token_values(FORWARD, params[VALUE], rows))
+    said = jax.jit(
+        lambda params, rows: (
+            CONFIG.token_logps(FORWARD, params, rows),
+            ppo.token_values(FORWARD, params[VALUE], rows),
+        )
+    )
+    logps, values = map(np.asarray, said(params, rows))
     noise = rng.normal(size=(5, *mask.shape))
     made = dict(
         old_logps=logps + spread * noise[0],
