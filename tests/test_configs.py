@@ -16,7 +16,7 @@ import pytest
 from tulu_jax import cli, preflight
 from tulu_jax.models import config as model_config
 from tulu_jax.models import lora
-from tulu_jax.objectives import dpo, reward, sft
+from tulu_jax.objectives import dpo, ppo, reward, sft
 from tulu_jax.parallel import mesh, slices
 from tulu_jax.planning.cycles import schedule
 from tulu_jax.quant import nf4
@@ -28,6 +28,7 @@ RUNS = sorted(path.stem for path in CONFIGS.glob("*.gin") if "\nSLICE = " in pat
 ADAPTERS = [run for run in RUNS if "lora" in run]
 WHOLE = [run for run in RUNS if "lora" not in run]
 REWARD = [run for run in RUNS if run.startswith("rm_")]
+PPO = [run for run in RUNS if run.startswith("ppo_")]
 
 # Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
 # of 8,192 as benchmarks/dpo_packing.py measures them.
@@ -63,7 +64,8 @@ def test_the_published_runs_are_there():
     ablations = ["sft_v1_7b", "sft_v1_13b", "sft_v1_70b", "sft_sharegpt_7b"]
     sizes = ("7b", "13b", "70b")
     assert set(REWARD) == {f"rm_ultrafeedback_{size}" for size in sizes}
-    assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations, *REWARD}
+    assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations, *REWARD, *PPO}
+    assert set(PPO) == {f"ppo_{size}" for size in sizes}
     of_sft = {f"{kind}_{size}" for kind in ("lora", "qlora") for size in sizes}
     assert set(ADAPTERS) == of_sft | {"qlora_dpo_7b", "qlora_dpo_70b"}
 
@@ -108,7 +110,31 @@ def test_recipe_values_of_reward_models(run):
     assert config.batch_size * PAIRS_A_ROW / 2 == pytest.approx(512, rel=0.01)
 
 
-@pytest.mark.parametrize("run", sorted({*WHOLE} - {*REWARD}))
+@pytest.mark.parametrize("run", PPO)
+def test_recipe_values_of_ppo(run):
+    """Tülu 2.5's scripts, `ppo_13b_tpu.sh` and `ppo_70b_tpu.sh`. Model, workdir, base and tokenizer
+    are as of DPO, the reward model is that of the same size."""
+    config, size = load(run), run.split("_")[-1]
+    dpo_run, reward_run = load(f"dpo_{size}"), load(f"rm_ultrafeedback_{size}")
+    for name in ("model", "base", "param_dtype"):
+        assert getattr(config, name) == getattr(dpo_run, name), name
+    assert config.data.tokenizer == dpo_run.data.tokenizer
+    objective, optimizer, data = config.objective, config.optimizer, config.data
+    assert objective.reward_from == reward_run.workdir and data.train == reward_run.data.train
+    rows = (32, 32) if size == "70b" else (512, 64)
+    assert (objective.prompts, config.batch_size) == rows
+    assert objective == ppo.PPOConfig(reward_from=reward_run.workdir, prompts=rows[0])
+    assert (objective.kl_coef, objective.temperature, objective.ppo_epochs) == (0.05, 0.7, 1)
+    assert (objective.gamma, objective.lam, objective.clip) == (1.0, 0.95, 0.2)
+    assert (objective.value_clip, objective.value_coef) == (0.2, 0.1)
+    assert (objective.response_length, data.max_length - objective.response_length) == (1024, 1024)
+    assert optimizer.learning_rate == optimizer.end_learning_rate == 1e-6
+    assert optimizer.warmup_ratio == (0.0125 if size == "70b" else 0.1)
+    assert (optimizer.b1, optimizer.b2, optimizer.clip_norm) == (0.9, 0.95, 1.0)
+    assert (config.num_epochs, data.packing, data.truncation) == (1.0, "none", "cut")
+
+
+@pytest.mark.parametrize("run", sorted({*WHOLE} - {*REWARD, *PPO}))
 def test_recipe_values(run):
     config = load(run)
     stage, *kind, size = run.split("_")
@@ -183,7 +209,9 @@ def test_updates_at_the_papers_own_batch():
     assert 3 * one_epoch.num_updates(PAIRS) == 5_808
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if not re.search("v1|share|qlora_dpo", run)])
+@pytest.mark.parametrize(
+    "run", [run for run in RUNS if not re.search("v1|share|qlora_dpo|ppo", run)]
+)
 def test_a_file_states_what_its_packed_batch_holds(run):
     """The comment of a complete file against the facts of the data."""
     config, text = load(run), (CONFIGS / f"{run}.gin").read_text()
@@ -235,7 +263,9 @@ def test_a_slice_gives_way_to_what_a_file_sets(tmp_path):
         cli.load(str(mine), workdir=None, pod="v6e_64")
 
 
-@pytest.mark.parametrize("run", [*RUNS, "tulu_tiny_sft", "tulu_tiny_dpo", "tulu_tiny_rm"])
+@pytest.mark.parametrize(
+    "run", [*RUNS, "tulu_tiny_sft", "tulu_tiny_dpo", "tulu_tiny_rm", "tulu_tiny_ppo"]
+)
 def test_any_is_whatever_devices_there_are(run):
     config = load(run, *([TOKENIZER] if "tiny" in run else []), pod="any")
     for devices in (1, 2, 4, 8, 32, 256):

@@ -24,7 +24,7 @@ ALLOWED = {
     "parallel": set(),
     "data": set(),
     "models": {"kernels", "quant", "parallel"},
-    "objectives": {"models", "data", "training", "decode"},
+    "objectives": {"models", "data", "training", "decode", "parallel"},
     "training": {"models", "parallel"},
     "interop": {"models", "parallel", "quant"},
     "decode": {"models", "parallel"},

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,9 @@ from tulu_jax.parallel.mesh import AXES, MeshConfig
 REPO = pathlib.Path(__file__).resolve().parents[1]
 LOCAL = {f"tulu_tiny_{name}.gin" for name in ("sft", "dpo", "qlora", "rm")}
 COMPLETE = sorted(  # the others read a model's folder
-    path.name for path in (REPO / "configs").glob("*.gin") if "stories" not in path.name
+    path.name
+    for path in (REPO / "configs").glob("*.gin")
+    if not {"stories", "ppo"} & {*re.split("[0-9_.]", path.name)}
 )
 
 
@@ -74,6 +77,12 @@ def test_every_published_file_can_be_rehearsed_with_four_processes(name):
     devices = 4 * rehearse.devices_of_a_process(small, 4)
     assert list(preflight.mesh_problems(small, devices)) == []
     assert list(data_checks.problems(small.data, kind=config.data.kind)) == []
+
+
+def test_a_run_that_needs_a_reward_model_is_refused():
+    config = cli.load("ppo_13b.gin", ["--gin.BUCKET='gs://b'"], workdir=None)
+    with pytest.raises(validation.UsageError, match="has no reward model of their shape"):
+        rehearse.shrink(config, processes=4, embedded=True)
 
 
 def test_rows_that_are_there_are_kept(home):

@@ -19,6 +19,7 @@ from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import agreement
 from tulu_jax.training import checkpoint as checkpoint_lib
 from tulu_jax.training import state as state_lib
+from tulu_jax.training.state import REWARD
 
 SHOWN = 8  # weights named in a message
 
@@ -56,8 +57,17 @@ def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
 
 
 def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
-    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
-    config = _headed(config)
+    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`; beside them those
+    of the reward model, if the objective has one."""
+    params = _initial_params(_headed(config), mesh)
+    if (folder := config.objective.reward_from) is None:
+        return params
+    scored = config.model.with_head(SCORE)
+    abstract = _placed(llama.abstract_params(scored, config.param_dtype), mesh)
+    return {**params, REWARD: load(folder, scored, abstract)}
+
+
+def _initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     abstract = abstract_params(config, mesh)
     if config.base is not None:
         if config.quant is None:
@@ -91,10 +101,13 @@ def initial_adapters(config: TrainConfig, weights: str) -> dict | None:
 
 
 def require_same(config: TrainConfig, found: str, expected: str) -> None:
-    """Raises `UsageError` unless the base has the weights that the run began with."""
+    """Raises `UsageError` unless the base, and the reward model where there is one, have the
+    weights that the run began with."""
+    reward = config.objective.reward_from
+    named = f"base = {config.base!r}" + (f" with reward_from = {reward!r}" if reward else "")
     if found != expected:
         raise validation.UsageError(
-            f"base = {config.base!r} has weights {found}; this run began with {expected}, and what "
+            f"{named} has weights {found}; this run began with {expected}, and what "
             "is frozen or cached of them is needed again. Restore that base, or start anew in "
             "another --workdir"
         )
@@ -129,23 +142,25 @@ def problems(config: TrainConfig) -> list[str]:
 def _problems(config: TrainConfig) -> list[str]:
     if config.base is None:
         return []
-    folder, name = config.base, f"base = {config.base!r}"
+    found = source_problems(config.base, config.model, config.param_dtype, config.quant)
+    return [f"base = {config.base!r}: {problem}" for problem in found]
+
+
+def source_problems(
+    folder: str, model: LlamaConfig, dtype: str, quant: nf4.QuantConfig | None = None
+) -> list[str]:
+    """Why parameters of `model` cannot be loaded from `folder`, one line each."""
     if not epath.Path(folder).exists():
-        return [f"{name} does not exist; expected published weights or a run's workdir"]
+        return ["it does not exist; expected published weights or a run's workdir"]
     if sources.is_published(folder):
-        found = hf.config_problems(folder, config.model) + hf.check_weights(
-            folder, config.model, config.quant
-        )
-        return [f"{name}: {problem}" for problem in found]
+        return hf.config_problems(folder, model) + hf.check_weights(folder, model, quant)
     checkpoints = checkpoint_lib.Checkpoints(folder)
     step = checkpoints.latest_step()
     if step is None:
-        return [f"{name} has neither config.json nor params.json nor a checkpoint"]
-    params = llama.abstract_params(config.model, config.param_dtype)
-    found = agreement.model_problems(
-        checkpoints.about(step), checkpoints.folder / str(step), config.model, params
-    )
-    return [f"{name}: {problem}" for problem in found]
+        return ["it has neither config.json nor params.json nor a checkpoint"]
+    params = llama.abstract_params(model, dtype)
+    about, path = checkpoints.about(step), checkpoints.folder / str(step)
+    return agreement.model_problems(about, path, model, params)
 
 
 def first_step_problems(config: TrainConfig) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import jax
 from etils import epath
 
-from tulu_jax import atomic, validation
+from tulu_jax import atomic, trained, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import data_checks, loader
@@ -29,12 +29,15 @@ def to_train(config: TrainConfig, num_devices: int) -> list[str]:
     """What keeps `config` from training on `num_devices` devices, one line each; reads only
     headers and first rows."""
     found = [*mesh_problems(config, num_devices)]
-    away = _away(config, "workdir", "data.cache_dir", "base", "data.data_root")
+    away = _away(
+        config, "workdir", "data.cache_dir", "base", "data.data_root", "objective.reward_from"
+    )
     if away:
         return found + away  # what lies there cannot be looked at
     if config.num_steps is not None:
         found += optim.problems(config.optimizer, config.num_steps)
-    return found + _all(config, not_writable, _data, base_lib.problems, _disk)
+    parts = (not_writable, _data, base_lib.problems, trained.reward_problems, _disk)
+    return found + _all(config, *parts)
 
 
 def to_start(config: TrainConfig, num_devices: int) -> list[str]:
@@ -180,9 +183,9 @@ def _disk(config: TrainConfig) -> Iterator[str]:
     folder = epath.Path(config.workdir).absolute()
     while not folder.exists():
         folder = folder.parent
-    trained, _ = step_lib.abstract_split(config)
+    trains, _ = step_lib.abstract_split(config)
     state_bytes = sum(
-        math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4) for leaf in jax.tree.leaves(trained)
+        math.prod(leaf.shape) * (leaf.dtype.itemsize * 2 + 4) for leaf in jax.tree.leaves(trains)
     )
     checkpoint = config.checkpoint
     there = checkpoint_lib.Checkpoints(config.workdir).steps()

@@ -46,7 +46,13 @@ def shrink(config: TrainConfig, *, processes: int, embedded: bool) -> TrainConfi
     """`config` for a rehearsal: a model of two layers with its ratio of query to key heads, float32
     and XLA attention; mesh axes of 2 where they were larger, and more `fsdp` if the processes are
     more; 24 updates of two rows a row shard at 128 tokens, from random weights; logs and
-    encoded rows on this machine alone. With `embedded`, the rows and tokenizer of tulu_tiny."""
+    encoded rows on this machine alone. With `embedded`, the rows and tokenizer of tulu_tiny. Raises
+    `UsageError` for a run that needs a reward model."""
+    if config.objective.reward_from is not None:
+        raise validation.UsageError(
+            f"reward_from = {config.objective.reward_from!r}: a rehearsal begins with random "
+            "weights and has no reward model of their shape; rehearse SFT or DPO on these hosts"
+        )
     mesh = {axis: 1 if getattr(config.mesh, axis) == 1 else 2 for axis in mesh_lib.AXES}
     mesh["fsdp"] *= processes // math.gcd(math.prod(mesh.values()), processes)
     data = dataclasses.replace(

@@ -19,7 +19,7 @@ from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim, watch
-from tulu_jax.training.state import Frozen, TrainState
+from tulu_jax.training.state import REWARD, Frozen, TrainState
 
 Bound = float | jax.Array  # float32 []
 
@@ -163,7 +163,10 @@ def abstract_base(config: TrainConfig) -> llama.Params:
 
 def abstract_split(config: TrainConfig) -> tuple[llama.Params, Frozen]:
     """Shapes and dtypes of what trains and of what is frozen."""
-    return jax.eval_shape(functools.partial(split, config), abstract_base(config))
+    base = abstract_base(config)
+    if config.objective.reward_from is not None:
+        base[REWARD] = llama.abstract_params(config.model.with_head(SCORE), config.param_dtype)
+    return jax.eval_shape(functools.partial(split, config), base)
 
 
 def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Frozen]:

@@ -1,13 +1,13 @@
 """What a run trained: its parameters, its tokenizer, its replies or its scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tulu_jax import atomic, digests, validation
+from tulu_jax import atomic, digests, strict_json, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
@@ -15,6 +15,7 @@ from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
+from tulu_jax.interop import sources, tokenizer_export
 from tulu_jax.models import llama, paged_attention
 from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import mesh as mesh_lib
@@ -45,7 +46,7 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
         if step is None:
             base = base_lib.initial_params(config, mesh)
             if config.adapter_from is None:
-                return mesh, base
+                return mesh, llama.own(base)
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
             return mesh, Frozen(base=base).whole(adapters)
         checkpoints = checkpoint_lib.Checkpoints(config.workdir)
@@ -89,6 +90,52 @@ def keep_tokenizer(config: TrainConfig, *, replace: bool) -> None:
                 "--workdir"
             )
         atomic.write_text(kept, text)
+
+
+def reward_problems(config: TrainConfig) -> list[str]:
+    """Why the reward model of the objective cannot score what the policy of `config` says, one line
+    each: what it is, its shapes, its tokenizer, its template."""
+    folder = config.objective.reward_from
+    if folder is None:
+        return []
+    scored = config.model.with_head(SCORE)
+    found = base_lib.source_problems(folder, scored, config.param_dtype)
+    if not found:
+        told = _told_by_folder if sources.is_published(folder) else _told_by_run
+        found = list(told(config, folder))
+    return [f"reward_from = {folder!r}: {problem}" for problem in found]
+
+
+def _told_by_run(config: TrainConfig, folder: str) -> Iterator[str]:
+    checkpoints = checkpoint_lib.Checkpoints(folder)
+    recorded = checkpoints.about(checkpoints.require(None))["must_match"]
+    now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(config.data.tokenizer)}
+    for name, before, value in agreement.differences(recorded, now):
+        yield (
+            f"it was trained with {name} = {before}; this run has {value}, and would score other "
+            "text than it was taught. Give one trained on these"
+        )
+
+
+def _told_by_folder(config: TrainConfig, folder: str) -> Iterator[str]:
+    try:
+        theirs = tokenizer_digest(folder)
+    except (ValueError, OSError) as error:
+        yield f"no tokenizer can be read there to compare ({error}); put its own beside it"
+        return
+    if theirs != (ours := tokenizer_digest(config.data.tokenizer)):
+        yield (
+            f"another tokenizer lies there, with the digest {theirs}; this run has {ours}, so the "
+            "same ids are other text. Give one trained on these"
+        )
+    file = epath.Path(folder) / "tokenizer_config.json"
+    template = strict_json.loads(file.read_bytes()).get("chat_template") if file.exists() else None
+    named = [mode for mode, text in tokenizer_export.TEMPLATES.items() if text == template]
+    if named and config.data.chat not in named:
+        yield (
+            f"it has the chat template of {named[0]!r}; this run has {config.data.chat!r}. Set "
+            "loader.DataConfig.chat, or give one trained on that"
+        )
 
 
 class Scorer:

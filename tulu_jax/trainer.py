@@ -78,6 +78,7 @@ class Run:
         self.peak_flops = metrics_lib.peak_flops(list(self.mesh.devices.flat))
         self.eval_step = jax.jit(step_lib.make_eval_step(config))
         self.feed: Feed | None = None
+        self.frozen = Frozen()
         self.history = watch.History(config.watch, 0)
         self.watchdog = stall.Watchdog(None)
 
@@ -145,6 +146,7 @@ class Run:
         state, frozen = self._start()
         if jax.process_index() == 0:
             self._keep()
+        self.frozen = frozen
         self.feed.begin(lambda: self._initial_params(state, frozen), self.weights)
         notice = preemption.Notice()
         try:
@@ -220,6 +222,7 @@ class Run:
             if jax.tree.leaves(self.abstract_frozen):
                 frozen = self._split(self._loaded_again())[1]
             return state, frozen
+        validation.raise_if(trained.reward_problems(self.config))
         params = base_lib.initial_params(self.config, self.mesh)
         self.of_base = base_lib.about(self.config)
         self.weights = state_lib.fingerprint(params)

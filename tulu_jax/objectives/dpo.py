@@ -57,6 +57,7 @@ class DPOConfig:
     watched: ClassVar[tuple[str, ...]] = ("rewards/margins",)
     param_axes: ClassVar[tuple] = ()
     row_multiple: ClassVar[int] = 1
+    reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         validation.check(self, self._rules)

@@ -40,7 +40,8 @@ class Loss:
 
 @runtime_checkable
 class Feed(Protocol):
-    """Where the batches of a run come from. It may look at the policy (rollouts), or not."""
+    """Where the batches of a run come from. It may look at the policy (rollouts), or not, and from
+    `begin` on at what is frozen, `run.frozen`."""
 
     rows: Any  # the planned rows of the train split, a `loader.Rows`
 
@@ -66,13 +67,15 @@ class Objective(Protocol):
     takes on a slice (`parallel/slices.py`), `head` what its model has above the trunk, 'lm_head' or
     'score' (then rows are unshifted, `DataConfig.to_ends`), `metrics` the names in
     `Loss.metrics`, of which "loss" is one, and `watched` the names in `Loss.examples` that every
-    update reads, to tell which examples are not finite."""
+    update reads, to tell which examples are not finite. `reward_from` is where a reward model comes
+    from, which `split` gets as `state.REWARD` of the base; None without one."""
 
     kind: str
     stage: str
     head: str
     metrics: tuple[str, ...]
     watched: tuple[str, ...]
+    reward_from: str | None
 
     @property
     def row_multiple(self) -> int:

@@ -42,6 +42,7 @@ class RewardConfig:
     param_axes: ClassVar[tuple] = ()
     row_multiple: ClassVar[int] = 1
     scores_first: ClassVar[bool] = False
+    reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         rule = self.margin >= 0, f"margin = {self.margin}: expected 0 or more"

@@ -34,6 +34,7 @@ class SFTConfig:
     watched: ClassVar[tuple[str, ...]] = ()
     param_axes: ClassVar[tuple] = ()
     scores_first: ClassVar[bool] = False
+    reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         validation.check(

@@ -25,14 +25,21 @@ class Run:
     """A complete config, with `overrides` of macros or of fields such as 'lora.LoRAConfig.rank'; a
     text that begins with @ or % is a reference of gin. It is trained once for each of `seeds`;
     without any, once as it is. `base` names the run of this study that it starts from, with the
-    same seed where that has it. Of a run that is `only_prepared` the rows are wanted, no update."""
+    same seed where that has it, `reward` likewise that of its reward model. Of a run that is
+    `only_prepared` the rows are wanted, no update."""
 
     name: str
     gin_file: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     base: str | None = None
+    reward: str | None = None
     only_prepared: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs whose weights it takes."""
+        return tuple(name for name in (self.base, self.reward) if name)
 
     @property
     def tries(self) -> tuple[int | None, ...]:
@@ -103,20 +110,21 @@ class Design:
     def _rules(self):
         names = [run.name for run in self.runs]
         yield len(set(names)) == len(names), f"runs = {names}: expected each name once"
-        used = {run.base for run in self.runs if run.base}
+        used = {name for run in self.runs for name in run.needs}
         cells = [*self.cells, *(one.cell for one in self.expected)]
         used |= {name for cell in cells for name in (cell.run, cell.minus) if name}
         yield used <= set(names), f"no run is named {', '.join(sorted(used - set(names)))}"
         for place, run in enumerate(self.runs):
-            yield (
-                run.base is None or run.base in names[:place],
-                f"{run.name}: base = {run.base!r} comes later; expected the base first",
-            )
-            its = next((one.tries for one in self.runs if one.name == run.base), ())
-            yield (
-                all(its.index(s) <= n for n, s in enumerate(run.tries) if s in its),
-                f"{run.name}: seeds = {run.seeds}, and {its} of its base; expected one order",
-            )
+            for kind, name in (("base", run.base), ("reward", run.reward)):
+                yield (
+                    name is None or name in names[:place],
+                    f"{run.name}: {kind} = {name!r} comes later; expected the {kind} first",
+                )
+                its = next((one.tries for one in self.runs if one.name == name), ())
+                yield (
+                    all(its.index(s) <= n for n, s in enumerate(run.tries) if s in its),
+                    f"{run.name}: seeds = {run.seeds}, and {its} of its {kind}; expected one order",
+                )
         for cell in cells:
             yield (
                 cell.paper is None or paper_tables.cell(*cell.paper) is not None,
@@ -139,8 +147,8 @@ class Design:
             )
         wanted = set(only or names)
         for run in reversed(self.runs):
-            if run.name in wanted and run.base:
-                wanted.add(run.base)
+            if run.name in wanted:
+                wanted |= {*run.needs}
         return [run for run in self.runs if run.name in wanted]
 
 

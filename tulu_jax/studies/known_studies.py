@@ -16,6 +16,7 @@ NAMES = (
     "figure_1_lengths",
     "small_model",
     "dpo_stability",
+    "dpo_vs_ppo",
     "qlora_rank",
     "leave_one_out",
     "multilingual",

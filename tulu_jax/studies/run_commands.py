@@ -53,9 +53,10 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     failed: set[str] = set()
     for one in placed:
-        if one.base in failed:
+        if {one.base, one.reward} & failed:
+            name = one.run.base if one.base in failed else one.run.reward
             failed.add(os.path.abspath(one.workdir))
-            yield one, f"{one.name}: not started, since {one.run.base} failed"
+            yield one, f"{one.name}: not started, since {name} failed"
             continue
         problem = _carry_out(one, design, folder)
         if problem:

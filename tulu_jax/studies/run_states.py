@@ -22,19 +22,26 @@ _NOT_COMPARED = (
     "data.workers", "data.cache_dir", "data.data_root", "execution.adapter",
     "execution.remat_policy", "execution.row_parts",
 )  # fmt: skip
-_PATHS = ("base", "adapter_from", "data.tokenizer")  # of which the last part is compared
-_OF_SEEDS = ("seed", "data.seed", "base")
+_PATHS = (
+    "base",
+    "adapter_from",
+    "data.tokenizer",
+    "objective.reward_from",
+)  # of which the last part is compared
+_OF_SEEDS = ("seed", "data.seed", "base", "objective.reward_from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A run with one seed: its gin file, a name or a path, its workdir, and that of its base."""
+    """A run with one seed: its gin file, a name or a path, its workdir, and those of its base and
+    of its reward model."""
 
     run: Run
     seed: int | None
     gin_file: str
     workdir: str
     base: str | None = None
+    reward: str | None = None
 
     @property
     def name(self) -> str:
@@ -69,23 +76,35 @@ def place(
     found = []
     for number in range(max(len(run.tries) for run in runs)):
         for run in (run for run in runs if number < len(run.tries)):
-            seed, gin_file, base = run.tries[number], run.gin_file, None
-            if run.base:
-                of = design.run(run.base)
-                its = seed if seed in of.tries else of.tries[0]
-                base = _workdir("runs" if below_bucket else os.path.abspath(root), of, its)
+            seed, gin_file = run.tries[number], run.gin_file
+            where = "runs" if below_bucket else os.path.abspath(root)
+            base, reward = (
+                _workdir_of(design, name, seed, where) for name in (run.base, run.reward)
+            )
             if run.overrides or seed is not AS_FILE or (base and not below_bucket):
                 file = configs / f"{_stem(run, seed)}.gin"
                 configs.mkdir(parents=True, exist_ok=True)
-                _write(file, gin_text(run, seed, base))
+                _write(file, gin_text(run, seed, base, reward))
                 gin_file = str(file)
-            workdir = _workdir(root, run, seed)
-            found.append(Placed(run=run, seed=seed, gin_file=gin_file, workdir=workdir, base=base))
+            one = Placed(
+                run=run, seed=seed, gin_file=gin_file, workdir=_workdir(root, run, seed),
+                base=base, reward=reward,
+            )  # fmt: skip
+            found.append(one)
     return found
 
 
-def gin_text(run: Run, seed: int | None, base: str | None) -> str:
-    """The gin file of a run with one seed, `base` being the workdir that it starts from."""
+def _workdir_of(design: Design, name: str | None, seed: int | None, root: str) -> str | None:
+    """The workdir of the run `name` with that seed, or the first that it has."""
+    if name is None:
+        return None
+    of = design.run(name)
+    return _workdir(root, of, seed if seed in of.tries else of.tries[0])
+
+
+def gin_text(run: Run, seed: int | None, base: str | None, reward: str | None = None) -> str:
+    """The gin file of a run with one seed, `base` being the workdir that it starts from, `reward`
+    that of its reward model."""
     lines = [
         "from __gin__ import dynamic_registration",
         "from tulu_jax import recipe",
@@ -98,6 +117,8 @@ def gin_text(run: Run, seed: int | None, base: str | None) -> str:
     values = dict(run.overrides)
     if base is not None:
         values["BASE"] = base
+    if reward is not None:
+        values["REWARD"] = reward
     if seed is not AS_FILE:
         values |= {"recipe.TrainConfig.seed": seed, "loader.DataConfig.seed": seed}
     for name, value in values.items():

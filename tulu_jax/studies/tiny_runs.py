@@ -9,6 +9,7 @@ from typing import Any
 from tulu_jax.studies.declared import SEEDS, Run, Score
 
 SFT, DPO, QLORA = "tulu_tiny_sft.gin", "tulu_tiny_dpo.gin", "tulu_tiny_qlora.gin"
+RM, PPO = "tulu_tiny_rm.gin", "tulu_tiny_ppo.gin"
 BENCHMARK, GERMAN = "tulu_tiny", "tulu_tiny_german"
 EXACT = Score(benchmark=BENCHMARK, metric="exact_match")
 POLITE = Score(benchmark=BENCHMARK, metric="polite")
@@ -23,7 +24,7 @@ _MODEL = {
 
 def run(
     name: str, gin_file: str, *, updates: int, seeds: tuple[int, ...] = SEEDS,
-    base: str | None = None, **overrides: Any,
+    base: str | None = None, reward: str | None = None, **overrides: Any,
 ) -> Run:  # fmt: skip
     """A run of so many updates, evaluated on its held-out rows at both ends and half-way;
     `overrides` are macros."""
@@ -34,8 +35,9 @@ def run(
         "metrics.LoggingConfig.tensorboard": False,
     }
     return Run(
-        name=name, gin_file=gin_file, overrides={**fields, **overrides}, seeds=seeds, base=base
-    )
+        name=name, gin_file=gin_file, overrides={**fields, **overrides}, seeds=seeds, base=base,
+        reward=reward,
+    )  # fmt: skip
 
 
 def exact(family: str) -> Score:

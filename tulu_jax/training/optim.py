@@ -13,6 +13,7 @@ from absl import logging
 
 from tulu_jax import validation
 from tulu_jax.parallel import sharding
+from tulu_jax.training.state import VALUE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,9 @@ def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW on the schedule."""
+    """Clip by global norm, that of a value network by its own, then AdamW on the schedule."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip(config.clip_norm),
         optax.adamw(
             schedule(config, num_steps),
             b1=config.b1,
@@ -145,6 +146,19 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
             mu_dtype=config.mu_dtype,
         ),
     )
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(most)
+
+    def update(updates, state, params=None):
+        if VALUE not in updates:
+            return clip.update(updates, state, params)
+        policy = {name: part for name, part in updates.items() if name != VALUE}
+        parts = [clip.update(part, state)[0] for part in (policy, {VALUE: updates[VALUE]})]
+        return parts[0] | parts[1], state
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def shardings(optimizer: optax.GradientTransformation, state, params):

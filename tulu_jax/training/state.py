@@ -10,6 +10,7 @@ import numpy as np
 
 from tulu_jax.parallel import sharding
 
+VALUE, REWARD = "value", "reward"  # networks beside the policy, below these names
 STACKED = "model/layers/"  # parameters of all layers, stacked on axis 0
 
 
@@ -31,7 +32,8 @@ class Frozen:
     checkpoint, and not donated.
 
     `base` is a nested dict of the policy's leaves that do not train; `reference` are the parameters
-    of a whole model beside it, or None: then `base`, if that is a whole model.
+    of a whole model beside it, and below `REWARD` those of a reward model if there is one; or None:
+    then `base`, if that is a whole model.
     """
 
     base: Any = dataclasses.field(default_factory=dict)
