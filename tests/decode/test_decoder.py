@@ -199,7 +199,8 @@ def test_a_stream_has_every_token_once_and_no_text_that_goes_again(ours):
             ids = [token for piece in own for token in piece.ids]
             assert ids[: len(result.ids)] == result.ids
             assert [piece.ended for piece in own] == [None] * (len(own) - 1) + [result.ended]
-    assert tight.usage.prompts > sum(len(prompt) - 1 for prompt in PROMPTS)  # some began anew
+    usage = tight.usage
+    assert usage.prompts + usage.shared > sum(len(p) - 1 for p in PROMPTS)  # some began anew
 
 
 def test_samples_are_drawn_from_one_prompt_and_their_own_keys(ours):
