@@ -221,9 +221,13 @@ class Call:
         usage.live += schedule.live()
 
     def _widest(self, placed) -> int:
-        """Pages of a table, few different numbers: no less than any row has."""
-        most = -(-self.decoder.max_length // self.decoder.page)
-        return min(most, programs.rounded(max(len(row.pages) for _, row in placed)))
+        """Pages of a table, no less than any row has: 8, 12, 16, 24 and so on, so that few programs
+        are compiled."""
+        most, size = -(-self.decoder.max_length // self.decoder.page), 8
+        widest = max(len(row.pages) for _, row in placed)
+        while size < widest:
+            size += size // 2 if size & (size - 1) == 0 else size // 3
+        return min(most, size)
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:
         """What a program needs to know of its `size` rows, of at most `pages` pages each."""

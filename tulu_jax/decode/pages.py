@@ -44,8 +44,8 @@ class Prefix:
 
 @dataclasses.dataclass(kw_only=True)
 class Fill:
-    """A prompt without its last token, of which what comes behind the pages `known` is to be computed
-    at `start` of its part's row, page by page into `pages`."""
+    """A prompt without its last token: what comes behind the pages `known` is to be computed at
+    `start` of its part's row, page by page into `pages`."""
 
     prompt: int
     part: int

@@ -99,6 +99,7 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
     by_row = attend is paged_attention.attend
     by_row = by_row and row_attention.suits(config, params["model"]["layers"])
+    blocks = llama.apart(config, execution, params) if by_row else None
     start = rows["position"]
 
     def step(state):
@@ -112,7 +113,7 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
             )
         hidden, cached = llama.step(
             config, execution, params, cached, see,
-            tokens=rows["token"], positions=rows["position"],
+            tokens=rows["token"], positions=rows["position"], blocks=blocks,
         )  # fmt: skip
         logits = llama.project_one(hidden, params)
         tokens, logps = sampling_lib.choose(

@@ -28,7 +28,8 @@ from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, Any], tuple[jax.Array, Cache]]
+Cached = Cache | tuple[Cache, ...]  # of all layers, or of each
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cached, Any], tuple[jax.Array, Cached]]
 
 NOISE = "noise"  # the field of a batch that `lora.noise` makes
 PARTS = ("model", LM_HEAD, SCORE)  # of the parameters, at the top
@@ -86,9 +87,9 @@ class Trunk(nnx.Module):
         x, kept = self.through(x, inputs)
         return self.norm(x), kept
 
-    def step(self, tokens, positions, cache: Cache | tuple[Cache, ...], attend: Attend):
-        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache. With a tuple of
-        caches, one for each layer, layers are compiled one by one.
+    def step(self, tokens, positions, cache: Cached, attend: Attend, blocks):
+        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache. With `blocks` of
+        `apart` layers are compiled one by one, with None in a loop.
 
         Every device multiplies its part of each weight, where that lies: the residual is divided
         as weights are over `context`, and what attention has seen is whole there.
@@ -108,11 +109,9 @@ class Trunk(nnx.Module):
             x, cache = block(x, angles=angles, attend=see, row_parts=1)
             return (sharding.constrain(x, "batch", None, "residual"), cache), None
 
-        if isinstance(cache, tuple):
-            for number in range(self.config.num_layers):
-                block = jax.tree.map(lambda leaf, n=number: leaf[n], self.layers)
-                (x, cache), _ = body((x, cache), (block, number))
-        else:
+        for number, block in enumerate(blocks or ()):
+            (x, cache), _ = body((x, cache), (block, number))
+        if blocks is None:
             numbered = (self.layers, jnp.arange(self.config.num_layers))
             (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
         return self.norm(x), cache
@@ -411,7 +410,7 @@ class Before:
     and values `cache` [L, B, P, K, H]; branch 0, which every branch of a segment sees."""
 
     segment_ids: Any
-    cache: Cache
+    cache: Any
 
 
 def keys_and_values(
@@ -458,22 +457,30 @@ def _behind(inputs: Inputs, before: Before) -> Inputs:
     )
 
 
+def apart(config: LlamaConfig, execution: ExecutionConfig, params: Params) -> list:
+    """Each layer's module with parameters of its own, for `step`."""
+    stacked = trunk(config, execution, params).layers
+    return [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(config.num_layers)]
+
+
 def step(
     config: LlamaConfig,
     execution: ExecutionConfig,
     params: Params,
-    cache: Cache | tuple[Cache, ...],
+    cache: Cached,
     attend: Attend,
     *,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
-) -> tuple[Float[Array, "B D"], Cache]:
+    blocks: list | None = None,
+) -> tuple[Float[Array, "B D"], Cached]:
     """Normalised hidden states of one token a row, and the cache with its keys and values.
 
     `attend(q, k, v, cache, layer)` of queries [B, 1, N, H] and of their own keys and values
     [B, 1, K, H] in layer number `layer` gives what they see [B, 1, N, H], and the new cache:
-    `paged_attention.attend`, `row_attention.attend` or a kernel in its place. XLA divides it over the ambient mesh.
+    `paged_attention.attend`, `row_attention.attend` or a kernel in its place; `blocks` are
+    those of `apart`, made before many steps, or None. XLA divides it over the ambient mesh.
     """
     model = trunk(config, execution, params)
-    hidden, cache = model.step(tokens[:, None], positions[:, None], cache, attend)
+    hidden, cache = model.step(tokens[:, None], positions[:, None], cache, attend, blocks)
     return hidden[:, 0], cache

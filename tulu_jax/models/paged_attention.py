@@ -175,7 +175,7 @@ def taken(cache: Cache, places: Int[Array, "B C"]) -> Cache:
 
     def local(cache, places):
         def take(cache):
-            L, _, K, page, H = cache.shape
+            L, _, K, _, H = cache.shape
             found = cache[:, places].swapaxes(3, 4)  # [L, B, C, page, K, H]
             return found.reshape(L, places.shape[0], -1, K, H)
 

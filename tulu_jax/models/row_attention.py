@@ -35,11 +35,27 @@ def suits(config: LlamaConfig, layers) -> bool:
 
 def of_rows(cache: paged_attention.Cache, table: Int[Array, "B M"]) -> Rows:
     """The pages of a table, for each layer."""
-    num_layers = cache["k"].shape[0]
-    return tuple(
-        {name: x[layer, table].swapaxes(1, 2) for name, x in cache.items()}
-        for layer in range(num_layers)
-    )
+    (L, _, K, page, H), (B, M) = cache["k"].shape, table.shape
+
+    def put(i, rows):
+        b, m = i // M, i % M
+
+        def page_of(x, layer):
+            return jax.lax.dynamic_slice(x, (layer, table[b, m], 0, 0, 0), (1, 1, K, page, H))
+
+        return tuple(
+            {
+                name: jax.lax.dynamic_update_slice(
+                    x, page_of(cache[name], layer).swapaxes(1, 2), (b, 0, m, 0, 0)
+                )
+                for name, x in own.items()
+            }
+            for layer, own in enumerate(rows)
+        )
+
+    # A loop of copies: XLA's gather takes one element after the other on a CPU.
+    empty = {name: jnp.zeros((B, K, M, page, H), x.dtype) for name, x in cache.items()}
+    return jax.lax.fori_loop(0, B * M, put, (empty,) * L)
 
 
 def attend(
@@ -54,8 +70,8 @@ def attend(
     """What the query of each row sees up to its position, and the rows with `k` and `v` there."""
     own = _written(rows[layer], {"k": k[:, 0], "v": v[:, 0]}, positions)
     (B, K, M, page, H), N = own["k"].shape, q.shape[2]
-    places = jnp.arange(M)[:, None, None] * page + jnp.arange(page)  # [M, 1, page]
-    visible = (places[None] <= positions[:, None, None, None])[:, None]
+    places = jnp.arange(M * page).reshape(1, 1, M, 1, page)
+    visible = places <= positions[:, None, None, None, None]
     dtype = dict(preferred_element_type=jnp.float32)
     scores = jnp.einsum("BKGH,BKMSH->BKMGS", q.reshape(B, K, N // K, H), own["k"], **dtype)
     scores = jnp.where(visible, scores * H**-0.5, MASKED)
@@ -99,20 +115,17 @@ def put_back(
     ends, that is nobody's page."""
     (B, M), page = table.shape, cache["k"].shape[3]
     count = (steps - 2) // page + 2  # whatever the place of `start` in its page
-    pages = jnp.minimum(start[:, None] // page + jnp.arange(count), M - 1)
+    pages = jnp.minimum(start[:, None] // page + jnp.arange(count)[None], M - 1)
     places = jnp.take_along_axis(table, pages, axis=1)
 
     def put(i, cache):
         b, n = i // count, i % count
         for layer, own in enumerate(rows):
             for name, x in own.items():
-                found = jax.lax.dynamic_slice(
-                    x, (b, 0, pages[b, n], 0, 0), (1, x.shape[1], 1, *x.shape[3:])
-                )
-                at = (layer, places[b, n], 0, 0, 0)
-                cache = cache | {
-                    name: jax.lax.dynamic_update_slice(cache[name], found.swapaxes(1, 2), at)
-                }
+                here, at = (b, 0, pages[b, n], 0, 0), (layer, places[b, n], 0, 0, 0)
+                found = jax.lax.dynamic_slice(x, here, (1, x.shape[1], 1, *x.shape[3:]))
+                found = found.swapaxes(1, 2)
+                cache = cache | {name: jax.lax.dynamic_update_slice(cache[name], found, at)}
         return cache
 
     return jax.lax.fori_loop(0, B * count, put, cache)
