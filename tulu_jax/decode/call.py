@@ -47,14 +47,16 @@ def words_of(key, places: list[tuple[int, int]]) -> dict[tuple[int, int], np.nda
 
 
 def _known(segments: list[dict[tuple[int, ...], int]]) -> programs.Known | None:
-    """The known pages of the segments of each part, in few sizes; None if there are none."""
+    """The known pages of the segments of each part, 4, 16, 64 or so; None if there are none."""
     listed = [
         [(page, number) for pages, number in own.items() for page in pages] for own in segments
     ]
     most = max(map(len, listed))
     if not most:
         return None
-    size = 1 << (most - 1).bit_length()
+    size = 4
+    while size < most:
+        size *= 4
     places = np.full((len(listed), size), paged_attention.NOBODYS, np.int32)
     numbers = np.zeros((len(listed), size), np.int32)
     for part, pairs in enumerate(listed):
@@ -125,6 +127,7 @@ class Call:
             fills, copies = schedule.admit(decoder.row_length)
             self._fill(fills)
             self._copy(copies)
+        decoder.usage.shared = schedule.shared
         assert schedule.rows, "no row fits in the cache, which `_check` rules out"
         schedule.grow(decoder.steps)
         before = {id(row): len(row.ids) for row in schedule.rows}
@@ -160,7 +163,6 @@ class Call:
             first = fill.start // page
             places[fill.part, first : first + len(fill.pages)] = fill.pages
             decoder.usage.prompts += len(ids)
-            decoder.usage.shared += begin
         decoder.usage.packed += rows["tokens"].size
         taken = np.broadcast_to(np.arange(length // page, dtype=np.int32), places.shape)
         self.cache = programs.fill(

@@ -149,6 +149,7 @@ class Schedule:
         self.waiting: collections.deque[tuple[int, int]] = collections.deque()
         self.prefixes: dict[int, Prefix] = {}
         self.rows: list[Row] = []  # in the order in which they began
+        self.shared = 0  # positions of prompts that were there already
         self.to_fill: list[set[int]] = []  # pages of each part that this call of `admit` gives
         for number, (ids, new, count) in enumerate(zip(prompts, most, samples, strict=True)):
             self.add(number, ids, most=new, samples=count)
@@ -212,6 +213,7 @@ class Schedule:
         if ends[part] and count and ends[part] + count * self.page > length:
             return False
         self.pages.share(part, known)
+        self.shared += len(known) * self.page
         new = self.pages.take(part, count)
         self.pages.learn(part, cut, [*known, *new])
         self.to_fill[part].update(new)
