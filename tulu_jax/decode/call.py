@@ -206,6 +206,7 @@ class Call:
             steps=decoder.steps,
             attend=decoder.attend,
             key_impl=self.key_impl,
+            alone=len(placed) == 1 and schedule.parts == 1,
         )
         steps, tokens, logps = int(steps), np.asarray(out["tokens"]), np.asarray(out["logps"])
         usage = decoder.usage

@@ -81,13 +81,15 @@ def copy(cache, taken, places):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "execution", "steps", "attend", "key_impl"),
+    static_argnames=("config", "execution", "steps", "attend", "key_impl", "alone"),
     donate_argnames="cache",
 )
-def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, key_impl):
+def run_steps(
+    params, cache, rows, refill, *, config, execution, steps, attend, key_impl, alone=False
+):
     """`tokens` and `logps` [steps, B], how many steps there were, and the cache.
 
-    A row that has no tokens `left` is idle. With `refill`, the first end of a row is the last step.
+    A row that has no tokens `left` is idle; `alone`: so are all but the first. With `refill`, the first end of a row is the last step.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
@@ -134,6 +136,8 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
         i, ended, rows, *_ = state
         return (i < steps) & (rows["left"] > 0).any() & ~(refill & ended)
 
+    if by_row and alone:
+        table, start = table[:1], start[:1]
     cached = row_attention.of_rows(cache, table) if by_row else cache
     state = (jnp.int32(0), jnp.bool_(False), rows, out, cached)
     i, _, _, out, cached = jax.lax.while_loop(goes_on, step, state)
