@@ -89,7 +89,8 @@ def run_steps(
 ):
     """`tokens` and `logps` [steps, B], how many steps there were, and the cache.
 
-    A row that has no tokens `left` is idle; `alone`: so are all but the first. With `refill`, the first end of a row is the last step.
+    A row that has no tokens `left` is idle; `alone`: so are all but the first. With `refill`, the
+    first end of a row is the last step.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
