@@ -224,9 +224,11 @@ class Call:
         usage.live += schedule.live()
 
     def _widest(self, placed) -> int:
-        """Pages of a table, no less than any row has: 8, 12, 16, 24 and so on, so that few programs
-        are compiled."""
+        """Pages of a table. Where all are read it is 8, 12, 16, 24 and so on, no less than any row
+        has, so that few programs are compiled."""
         most, size = -(-self.decoder.max_length // self.decoder.page), 8
+        if not programs.goes_by_row(self.decoder.config, self.params, self.decoder.attend):
+            return most
         widest = max(len(row.pages) for _, row in placed)
         while size < widest:
             size += size // 2 if size & (size - 1) == 0 else size // 3

@@ -74,6 +74,12 @@ def fill(params, cache, rows, taken, places, known, *, config, execution, page):
     return paged_attention.filled(cache, found, taken, places)
 
 
+def goes_by_row(config, params, attend) -> bool:
+    """Whether steps read the pages of each row side by side: all those of its table."""
+    suits = row_attention.suits(config, params["model"]["layers"])
+    return suits and attend is paged_attention.attend
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
 def copy(cache, taken, places):
     return paged_attention.copied(cache, taken, places)
@@ -100,8 +106,7 @@ def run_steps(
     settings = {name: rows.pop(name) for name in names}
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
-    by_row = attend is paged_attention.attend
-    by_row = by_row and row_attention.suits(config, params["model"]["layers"])
+    by_row = goes_by_row(config, params, attend)
     blocks = llama.apart(config, execution, params) if by_row else None
     start = rows["position"]
 
