@@ -7,6 +7,7 @@ ids. Batch 32 has prompts of 600 to 900 ids and answers of 50 to 400, as GSM8K w
 has them. The answers' lengths stand in for where a trained model would end: ours sees the length of
 one when it is reached, and takes requests as they come. `generate` of transformers gets the batch
 padded on the left and goes on to the longest answer, as it does with a model that ends its answers.
+Its cache is static and not compiled, which took less of a step than the dynamic one (`--cache`).
 The ratio is one machine's on one day.
 """
 
@@ -36,13 +37,13 @@ TARGETS = {"batch 1": 1.2, "batch 32": 2.0}
 USEFUL = 0.9
 
 
-def requests(name: str) -> tuple[list[list[int]], list[int]]:
+def requests(name: str, longest: int) -> tuple[list[list[int]], list[int]]:
     """Prompts, and how many tokens their answers have."""
     rng = np.random.default_rng(0)
     count = 32 if name == "batch 32" else 1
     lengths = rng.integers(600, 901, count)
     prompts = [rng.integers(3, MODEL.vocab_size, n).tolist() for n in lengths]
-    return prompts, rng.integers(50, 401, count).tolist()
+    return prompts, rng.integers(50, longest + 1, count).tolist()
 
 
 def our_side(params, prompts, answers):
@@ -57,7 +58,7 @@ def our_side(params, prompts, answers):
     return run, ours
 
 
-def torch_side(folder: str, prompts, answers, threads: int):
+def torch_side(folder: str, prompts, answers, threads: int, cache: str):
     """The same with transformers and torch."""
     import torch
     import transformers
@@ -72,7 +73,7 @@ def torch_side(folder: str, prompts, answers, threads: int):
     def run():
         found = model.generate(
             tokens, attention_mask=mask, max_new_tokens=max(answers), do_sample=False,
-            pad_token_id=0,
+            pad_token_id=0, cache_implementation=cache, disable_compile=True,
         )  # fmt: skip
         return [row[longest : longest + n].tolist() for row, n in zip(found, answers, strict=True)]
 
@@ -88,6 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=tuple(TARGETS))
+    parser.add_argument("--longest", type=int, default=400, help="tokens of an answer")
+    parser.add_argument("--cache", choices=("static", "dynamic"), default="static",
+                        help="that of transformers")  # fmt: skip
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     params = jax.jit(lambda: llama.init_params(MODEL, jax.random.key(0)))()
@@ -99,11 +103,11 @@ def main() -> None:
         hf.save(f"{folder}/hf", params, MODEL, dtype="float32", generation_config={},
                 write_tokenizer=None)  # fmt: skip
         for name in [arguments.only] if arguments.only else TARGETS:
-            prompts, answers = requests(name)
+            prompts, answers = requests(name, arguments.longest)
             ours, used = our_side(params, prompts, answers)
             sides = {
                 "ours": ours,
-                "torch": torch_side(f"{folder}/hf", prompts, answers, threads),
+                "torch": torch_side(f"{folder}/hf", prompts, answers, threads, arguments.cache),
             }
             agree = same(*(side() for side in sides.values()))  # and compiles
             seconds = {side: [] for side in sides}

@@ -29,6 +29,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 PROMPTS = [[1, 5, 9], [1], [1, 40, 3, 22, 17, 8, 30, 11], [1, 2, 3, 4, 5]]
 GREEDY = Sampling(max_new_tokens=12)
+BEGINNING = [1, 40, 3, 22, 17, 8, 30, 11, 5, 9, 60, 2]  # three pages of `SMALL`
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, top_k=30)
 KEY = jax.random.key(0)
 SMALL = dict(slots=4, steps=4, page=4, row_length=16, cache_positions=128)
@@ -109,7 +110,9 @@ def test_steps_over_a_cache_equal_whole_forward_passes(ours):
 @st.composite
 def batches(draw):
     """A prompt with its sampling and key, and two batches around it."""
-    prompts = st.lists(st.integers(0, 63), min_size=1, max_size=20)
+    begun = st.sampled_from([[], BEGINNING[:4], BEGINNING[:9], BEGINNING])
+    ends = st.lists(st.integers(0, 63), min_size=1, max_size=10)
+    prompts = st.tuples(begun, ends).map(lambda parts: [*parts[0], *parts[1]])
     samplings = st.builds(
         Sampling,
         max_new_tokens=st.integers(1, 9),
@@ -199,7 +202,8 @@ def test_a_stream_has_every_token_once_and_no_text_that_goes_again(ours):
             ids = [token for piece in own for token in piece.ids]
             assert ids[: len(result.ids)] == result.ids
             assert [piece.ended for piece in own] == [None] * (len(own) - 1) + [result.ended]
-    assert tight.usage.prompts > sum(len(prompt) - 1 for prompt in PROMPTS)  # some began anew
+    usage = tight.usage
+    assert usage.prompts + usage.shared > sum(len(p) - 1 for p in PROMPTS)  # some began anew
 
 
 def test_samples_are_drawn_from_one_prompt_and_their_own_keys(ours):
@@ -213,15 +217,29 @@ def test_samples_are_drawn_from_one_prompt_and_their_own_keys(ours):
     assert [r.ids for r in ours(PROMPTS, cold)] == [r.ids for r in ours(PROMPTS)]
 
 
+def test_prompts_that_begin_alike_are_computed_once(ours):
+    """As far as pages are full, also when the one that was computed has ended; the bits are those
+    of prompts that are computed whole."""
+    prompts = [[*BEGINNING, *prompt] for prompt in [*PROMPTS, [1, 5, 9, 33]] * 2]
+    found, usage = ours(prompts), ours.decoder.usage
+    each = [ours([prompt])[0] for prompt in prompts]
+    assert [(r.ids, r.logps) for r in found] == [(r.ids, r.logps) for r in each]
+    assert usage.prompts + usage.shared == sum(len(prompt) - 1 for prompt in prompts)
+    assert usage.shared >= 12 * (len(prompts) - 1)
+
+
 def test_few_programs_are_compiled_and_slots_are_used(ours):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, 24)]
     samplings = [Sampling(max_new_tokens=int(n)) for n in rng.integers(2, 40, 24)]
-    ours(prompts, samplings)
+    before = programs.run_steps._cache_size(), programs.fill._cache_size()
+    for first in (0, 5, 10):
+        ours(prompts[first:], samplings[: 24 - first])
     compiled = programs.run_steps._cache_size(), programs.fill._cache_size()
-    ours(prompts[:5], samplings[5:10])
-    assert compiled == (programs.run_steps._cache_size(), programs.fill._cache_size())
+    assert compiled[0] - before[0] <= 9  # 4 rows, 2 or one; tables of 8, 12 or 16 pages
+    assert compiled[1] - before[1] <= 9  # packed rows of 1, 2 or 4 pages behind 0, 4 or 16
     ours(prompts, samplings)
+    assert compiled == (programs.run_steps._cache_size(), programs.fill._cache_size())
     usage = ours.decoder.usage
     assert usage.useful == sum(sampling.max_new_tokens for sampling in samplings)
     assert (

@@ -10,6 +10,7 @@ from tulu_jax.models import paged_attention
 
 FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
 NO_ID = -1
+FIELDS = ("tokens", "segment_ids", "positions", "branches")
 
 
 def of_all(decoder, params, prompts, each, key) -> "Call":
@@ -45,6 +46,25 @@ def words_of(key, places: list[tuple[int, int]]) -> dict[tuple[int, int], np.nda
     return dict(zip(places, words, strict=False))
 
 
+def _known(segments: list[dict[tuple[int, ...], int]]) -> programs.Known | None:
+    """The known pages of the segments of each part, 4, 16, 64 or so; None if there are none."""
+    listed = [
+        [(page, number) for pages, number in own.items() for page in pages] for own in segments
+    ]
+    most = max(map(len, listed))
+    if not most:
+        return None
+    size = 4
+    while size < most:
+        size *= 4
+    places = np.full((len(listed), size), paged_attention.NOBODYS, np.int32)
+    numbers = np.zeros((len(listed), size), np.int32)
+    for part, pairs in enumerate(listed):
+        if pairs:
+            places[part, : len(pairs)], numbers[part, : len(pairs)] = zip(*pairs, strict=True)
+    return programs.Known(places=places, segment_ids=numbers)
+
+
 class Call:
     """Requests that share slots and a cache: the schedule, the programs, and what came out.
 
@@ -59,7 +79,6 @@ class Call:
             [], most=[], samples=[], parts=parts, slots=max(1, decoder.slots // parts),
             pages=pages, page=decoder.page,
         )  # fmt: skip
-        self.table_pages = -(-decoder.max_length // decoder.page)
         self.stops, self.key_impl = stops, key_impl
         self.cache = programs.empty_cache(
             config=decoder.config, pages=pages * parts, page=decoder.page,
@@ -108,6 +127,7 @@ class Call:
             fills, copies = schedule.admit(decoder.row_length)
             self._fill(fills)
             self._copy(copies)
+        decoder.usage.shared = schedule.shared
         assert schedule.rows, "no row fits in the cache, which `_check` rules out"
         schedule.grow(decoder.steps)
         before = {id(row): len(row.ids) for row in schedule.rows}
@@ -123,28 +143,35 @@ class Call:
         return found
 
     def _fill(self, fills: list[pages_lib.Fill]) -> None:
-        """Computes prompts into their pages."""
+        """Computes prompts into their pages. Those behind the same known pages are branches of one
+        segment, which begins with these."""
         if not fills:
             return
         decoder, parts, page = self.decoder, self.schedule.parts, self.decoder.page
         length = decoder.bucket(max(fill.start + len(fill.pages) * page for fill in fills))
-        tokens, segment_ids, positions = np.zeros((3, parts, length), np.int32)
+        rows = {name: np.zeros((parts, length), np.int32) for name in FIELDS}
         places = np.full((parts, length // page), paged_attention.NOBODYS, np.int32)
-        for number, fill in enumerate(fills, 1):
-            ids = self.schedule.prompts[fill.prompt][:-1]
+        segments: list[dict[tuple[int, ...], int]] = [{} for _ in range(parts)]
+        for branch, fill in enumerate(fills, 1):
+            begin = len(fill.known) * page
+            ids = self.schedule.prompts[fill.prompt][begin:-1]
             here = (fill.part, slice(fill.start, fill.start + len(ids)))
-            tokens[here], segment_ids[here], positions[here] = ids, number, range(len(ids))
+            own = segments[fill.part]
+            rows["tokens"][here], rows["branches"][here] = ids, branch
+            rows["segment_ids"][here] = own.setdefault(tuple(fill.known), len(own) + 1)
+            rows["positions"][here] = range(begin, begin + len(ids))
             first = fill.start // page
             places[fill.part, first : first + len(fill.pages)] = fill.pages
             decoder.usage.prompts += len(ids)
-        decoder.usage.packed += tokens.size
+        decoder.usage.packed += rows["tokens"].size
         taken = np.broadcast_to(np.arange(length // page, dtype=np.int32), places.shape)
         self.cache = programs.fill(
             self.params,
             self.cache,
-            dict(tokens=tokens, segment_ids=segment_ids, positions=positions),
+            rows,
             taken.reshape(-1),
             places.reshape(-1),
+            _known(segments),
             config=decoder.config,
             execution=decoder.execution,
             page=page,
@@ -172,13 +199,14 @@ class Call:
         out, steps, self.cache = programs.run_steps(
             self.params,
             self.cache,
-            self._arrays(placed, size * schedule.parts),
+            self._arrays(placed, size * schedule.parts, self._widest(placed)),
             bool(schedule.waiting),
             config=decoder.config,
             execution=decoder.execution,
             steps=decoder.steps,
             attend=decoder.attend,
             key_impl=self.key_impl,
+            alone=len(placed) == 1 and schedule.parts == 1,
         )
         steps, tokens, logps = int(steps), np.asarray(out["tokens"]), np.asarray(out["logps"])
         usage = decoder.usage
@@ -195,8 +223,19 @@ class Call:
         usage.held += schedule.held()
         usage.live += schedule.live()
 
-    def _arrays(self, placed, size: int) -> dict[str, np.ndarray]:
-        """What a program needs to know of its `size` rows."""
+    def _widest(self, placed) -> int:
+        """Pages of a table. Where all are read it is 8, 12, 16, 24 and so on, no less than any row
+        has, so that few programs are compiled."""
+        most, size = -(-self.decoder.max_length // self.decoder.page), 8
+        if not programs.goes_by_row(self.decoder.config, self.params, self.decoder.attend):
+            return most
+        widest = max(len(row.pages) for _, row in placed)
+        while size < widest:
+            size += size // 2 if size & (size - 1) == 0 else size // 3
+        return min(most, size)
+
+    def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:
+        """What a program needs to know of its `size` rows, of at most `pages` pages each."""
         words = next(iter(self.words.values())) if self.words else np.zeros(2, np.uint32)
         ints = ("token", "position", "left", "count", "min_new_tokens", "top_k")
         rows = {name: np.zeros(size, np.int32) for name in ints}
@@ -204,7 +243,7 @@ class Call:
         rows["temperature"][:] = 0
         rows["keys"] = np.zeros((size, *words.shape), words.dtype)
         rows["stop_ids"] = np.full((size, self.stops), NO_ID, np.int32)
-        rows["table"] = np.full((size, self.table_pages), paged_attention.NOBODYS, np.int32)
+        rows["table"] = np.full((size, pages), paged_attention.NOBODYS, np.int32)
         for place, row in placed:
             sampling = self.each[row.prompt]
             rows["token"][place], rows["position"][place] = row.token, row.position

@@ -5,6 +5,10 @@ computed once for all its samples, into pages that these share; the last of them
 is copied for each sample but the last. Everything is counted by part of the mesh (`data` x `fsdp`):
 rows and their pages lie in one part.
 
+A full page of a prompt is known by its ids and those before it, also when nobody holds it any more,
+until it is taken for others. A prompt that begins with known pages shares them, and only the rest
+of it is computed.
+
 Pages are taken as a row grows. Where none is free, the youngest row of the part gives its own back
 and begins anew later: its tokens depend on itself alone, so they will be the same.
 """
@@ -40,12 +44,13 @@ class Prefix:
 
 @dataclasses.dataclass(kw_only=True)
 class Fill:
-    """A prompt without its last token, that is to be computed at `start` of its part's row, page by
-    page into `pages`."""
+    """A prompt without its last token: what comes behind the pages `known` is to be computed at
+    `start` of its part's row, page by page into `pages`."""
 
     prompt: int
     part: int
     start: int
+    known: list[int]
     pages: list[int]
 
 
@@ -57,26 +62,65 @@ class Copy:
 
 
 class Pages:
-    """The free pages of each part, and how many have each of the others. Page 0 is nobody's."""
+    """The free pages of each part, and how many have each of the others. Page 0 is nobody's.
+
+    Of `free` the last is taken first: what nobody knows, then what has been free for longest, the
+    end of a prompt before its beginning. A page is known by its ids and by the number of the page
+    before it, which is new each time that one is computed.
+    """
 
     def __init__(self, parts: int, pages: int):
-        self.free = [list(range(pages - 1, 0, -1)) for _ in range(parts)]
+        self.free = [collections.deque(range(pages - 1, 0, -1)) for _ in range(parts)]
         self.holders = [collections.Counter() for _ in range(parts)]
+        self.known: list[dict[tuple, int]] = [{} for _ in range(parts)]
+        self.names: list[dict[int, tuple]] = [{} for _ in range(parts)]
+        self.numbers: list[dict[int, int]] = [{} for _ in range(parts)]
+        self.count = 0
 
     def take(self, part: int, count: int) -> list[int]:
         taken = [self.free[part].pop() for _ in range(count)]
+        for page in taken:
+            if page in self.names[part]:
+                del self.known[part][self.names[part].pop(page)], self.numbers[part][page]
         self.holders[part].update(taken)
         return taken
 
     def share(self, part: int, pages: list[int]) -> None:
+        for page in pages:
+            if page not in self.holders[part]:
+                self.free[part].remove(page)
         self.holders[part].update(pages)
 
     def release(self, part: int, pages: list[int]) -> None:
-        for page in pages:
+        for page in reversed(pages):
             self.holders[part][page] -= 1
             if not self.holders[part][page]:
                 del self.holders[part][page]
-                self.free[part].append(page)
+                if page in self.names[part]:
+                    self.free[part].appendleft(page)
+                else:
+                    self.free[part].append(page)
+
+    def find(self, part: int, cut: list[tuple[int, ...]]) -> list[int]:
+        """The known pages of the ids `cut`, a tuple for each page, from the first on."""
+        found, before = [], 0
+        for ids in cut:
+            page = self.known[part].get((before, ids))
+            if page is None:
+                break
+            found.append(page)
+            before = self.numbers[part][page]
+        return found
+
+    def learn(self, part: int, cut: list[tuple[int, ...]], pages: list[int]) -> None:
+        """Knows `pages` by the ids `cut`, as far as others are not known by them."""
+        before = 0
+        for ids, page in zip(cut, pages, strict=False):
+            if page not in self.names[part]:
+                self.count += 1
+                self.names[part][page], self.numbers[part][page] = (before, ids), self.count
+                self.known[part][before, ids] = page
+            before = self.numbers[part][page]
 
 
 class Schedule:
@@ -105,6 +149,8 @@ class Schedule:
         self.waiting: collections.deque[tuple[int, int]] = collections.deque()
         self.prefixes: dict[int, Prefix] = {}
         self.rows: list[Row] = []  # in the order in which they began
+        self.shared = 0  # positions of prompts that were there already
+        self.to_fill: list[set[int]] = []  # pages of each part that this call of `admit` gives
         for number, (ids, new, count) in enumerate(zip(prompts, most, samples, strict=True)):
             self.add(number, ids, most=new, samples=count)
 
@@ -128,10 +174,12 @@ class Schedule:
     def admit(self, length: int) -> tuple[list[Fill], list[Copy]]:
         """Begins rows for as long as there are slots and pages, in order. Gives the prompts to
         compute, of at most `length` positions in a part unless one alone is longer, and then the
-        pages to copy. What it gives nothing to fill for cannot begin now."""
+        pages to copy. A prompt that shares what is to be filled waits for the next call. What it
+        gives nothing to fill for cannot begin now."""
         fills: list[Fill] = []
         copies: list[Copy] = []
         ends = [0] * self.parts
+        self.to_fill = [set() for _ in range(self.parts)]
         while self.waiting:
             prompt, sample = self.waiting[0]
             if prompt not in self.prefixes and not self._prefix(prompt, fills, ends, length):
@@ -153,16 +201,25 @@ class Schedule:
             range(self.parts),
             key=lambda part: (-len(self.of_part(part)), len(self.pages.free[part]), -part),
         )
-        others = len(self.of_part(part))
+        others, full = len(self.of_part(part)), positions // self.page
         ahead = others + 1 if others else 0  # pages that rows will soon want
-        if others >= self.slots or len(self.pages.free[part]) < count + ahead:
+        ids = self.prompts[prompt]
+        cut = [tuple(ids[n * self.page : (n + 1) * self.page]) for n in range(full)]
+        known = self.pages.find(part, cut)
+        count -= len(known)
+        free = len(self.pages.free[part]) - sum(p not in self.pages.holders[part] for p in known)
+        if others >= self.slots or free < count + ahead or not self.to_fill[part].isdisjoint(known):
             return False
         if ends[part] and count and ends[part] + count * self.page > length:
             return False
-        prefix = Prefix(part=part, pages=self.pages.take(part, count), full=positions // self.page)
-        self.prefixes[prompt] = prefix
+        self.pages.share(part, known)
+        self.shared += len(known) * self.page
+        new = self.pages.take(part, count)
+        self.pages.learn(part, cut, [*known, *new])
+        self.to_fill[part].update(new)
+        self.prefixes[prompt] = Prefix(part=part, pages=[*known, *new], full=full)
         if count:
-            fill = Fill(prompt=prompt, part=part, start=ends[part], pages=prefix.pages)
+            fill = Fill(prompt=prompt, part=part, start=ends[part], known=known, pages=new)
             fills.append(fill)
             ends[part] += count * self.page
         return True

@@ -1,13 +1,15 @@
 """The programs of a decoder, as they are compiled: all arrays, no schedule."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tulu_jax.decode import sampling as sampling_lib
 from tulu_jax.decode import score_rows
-from tulu_jax.models import llama, lora, paged_attention
+from tulu_jax.models import llama, lora, paged_attention, row_attention
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
@@ -45,14 +47,37 @@ def key_words(key, prompts, samples):
     return sharding.replicate(jax.random.key_data(one(keys, samples)))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Known:
+    """Computed pages of each part, `places` [parts, C], and the segments of the packed rows that
+    begin with them, `segment_ids` [parts, C]: of a segment in order, 0 for no page."""
+
+    places: Any
+    segment_ids: Any
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "execution", "page"), donate_argnames="cache"
 )
-def fill(params, cache, rows, taken, places, *, config, execution, page):
+def fill(params, cache, rows, taken, places, known, *, config, execution, page):
+    """The cache with the prompts of packed `rows`; with `known` None none of them has begun."""
     execution = paged_attention.for_prompts(execution)
     block = page if execution.attention == "blockwise" else None
-    found = llama.keys_and_values(config, execution, params, block=block, **rows)
+    before = None
+    if known is not None:
+        before = llama.Before(
+            segment_ids=jnp.repeat(known.segment_ids, page, axis=1),
+            cache=paged_attention.taken(cache, known.places),
+        )
+    found = llama.keys_and_values(config, execution, params, block=block, before=before, **rows)
     return paged_attention.filled(cache, found, taken, places)
+
+
+def goes_by_row(config, params, attend) -> bool:
+    """Whether steps read the pages of each row side by side: all those of its table."""
+    suits = row_attention.suits(config, params["model"]["layers"])
+    return suits and attend is paged_attention.attend
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -62,13 +87,16 @@ def copy(cache, taken, places):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "execution", "steps", "attend", "key_impl"),
+    static_argnames=("config", "execution", "steps", "attend", "key_impl", "alone"),
     donate_argnames="cache",
 )
-def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, key_impl):
+def run_steps(
+    params, cache, rows, refill, *, config, execution, steps, attend, key_impl, alone=False
+):
     """`tokens` and `logps` [steps, B], how many steps there were, and the cache.
 
-    A row that has no tokens `left` is idle. With `refill`, the first end of a row is the last step.
+    A row that has no tokens `left` is idle; `alone`: so are all but the first. With `refill`, the
+    first end of a row is the last step.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
@@ -78,16 +106,22 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
     settings = {name: rows.pop(name) for name in names}
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
+    by_row = goes_by_row(config, params, attend)
+    blocks = llama.apart(config, execution, params) if by_row else None
+    start = rows["position"]
 
     def step(state):
-        i, ended, rows, out, cache = state
+        i, ended, rows, out, cached = state
         active = rows["left"] > 0
-        see = functools.partial(
-            attend, table=table, positions=rows["position"], active=active.astype(jnp.int32)
-        )
-        hidden, cache = llama.step(
-            config, execution, params, cache, see,
-            tokens=rows["token"], positions=rows["position"],
+        if by_row:
+            see = functools.partial(row_attention.attend, positions=rows["position"])
+        else:
+            see = functools.partial(
+                attend, table=table, positions=rows["position"], active=active.astype(jnp.int32)
+            )
+        hidden, cached = llama.step(
+            config, execution, params, cached, see,
+            tokens=rows["token"], positions=rows["position"], blocks=blocks,
         )  # fmt: skip
         logits = llama.project_one(hidden, params)
         tokens, logps = sampling_lib.choose(
@@ -102,15 +136,20 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
             "count": rows["count"] + active,
         }
         out = {"tokens": out["tokens"].at[i].set(tokens), "logps": out["logps"].at[i].set(logps)}
-        return i + 1, ended | (active & (left == 0)).any(), rows, out, cache
+        return i + 1, ended | (active & (left == 0)).any(), rows, out, cached
 
     def goes_on(state):
         i, ended, rows, *_ = state
         return (i < steps) & (rows["left"] > 0).any() & ~(refill & ended)
 
-    state = (jnp.int32(0), jnp.bool_(False), rows, out, cache)
-    i, _, _, out, cache = jax.lax.while_loop(goes_on, step, state)
-    return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cache
+    if by_row and alone:
+        table, start = table[:1], start[:1]
+    cached = row_attention.of_rows(cache, table) if by_row else cache
+    state = (jnp.int32(0), jnp.bool_(False), rows, out, cached)
+    i, _, _, out, cached = jax.lax.while_loop(goes_on, step, state)
+    if by_row:
+        cached = row_attention.put_back(cache, cached, table, start, steps=steps)
+    return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cached
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"))

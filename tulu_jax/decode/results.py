@@ -48,12 +48,14 @@ class Score:
 @dataclasses.dataclass(kw_only=True)
 class Usage:
     """What the last call of `generate` computed: positions of decoding and how many of them came
-    out, positions of packed rows and of prompts in them, and, added up over programs, positions of
-    the pages that were held and of those how many were used."""
+    out, positions of packed rows and of prompts in them, positions of prompts that had been
+    computed before, for others, and, added up over programs, positions of the pages that were held
+    and of those how many were used."""
 
     decoded: int = 0
     useful: int = 0
     packed: int = 0
     prompts: int = 0
+    shared: int = 0
     held: int = 0
     live: int = 0

@@ -185,12 +185,15 @@ class SelfAttention(nnx.Module):
         return self.o_proj(_parted(out, len(parts)), noise), kept
 
 
-def attend_in_rows(q, k, v, *, visibility, keep: bool):
-    """What queries see of their own rows, and with `keep` those keys and values, else None."""
+def attend_in_rows(q, k, v, *, visibility, keep: bool, before):
+    """What queries see of their own rows, and with `keep` those keys and values, else None.
+    `before` has keys and values in front of them, or is None."""
     kept = {"k": k, "v": v} if keep else None
     # Over `context` the queries stay sharded and keys and values are gathered.
     k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
     k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
+    if before is not None:
+        k, v = (jnp.concatenate(x, axis=1) for x in ((before["k"], k), (before["v"], v)))
     return attention_lib.attend(q, k, v, visibility), kept
 
 

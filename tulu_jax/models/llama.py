@@ -28,7 +28,8 @@ from tulu_jax.parallel import sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, Any], tuple[jax.Array, Cache]]
+Cached = Cache | tuple[Cache, ...]  # of all layers, or of each
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cached, Any], tuple[jax.Array, Cached]]
 
 NOISE = "noise"  # the field of a batch that `lora.noise` makes
 PARTS = ("model", LM_HEAD, SCORE)  # of the parameters, at the top
@@ -49,7 +50,8 @@ class Inputs:
     """What a device's trunk runs on: rows of queries, [B, T] each, and of the keys they may see,
     [B, S]; `query_offset` is the place of the first query among the keys. Branches None: no segment
     branches; `noise` [B, T, 3] (`lora.by_position`) None: no dropout. `keep`: keys and values are
-    asked for, [L, B, T, K, H]. `block` is that of attention, None as the execution has it."""
+    asked for, [L, B, T, K, H]. `block` is that of attention, None as the execution has it.
+    `before`: keys and values [L, B, P, K, H] in front of the rows' own, None: nothing is."""
 
     tokens: Any
     segment_ids: Any
@@ -61,6 +63,7 @@ class Inputs:
     noise: Any = None
     keep: bool = False
     block: int | None = None
+    before: Cache | None = None
 
 
 class Trunk(nnx.Module):
@@ -84,8 +87,9 @@ class Trunk(nnx.Module):
         x, kept = self.through(x, inputs)
         return self.norm(x), kept
 
-    def step(self, tokens, positions, cache: Cache, attend: Attend):
-        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache.
+    def step(self, tokens, positions, cache: Cached, attend: Attend, blocks):
+        """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache. With `blocks` of
+        `apart` layers are compiled one by one, with None in a loop.
 
         Every device multiplies its part of each weight, where that lies: the residual is divided
         as weights are over `context`, and what attention has seen is whole there.
@@ -105,8 +109,11 @@ class Trunk(nnx.Module):
             x, cache = block(x, angles=angles, attend=see, row_parts=1)
             return (sharding.constrain(x, "batch", None, "residual"), cache), None
 
-        numbered = (self.layers, jnp.arange(self.config.num_layers))
-        (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
+        for number, block in enumerate(blocks or ()):
+            (x, cache), _ = body((x, cache), (block, number))
+        if blocks is None:
+            numbered = (self.layers, jnp.arange(self.config.num_layers))
+            (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
         return self.norm(x), cache
 
     def through(self, x, inputs: Inputs):
@@ -114,16 +121,17 @@ class Trunk(nnx.Module):
         seen = self.seen(inputs, x.dtype)
 
         def body(x, layer):
-            block, number = layer
+            block, number, before = layer
             noise = None if number is None else layers.Noise(number, [inputs.noise])
-            return block(x, noise=noise, **seen)
+            attend = functools.partial(seen["attend"], before=before)
+            return block(x, noise=noise, **seen | {"attend": attend})
 
         if self.execution.remat and not inputs.keep:
             policy = layers.remat_policy(self.execution.remat_policy)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         drops = inputs.noise is not None
         numbers = jnp.arange(self.config.num_layers) if drops else None
-        return jax.lax.scan(body, x, (self.layers, numbers))
+        return jax.lax.scan(body, x, (self.layers, numbers, inputs.before))
 
     def angles(self, positions):
         return layers.rotary_angles(
@@ -395,6 +403,16 @@ def project_one(hidden: Float[Array, "B D"], params: Params) -> Float[Array, "B 
     return jnp.einsum("VD,BD->VB", unembedding(params).astype(hidden.dtype), hidden, **dtypes).T
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Before:
+    """What segments of packed rows begin with: `segment_ids` [B, P], 0 for nobody's, and their keys
+    and values `cache` [L, B, P, K, H]; branch 0, which every branch of a segment sees."""
+
+    segment_ids: Any
+    cache: Any
+
+
 def keys_and_values(
     config: LlamaConfig,
     execution: ExecutionConfig,
@@ -403,37 +421,66 @@ def keys_and_values(
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    branches: Int[Array, "B T"] | None = None,
     block: int | None,
+    before: Before | None = None,
 ) -> Cache:
     """`k` and `v` [L, B, T, K, H] of packed rows, in the compute dtype, for a decoder's cache;
-    `block` is that of attention, None for the tuned one."""
+    `block` is that of attention, None for the tuned one. `before` has what is computed already, for
+    rows with `branches`."""
 
-    def local(params, *rows):
-        inputs = dataclasses.replace(inputs_of(*rows, None), keep=True, block=block)
+    def local(params, before, *rows):
+        inputs = dataclasses.replace(inputs_of(*rows), keep=True, block=block)
+        if before is not None:
+            inputs = _behind(inputs, before)
         return trunk(config, execution, params)(inputs)[1]
 
-    rows = sharding.spec("batch", "length")
+    rows, whole = sharding.spec("batch", "length"), sharding.spec("batch", None)
     kept = sharding.spec("layers", "batch", "length", "kv_heads", "head_dim")
-    run = sharding.per_device(local, (sharding.param_specs(params), rows, rows, rows), kept)
-    return run(params, tokens, segment_ids, positions)
+    cached = sharding.spec("layers", "batch", None, "kv_heads", "head_dim")
+    begun = before and Before(segment_ids=whole, cache={"k": cached, "v": cached})
+    branched = None if branches is None else rows
+    specs = (sharding.param_specs(params), begun, rows, rows, rows, branched)
+    run = sharding.per_device(local, specs, kept)
+    return run(params, before, tokens, segment_ids, positions, branches)
+
+
+def _behind(inputs: Inputs, before: Before) -> Inputs:
+    """The same rows behind what some of their segments begin with."""
+    joined = functools.partial(jnp.concatenate, axis=1)
+    return dataclasses.replace(
+        inputs,
+        kv_segment_ids=joined([before.segment_ids, inputs.kv_segment_ids]),
+        kv_branches=joined([jnp.zeros_like(before.segment_ids), inputs.kv_branches]),
+        query_offset=before.segment_ids.shape[1] + inputs.query_offset,
+        before=before.cache,
+    )
+
+
+def apart(config: LlamaConfig, execution: ExecutionConfig, params: Params) -> list:
+    """Each layer's module with parameters of its own, for `step`."""
+    stacked = trunk(config, execution, params).layers
+    return [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(config.num_layers)]
 
 
 def step(
     config: LlamaConfig,
     execution: ExecutionConfig,
     params: Params,
-    cache: Cache,
+    cache: Cached,
     attend: Attend,
     *,
     tokens: Int[Array, "B"],
     positions: Int[Array, "B"],
-) -> tuple[Float[Array, "B D"], Cache]:
+    blocks: list | None = None,
+) -> tuple[Float[Array, "B D"], Cached]:
     """Normalised hidden states of one token a row, and the cache with its keys and values.
 
     `attend(q, k, v, cache, layer)` of queries [B, 1, N, H] and of their own keys and values
     [B, 1, K, H] in layer number `layer` gives what they see [B, 1, N, H], and the new cache:
-    `paged_attention.attend`, or a kernel in its place. XLA divides it over the ambient mesh.
+    `paged_attention.attend`, `row_attention.attend` or a kernel in its place; `blocks` are
+    those of `apart`, made before many steps, or None. XLA divides it over the ambient mesh.
     """
     model = trunk(config, execution, params)
-    hidden, cache = model.step(tokens[:, None], positions[:, None], cache, attend)
+    hidden, cache = model.step(tokens[:, None], positions[:, None], cache, attend, blocks)
     return hidden[:, 0], cache

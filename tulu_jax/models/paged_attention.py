@@ -169,6 +169,22 @@ def filled(cache: Cache, rows: Cache, taken: Int[Array, "T"], places: Int[Array,
     return sharding.per_device(local, specs, cached)(cache, rows, taken, places)
 
 
+def taken(cache: Cache, places: Int[Array, "B C"]) -> Cache:
+    """Keys and values [L, B, C · page, K, H] of the pages `places` of each part, B of them."""
+    cached, kept = sharding.spec(*AXES), sharding.spec("layers", "rows", None, "kv_heads", None)
+
+    def local(cache, places):
+        def take(cache):
+            L, _, K, _, H = cache.shape
+            found = cache[:, places].swapaxes(3, 4)  # [L, B, C, page, K, H]
+            return found.reshape(L, places.shape[0], -1, K, H)
+
+        return {name: take(x) for name, x in cache.items()}
+
+    specs = ({"k": cached, "v": cached}, sharding.spec("rows", None))
+    return sharding.per_device(local, specs, {"k": kept, "v": kept})(cache, places)
+
+
 def copied(cache: Cache, taken: Int[Array, "T"], places: Int[Array, "T"]) -> Cache:
     """The cache with a copy of page `taken[i]` at page `places[i]`, counted as `filled` does."""
     listed, cached = sharding.spec("rows"), sharding.spec(*AXES)

@@ -369,8 +369,8 @@ def _fill_program(config, weights, cache, shape: tuple[int, int], page: int):
     packed = {name: np.zeros(shape, np.int32) for name in names}
     taken, places = np.zeros((2, math.prod(shape) // page), np.int32)
     return programs.fill.trace(
-        weights, cache, packed, taken, places, config=config.model, execution=config.execution,
-        page=page,
+        weights, cache, packed, taken, places, None, config=config.model,
+        execution=config.execution, page=page,
     )  # fmt: skip
 
 
