@@ -63,6 +63,7 @@ class Projection(nnx.Module):
         else:
             kernel = weights["kernel"].astype(parts[0].dtype)
             kernel = sharding.whole(kernel, f"{self.path}/kernel", but=DIVIDED)
+            kernel = checkpoint_name(kernel, "kernel")
             outs = [products.multiply(part, kernel) for part in parts]
         if lora.A not in weights:
             return outs

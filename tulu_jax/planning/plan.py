@@ -21,6 +21,7 @@ from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.05  # of HBM that a plan leaves
 LONG = 512  # positions of a device between blocks that are worth two parts
+KERNEL = "kernel"  # the name of a weight that was gathered
 POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
@@ -204,6 +205,7 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
                     optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
                 )
                 for dtype, policy in itertools.product(("float32", "bfloat16"), POLICIES)
+                if KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1
             ]
             if not list(preflight.mesh_problems(found[0], topology.num_devices)):
                 yield found
@@ -237,7 +239,7 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     activations *= (11 if full else 10) * seconds["tensor"]
     width = 2 * model.num_kv_heads * model.head_dim / sizes["tensor"]
     keys = 2 * tokens * width * model.num_layers * 3 * seconds["context"]
-    moving = fetched * 3 * pieces + activations + keys
+    moving = fetched * (2 if KERNEL in kept_names else 3) * pieces + activations + keys
     rows_and_heads = (
         max(1, config.batch_size // (sizes["data"] * sizes["fsdp"])),
         model.num_heads // sizes["tensor"],
@@ -286,6 +288,10 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
         width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
         layer += 4 * tokens * model.num_kv_heads * model.head_dim / sizes["tensor"]
+        if KERNEL in kept:  # as it was gathered
+            layer += (
+                2 * sum(math.prod(shape) for shape in model.projections.values()) / sizes["tensor"]
+            )
     return layer * model.num_layers
 
 

@@ -55,8 +55,8 @@ def curves(
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, name in zip(axes.flat, panels, strict=False):
-        for run, seeds in runs.items():
-            band(axis, run, seeds, name)
+        for number, (run, seeds) in enumerate(runs.items()):
+            band(axis, run, seeds, name, color=f"C{number % 10}")
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
@@ -64,9 +64,16 @@ def curves(
     return _png(pyplot, figure)
 
 
-def band(axis, label: str, seeds: Sequence[Sequence[Mapping[str, float | None]]], name: str):
+def band(
+    axis,
+    label: str,
+    seeds: Sequence[Sequence[Mapping[str, float | None]]],
+    name: str,
+    *,
+    color: str,
+) -> None:
     """One metric of one run: the mean of the seeds at each update that all have, their range
-    around it."""
+    around it. A run has the same colour in every panel, also where another has no such metric."""
     found = [
         {line["step"]: line[name] for line in lines if line.get(name) is not None}
         for lines in seeds
@@ -77,10 +84,10 @@ def band(axis, label: str, seeds: Sequence[Sequence[Mapping[str, float | None]]]
     steps = sorted(set.intersection(*(set(one) for one in found)))
     values = [[one[step] for one in found] for step in steps]
     means = [sum(at) / len(at) for at in values]
-    (drawn,) = axis.plot(steps, means, label=label, linewidth=1.3)
+    axis.plot(steps, means, label=label, linewidth=1.3, color=color)
     if len(found) > 1:
         low, high = [min(at) for at in values], [max(at) for at in values]
-        axis.fill_between(steps, low, high, alpha=0.2, color=drawn.get_color(), linewidth=0)
+        axis.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
 
 
 def _pyplot():
