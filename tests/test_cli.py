@@ -320,7 +320,7 @@ def test_preflight_lists_what_is_wrong_with_the_whole(tmp_path):
         "kv_heads of size 3",
         "mesh axes tensor = 4",
         "has 512 ids; the model's vocabulary has 300",
-        "base = 'nowhere/at/all' does not exist",
+        "base = 'nowhere/at/all': it does not exist",
     ):
         assert part in found
 

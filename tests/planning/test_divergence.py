@@ -177,7 +177,7 @@ def test_the_command_names_the_first_place(compared):
         ("--a=tensor=4", "kv_heads of size 2"),
         ("--a=fsdp=3", "embed of size 32"),
         ("--b=compute_dtype=float17", "compute_dtype = 'float17'"),
-        ("--b=base=none/such", "base = 'none/such' does not exist"),
+        ("--b=base=none/such", "base = 'none/such': it does not exist"),
         ("--b=num_layers=4", "expected name=value"),
     ],
 )

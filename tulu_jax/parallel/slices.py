@@ -74,9 +74,14 @@ SLICES = {
     "v4_512": Slice("v4:4x8x8", ALL, _256),
     "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER),
     "v5p_64": Slice(
-        "v5p:2x4x4", SMALL, {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+        "v5p:2x4x4",
+        ALL,
+        {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
+        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)},
     ),
-    "v5p_128": Slice("v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2)}),
+    "v5p_128": Slice(
+        "v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 16, 4)}
+    ),
     "v5p_512": Slice("v5p:4x8x8", ALL, _256),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
