@@ -186,7 +186,7 @@ class SelfAttention(nnx.Module):
         return self.o_proj(_parted(out, len(parts)), noise), kept
 
 
-def attend_in_rows(q, k, v, *, visibility, keep: bool, before):
+def attend_in_rows(q, k, v, *, visibility, keep: bool, before=None):
     """What queries see of their own rows, and with `keep` those keys and values, else None.
     `before` has keys and values in front of them, or is None."""
     kept = {"k": k, "v": v} if keep else None
