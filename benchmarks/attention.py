@@ -35,14 +35,18 @@ from tulu_jax.kernels import flash_attention as flash
 from tulu_jax.kernels import flash_attention_tuning as tuning
 from tulu_jax.planning import hlo
 from tulu_jax.planning.cycles import attention_cycles as counting
-from tulu_jax.planning.cycles import schedule
+from tulu_jax.planning.cycles import double_buffer, schedule
 
 LENGTH, HEAD_DIM = 8192, 128
 SHAPES = {"32 heads": (32, 32), "64/8 heads": (64, 8)}
 TARGETS = {"v4": 0.54, "v5e": 0.84, "v5p": 0.61, "v6e": 0.58}
 PACKED_TARGETS = {"v4": 0.35, "v5e": 0.50, "v5p": 0.35, "v6e": 0.35}
 WASTE_TARGET, PREFERENCE_TARGET = 1.9, 0.6
+MASKS = {"v4": "int32"}  # of tokamax's dynamic kernel, whose int8 masks v4's compiler refuses
 LAYERS = {"32 heads": 32, "64/8 heads": 80}  # of the models with so many heads
+# Of HBM's bandwidth what kernels get, and seconds until a transfer lands: usual, and bad.
+MEMORY = ((0.85, 0.5e-6), (0.70, 1e-6))
+WAITING_ROWS = 16  # rows whose lists are played through the double buffer
 QUARTILES = (230, 1464)  # lengths of conversations in the TÜLU V2 mixture
 SCOPED_VMEM = "--xla_tpu_scoped_vmem_limit_kib=65536"  # what public kernels need for large blocks
 
@@ -152,8 +156,9 @@ def _public(kernel, segment_ids, N, K, segments):
     return _pullback(attend, segments), (q, k, k, q, *ids)
 
 
-def dynamic(N, K, block_q, block_k, chunk, scheduler):
-    """tokamax with its mask at run time; what it makes of the mask is an argument."""
+def dynamic(N, K, block_q, block_k, chunk, scheduler, mask):
+    """tokamax with its mask at run time; what it makes of the mask, of type `mask`, is an
+    argument."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel
 
     config = splash_attention_kernel.SplashConfig(
@@ -167,8 +172,10 @@ def dynamic(N, K, block_q, block_k, chunk, scheduler):
         use_base2_exp=True,
     )
 
-    def make(mask):
-        return splash_attention_kernel.make_dynamic_splash_mha(mask, config=config)
+    def make(blocks):
+        return splash_attention_kernel.make_dynamic_splash_mha(
+            blocks, config=config, partial_mask_blocks_dtype=jnp.dtype(mask)
+        )
 
     def both(q, k, v, d_out, kernel):
         out, pullback = jax.vjp(lambda q, k, v: kernel(q, k, v), q, k, v)
@@ -179,7 +186,7 @@ def dynamic(N, K, block_q, block_k, chunk, scheduler):
     return jax.jit(both), (q, k, k, q, kernel)
 
 
-def dynamic_masks(block):
+def dynamic_masks(block, mask):
     """What `dynamic` makes of a row's segments, once for all layers: both passes' blocks."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel
 
@@ -190,8 +197,10 @@ def dynamic_masks(block):
 
     def make(ids):
         position = jnp.arange(LENGTH)
-        mask = (ids[:, None] == ids[None]) & (position[:, None] >= position[None])
-        kernel = splash_attention_kernel.make_dynamic_splash_mha(mask, config=config)
+        seen = (ids[:, None] == ids[None]) & (position[:, None] >= position[None])
+        kernel = splash_attention_kernel.make_dynamic_splash_mha(
+            seen, config=config, partial_mask_blocks_dtype=jnp.dtype(mask)
+        )
         return kernel.fwd_mask_info, kernel.dkv_mask_info
 
     return jax.jit(make), (_abstract(LENGTH, dtype=jnp.int32),)
@@ -345,6 +354,73 @@ def transfer_milliseconds(chip, tiling, heads, kv_heads, counts):
     return 1e3 * total / chips.CHIPS[chip].bandwidth
 
 
+def step_seconds(chip, kernel, tile, stage, flags, starts):
+    """What each step computes for its listed pairs; the rest of a kernel goes to all alike."""
+    clock, sides = chips.CHIPS[chip].clock, counting.SIDES[stage]
+    none = dict(compute=[0] * len(flash.kinds(tile)), side=[0] * len(sides))
+    rest = kernel.cycles(steps=len(starts), inner=len(flags) / len(starts), **none)
+    cycles = np.full(len(flags), rest / len(flags))
+    for kind, body in zip(flash.kinds(tile), kernel.branches["compute"], strict=True):
+        cycles += body.own * (flags & flash.KIND == kind)
+    for name, side in zip(sides, kernel.branches["side"], strict=True):
+        cycles += side.own * (flags & counting.FLAGS[name] != 0)
+    return np.add.reduceat(cycles, starts) / clock
+
+
+def window_bytes(tile, stage, query, key, done, group):
+    """Bytes that each step's windows take from and to HBM for one group of heads; `query` and `key`
+    name its windows, `done` says where one of query gradients is complete."""
+    head = tile.load * tile.block * HEAD_DIM * 2  # of one head's window
+    queries, keys = head * tile.heads, head * max(1, tile.heads // group)
+    statistics = 4 * tile.load * tile.block * tile.heads  # one float32 a query
+    new_query, new_key = (np.diff(x, prepend=-1) != 0 for x in (query, key))
+    last_query, last_key = (np.diff(x, append=-1) != 0 for x in (query, key))
+    if stage == "forward":
+        loads = new_query * queries + new_key * 2.0 * keys
+        stores = last_query * 1.0 * (queries + statistics)
+    else:
+        loads = new_query * (2.0 * queries + 2 * statistics) + new_key * 2.0 * keys
+        stores = last_key * 2.0 * keys + done * queries
+    return loads, stores
+
+
+def waiting(chip, kernels, tiling, heads, kv_heads, segments, branches):
+    """Of each pass and each of MEMORY the share of its computed time that a double buffer adds on
+    rows [R, T], and of both passes."""
+    hardware = chips.CHIPS[chip]
+    computed, added = np.zeros(2), np.zeros((2, len(MEMORY)))
+    prepare = _prepare(dataclasses.replace(tiling, smem=2**20))
+    for row in range(len(segments)):
+        plan = prepare(*(x if x is None else x[row : row + 1] for x in (segments, branches)))
+        for number, stage in enumerate(counting.STAGES):
+            (kernel,) = (k for n, k in kernels.items() if stage in n)
+            tile, pairs = getattr(tiling, stage), getattr(plan, stage)
+            starts = np.asarray(pairs.start)[: int(pairs.count[0]) + 1]
+            flags, query, key = (
+                np.asarray(x)[: starts[-1]] for x in (pairs.flag, pairs.query, pairs.key)
+            )
+            starts = starts[:-1]
+            times = step_seconds(chip, kernel, tile, stage, flags, starts)
+            done = np.add.reduceat(flags & flash.LAST_QUERY != 0, starts) > 0
+            windows = (x[starts] // tile.load for x in (query, key))
+            moved = window_bytes(tile, stage, *windows, done, heads // kv_heads)
+            groups = heads // tile.heads // hardware.cores  # a core's, one after another
+            steps = [np.tile(x, groups) for x in (times, *moved)]
+            computed[number] += steps[0].sum()
+            for which, (share, latency) in enumerate(MEMORY):
+                bandwidth = share * hardware.bandwidth / hardware.cores
+                found = double_buffer.seconds(*steps, bandwidth=bandwidth, latency=latency)
+                added[number, which] += found - steps[0].sum()
+    return {
+        f"{share:.0%} of HBM's bandwidth, {1e6 * latency:.1f} us": {
+            "forward": added[0, which] / computed[0],
+            "backward": added[1, which] / computed[1],
+            "both": added[:, which].sum() / computed.sum(),
+        }
+        for which, (share, latency) in enumerate(MEMORY)
+    }
+
+
 def our_milliseconds(chip, program, tiling, heads, counts):
     """Forward, backward and glue; the kernel with a maximum runs only where it must."""
     times = {}
@@ -359,36 +435,28 @@ def our_milliseconds(chip, program, tiling, heads, counts):
 
 def count_pairs(tiling, segments, branches):
     """`counting.count_packed` of any rows [R, T], from the lists themselves."""
-    prepare = _prepare(tiling.forward.block, tiling.backward.block, branches is not None)
+    prepare = _prepare(dataclasses.replace(tiling, smem=2**20))
     means = {}
     for stage in ("forward", "backward"):
-        found = []
+        found, steps = [], 0
         for row in range(len(segments)):
             plan = prepare(*(x if x is None else x[row : row + 1] for x in (segments, branches)))
             pairs = getattr(plan, stage)
-            found.append(np.asarray(pairs.flag)[: int(pairs.count[0])])
+            steps += int(pairs.count[0])
+            found.append(np.asarray(pairs.flag)[: int(pairs.start[pairs.count[0]])])
         flags, rows = np.concatenate(found), len(segments)
         means[stage] = {
             name: (flags & bit != 0).sum() / rows for name, bit in counting.FLAGS.items()
         }
-        means[stage]["steps"] = len(flags) / rows
-        kinds = flash.kinds(getattr(tiling, stage).block)
+        means[stage] |= {"pairs": len(flags) / rows, "steps": steps / rows}
+        kinds = flash.kinds(getattr(tiling, stage))
         means[stage]["kinds"] = {n: (flags & flash.KIND == n).sum() / rows for n in kinds}
     return means
 
 
 @functools.cache
-def _prepare(forward, backward, branched):
-    """`flash.prepare` of one row for these block sizes; nothing else of a tiling matters to it."""
-    tile = dict(chunk=flash.LANES, sub=flash.LANES, heads=1, pipelined=False, transposed=False)
-    tiling = flash.Tiling(
-        forward=flash.Tile(block=forward, **tile),
-        backward=flash.Tile(block=backward, **tile),
-        vmem=0,
-        smem=2**20,
-        cores=1,
-        widened=False,
-    )
+def _prepare(tiling):
+    """`flash.prepare` of one row."""
 
     @jax.jit
     def prepare(segments, branches):
@@ -493,8 +561,9 @@ def dynamic_requests(chip, N, K, sweep):
         sizes |= {(2048, 1024, 512), (1024, 2048, 512)} if chip != "v4" else set()
     for block_q, block_k, chunk in sorted(sizes):
         for scheduler in (False, True):
-            if sweep or scheduler == (chip == "v6e"):
+            if sweep or not scheduler:
                 blocks = dict(block_q=block_q, block_k=block_k, chunk=chunk, scheduler=scheduler)
+                blocks["mask"] = MASKS.get(chip, "int8")
                 yield schedule.Request(target=f"{here}:dynamic", arguments=dict(N=N, K=K) | blocks)
 
 
@@ -543,7 +612,12 @@ def measure(chip, shape, sweep):
     share = 1 / LAYERS[shape]
     (masks,) = schedule.compile_for(
         chip,
-        [schedule.Request(target=f"{here}:dynamic_masks", arguments=dict(block=512))],
+        [
+            schedule.Request(
+                target=f"{here}:dynamic_masks",
+                arguments=dict(block=512, mask=MASKS.get(chip, "int8")),
+            )
+        ],
         timeout=3000,
     )
     masks = 1e3 * masks.glue_bytes / chips.CHIPS[chip].bandwidth * share
@@ -572,6 +646,7 @@ def measure(chip, shape, sweep):
         )
         times = our_milliseconds(chip, program, tiling, N, counts)
         lines.append((f"ours {tiling.forward.block}/{tiling.backward.block}", name, *times))
+        kernels = {n: k for n, k in program.kernels.items() if "online" not in n}
         lists = estimated_milliseconds(chip, lists) * share
         anchor, public = "kernels that do not skip", sum(best[name != "causal"])
         if branch is not None:  # the same pairs as separate segments
@@ -602,11 +677,12 @@ def measure(chip, shape, sweep):
             "target": target,
             "anchor": anchor,
             "lists": lists,
+            "waits": waiting(chip, kernels, tiling, N, K, segments[:WAITING_ROWS], branch),
             "masks": masks,
             "hbm": transfer_milliseconds(chip, tiling, N, K, counts),
             "executed_over_useful": counting.executed(tiling, counts) / useful(segments, branch),
         }
-    return lines, ratios, {n: k for n, k in plain.kernels.items() if "online" not in n}
+    return lines, ratios, kernels
 
 
 def main():
@@ -649,6 +725,9 @@ def main():
                     f" {'ok' if ok else 'MISSED'}",
                     flush=True,
                 )
+                for memory, added in x["waits"].items():
+                    shares = ", ".join(f"{name} {share:.1%}" for name, share in added.items())
+                    print(f"    a double buffer at {memory} adds: {shares}")
             if options.units:
                 for name, kernel in kernels.items():
                     for body in kernel.branches["compute"]:
