@@ -5,9 +5,10 @@ reads key/value head n // G. A key is visible to a query if it is not later in t
 segment (0 is padding: sees nothing, gives zeros) and in the prompt (branch 0) or the same branch.
 
 `prepare` lists, once for a batch, the (query block, key block) pairs in which anything is visible.
-The grid is (groups of heads, pairs), the second dimension dynamic, so a pair that is not listed
-costs nothing. A step works on several heads at once: their independent matrix products fill each
-other's latencies, which one head's block of this size cannot.
+The grid is (groups of heads, steps), the second dimension dynamic: a step loads a few blocks of
+queries and of keys and works those of their pairs that are listed, so what is not costs nothing.
+It works on several heads at once: their independent matrix products fill each other's latencies,
+which one head's block of this size cannot.
 
 The forward pass keeps no running maximum: softmax needs no shift while its logits fit the float32
 exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`). If it fails in
@@ -321,7 +322,8 @@ def count_visible(
         if prompt is not None:
             visible |= key[:, None] == prompt[:, :, None]
         visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
-        return visible.reshape(B, block_q, -1, block_k).sum(axis=(1, 3), dtype=jnp.int32)
+        by_key = visible.sum(axis=1, dtype=jnp.int32)  # sums over whole registers first
+        return by_key.reshape(B, -1, block_k).sum(axis=2)
 
     def blocks_first(x):
         return None if x is None else x.reshape(B, -1, block_q).swapaxes(0, 1)
