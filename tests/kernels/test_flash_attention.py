@@ -91,7 +91,7 @@ def simulated(function, *arguments):
 @pytest.mark.skipif(not INTERPRET, reason="the simulator runs on a CPU")
 @pytest.mark.slow
 def test_two_cores_do_not_race(capfd):
-    case = cases.Case(queries=200, keys=200)
+    case = cases.Case(queries=200, keys=200, load=2)
     segments = np.repeat([1, 2, 3, 0], [90, 77, 20, 13])[None].astype(np.int32)
     arrays = cases.draw_arrays(case, 0)
     plan = plan_of(case, segments, None)

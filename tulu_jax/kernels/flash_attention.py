@@ -468,15 +468,13 @@ def edge_kinds(tile: Tile) -> np.ndarray:
     `start` on, by the queries of `end` parts, at [start, end - 1]."""
     parts = _parts(tile)
     found = np.zeros((parts, parts), np.int32)
-    for start in range(parts):
-        for end in range(1, parts + 1):
-            enough = [
-                ((4 - first) * queries, kind)
-                for kind in kinds(tile)[2:]
-                for first, queries in EDGES[kind - EDGE : kind - EDGE + 1]
-                if first * parts <= 4 * start and queries * parts >= 4 * end
-            ]
-            found[start, end - 1] = min(enough)[1]
+    edges = [(*EDGES[kind - EDGE], kind) for kind in kinds(tile) if kind >= EDGE]
+    for start, end in np.ndindex(parts, parts):
+        found[start, end] = min(
+            ((4 - skipped) * worked, kind)
+            for skipped, worked, kind in edges
+            if skipped * parts <= 4 * start and worked * parts >= 4 * (end + 1)
+        )[1]
     return found
 
 
@@ -538,13 +536,11 @@ def _each(tile, start, body):
 
 
 def _block_of(ref, axis, which, tile):
-    """Of blocks loaded together the block `which` of a row, and its place among them."""
-    place = lax.rem(which, tile.load)
+    """Of the blocks loaded together along `axis` the one that is block `which` of a row."""
     if tile.load == 1:
         return ref
-    index = [slice(None)] * len(ref.shape)
-    index[axis] = pl.ds(pl.multiple_of(place * tile.block, tile.block), tile.block)
-    return ref.at[tuple(index)]
+    first = pl.multiple_of(lax.rem(which, tile.load) * tile.block, tile.block)
+    return ref.at[(slice(None),) * axis + (pl.ds(first, tile.block),)]
 
 
 def _on_kinds(flag, tile, body):
