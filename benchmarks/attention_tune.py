@@ -29,9 +29,15 @@ HEADS = 32
 DTYPES = ("bfloat16", "float32")
 
 
-def tile(block, chunk, sub, heads, pipelined, transposed):
+def tile(block, chunk, sub, heads, pipelined, transposed, load=1):
     return flash.Tile(
-        block=block, chunk=chunk, sub=sub, heads=heads, pipelined=pipelined, transposed=transposed
+        block=block,
+        chunk=chunk,
+        sub=sub,
+        heads=heads,
+        pipelined=pipelined,
+        transposed=transposed,
+        load=load,
     )
 
 
@@ -48,7 +54,8 @@ def candidates(chip, dtype, stage, wide):
     small = chip in ("v3", "v4")  # no room for the values of a pipeline
     sub = 256 if turned else 128
     for chunk in (512, 256):
-        yield tile(512, chunk, sub, most, not small, turned)
+        for load in (1,) if small else (1, 2):
+            yield tile(512, chunk, sub, most, not small, turned, load)
     if dtype == "float32":  # six products for one: a head alone fills the unit, in less text
         yield tile(512, 256, 256, max(1, most // 2), False, turned)
         for chunk in (512, 256):

@@ -27,6 +27,7 @@ class Case:
     together: int = 2
     pipelined: bool = True
     transposed: bool = False
+    load: int = 1
     widened: bool = False
 
     def tiling(self):
@@ -37,6 +38,7 @@ class Case:
             heads=self.together,
             pipelined=self.pipelined,
             transposed=self.transposed,
+            load=self.load,
         )
         return flash.fit(
             flash.Tiling(
@@ -58,10 +60,12 @@ class Case:
 
 CASES = (
     Case(),
-    Case(branched=True, block=256, transposed=True, kv_heads=1, together=4),
+    Case(branched=True, block=256, transposed=True, kv_heads=1, together=4, load=2),
+    Case(queries=500, keys=500, branched=True, load=2),
     Case(queries=200, offset=100, branched=True, block=256, kv_heads=1, pipelined=False),
     Case(queries=130, offset=128, heads=3, kv_heads=1, together=3, transposed=True),
     Case(queries=520, keys=520, head_dim=128, block=256, together=4, dtype="bfloat16"),
+    Case(queries=1100, keys=1100, block=512, chunk=512, dtype="bfloat16"),
     Case(queries=120, keys=120, head_dim=80, heads=2, dtype="bfloat16", transposed=True),
     Case(queries=120, keys=120, branched=True, dtype="bfloat16", widened=True),
 )

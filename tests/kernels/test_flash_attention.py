@@ -91,7 +91,7 @@ def simulated(function, *arguments):
 @pytest.mark.skipif(not INTERPRET, reason="the simulator runs on a CPU")
 @pytest.mark.slow
 def test_two_cores_do_not_race(capfd):
-    case = cases.Case(queries=200, keys=200)
+    case = cases.Case(queries=200, keys=200, load=2)
     segments = np.repeat([1, 2, 3, 0], [90, 77, 20, 13])[None].astype(np.int32)
     arrays = cases.draw_arrays(case, 0)
     plan = plan_of(case, segments, None)
@@ -148,7 +148,7 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
     seen = np.pad(seen, [(0, n - m) for n, m in zip(padded, seen.shape, strict=True)])
     tiles = seen.reshape(padded[0] // block, block, padded[1] // block, block).swapaxes(1, 2)
     for pairs in (plan.forward, plan.backward):
-        count = pairs.count[0]
+        count = pairs.start[pairs.count[0]]
         found = {
             (i, j): flag & flash.KIND
             for i, j, flag in zip(pairs.query[:count], pairs.key[:count], pairs.flag, strict=False)
@@ -161,14 +161,21 @@ def test_the_list_holds_what_is_visible_and_meets_every_block(data):
         diagonal = {(i, j) for i, j in active - whole if i * block + case.offset == j * block}
         assert diagonal == {p for p, kind in found.items() if kind == flash.DIAGONAL}
         for i, j in active - whole - diagonal:  # what its kind leaves out is not visible
+            tile = case.tiling().forward
             left_out = tiles[i, j].copy()
-            for k, n, q, m in flash.chunks(int(found[i, j]), case.tiling().forward):
+            work = flash.chunks(int(found[i, j]), tile)
+            for k, n, q, m in work:
                 left_out[q : q + m, k : k + n] = False
             assert not left_out.any()
-            halves = tiles[i, j, block // 2 :].any(), tiles[i, j, :, : block // 2].any()
-            if block == 256:  # and it leaves out what it can
-                assert (found[i, j] == flash.EDGE) == all(halves)
-                assert (found[i, j] == flash.CORNER) == (not any(halves))
+            part = block // len(flash.edge_kinds(tile))  # and no kind with less work would do
+            queries, keys = (tiles[i, j].any(axis) for axis in (1, 0))
+            start = keys.argmax() // part * part
+            end = -(-(block - queries[::-1].argmax()) // part) * part
+            for kind in flash.kinds(tile)[2:]:
+                products = flash.chunks(kind, tile)
+                covered = products[0][0] <= start and products[0][3] >= end
+                less = sum(n * m for _, n, _, m in products) < sum(n * m for _, n, _, m in work)
+                assert not (covered and less)
         assert {i for i, _ in found} == set(range(tiles.shape[0]))
     assert {j for _, j in found} == set(range(tiles.shape[1]))
 

@@ -5,9 +5,10 @@ reads key/value head n // G. A key is visible to a query if it is not later in t
 segment (0 is padding: sees nothing, gives zeros) and in the prompt (branch 0) or the same branch.
 
 `prepare` lists, once for a batch, the (query block, key block) pairs in which anything is visible.
-The grid is (groups of heads, pairs), the second dimension dynamic, so a pair that is not listed
-costs nothing. A step works on several heads at once: their independent matrix products fill each
-other's latencies, which one head's block of this size cannot.
+The grid is (groups of heads, steps), the second dimension dynamic: a step loads a few blocks of
+queries and of keys and works those of their pairs that are listed, so what is not costs nothing.
+It works on several heads at once: their independent matrix products fill each other's latencies,
+which one head's block of this size cannot.
 
 The forward pass keeps no running maximum: softmax needs no shift while its logits fit the float32
 exponent. Each row's sum tells afterwards whether that held (`LARGEST`, `SMALLEST`). If it fails in
@@ -18,6 +19,7 @@ gradients of the whole row stay in VMEM.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -36,16 +38,24 @@ UNSEEING = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - UNSEEI
 # A row summed without a shift is exact if its sum is in this range and its output finite: nothing
 # overflowed, and what vanished (below 2^-126) is under 2^-86 of the sum.
 LARGEST, SMALLEST = 2.0**100, 2.0**-40
+TINY = 2.0**-100  # under every sum that is used
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
 
-# Kinds of pairs, the low bits of a flag. A segment that reaches into a pair from outside it often
-# needs only the keys of the later half, the queries of the earlier half, or both.
-EMPTY, FULL, DIAGONAL, EDGE, LATER_KEYS, EARLIER_QUERIES, CORNER = range(7)
-KIND = 7
-FIRST, LAST = 8, 16  # first and last pair of the block that stays
-FIRST_QUERY, LAST_QUERY = 32, 64  # backward: first and last pair of the query block
+# Kinds of pairs, the low bits of a flag: those below, then one for each of EDGES. A segment that
+# reaches into a pair from outside it needs only the later keys of the pair, and its earlier queries
+# where it ends in it: of four parts of a block the first keys left out, and the queries worked.
+# Wide matrix units take halves only.
+EMPTY, FULL, DIAGONAL, EDGE = range(4)
+EDGES = ((0, 4), (2, 4), (0, 2), (2, 2), (1, 4), (3, 4), (0, 3), (0, 1))
+HALVES = 4  # so many of EDGES need no quarters
+KIND = 15
+FIRST, LAST = 16, 32  # first and last pair of the block that stays
+LAST_QUERY = 512  # backward: last pair of the query block
+# First pairs of a block without a diagonal: what stays, or backward the query block's gradient, has
+# to be cleared. A diagonal comes before all that add, and writes.
+CLEAR, CLEAR_QUERY = 64, 128
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -53,7 +63,8 @@ NN = (((1,), (0,)), ((), ()))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """The work of one grid step: `heads` query heads of `block` queries and as many keys.
+    """The work on one pair of blocks: `heads` query heads of `block` queries and as many keys. A
+    grid step loads `load` blocks of queries and of keys, and works what is listed of their pairs.
 
     Whole pairs are computed `chunk` keys at a time, pairs on the diagonal `sub` keys at a time
     against the queries from there on. `pipelined` interleaves the stages of successive products in
@@ -67,6 +78,7 @@ class Tile:
     heads: int
     pipelined: bool
     transposed: bool
+    load: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,16 +98,28 @@ class Tiling:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["row", "query", "key", "flag", "shift", "done_row", "done_query", "count"],
+    data_fields=[
+        "row",
+        "query",
+        "key",
+        "flag",
+        "shift",
+        "start",
+        "done_row",
+        "done_query",
+        "count",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockPairs:
-    """Listed pairs, int32 [M + 1] each, of which `count` [1] are real.
+    """Listed pairs, int32 [M + 1] each, and the grid steps that work them, of which `count` [1] are
+    real.
 
     Row of the batch, query block, key block; `flag` as above; `shift` is the position of the first
-    query less that of the first key; `done_*` name the query block whose gradient is next to be
-    complete. (Fields are `Any`, because transformations put their own leaves here.)
+    query less that of the first key. Of each step its first pair, `start` [M + 2], and `done_*`:
+    the blocks of queries loaded together whose gradient is next to be complete. (Fields are `Any`,
+    because transformations put their own leaves here.)
     """
 
     row: Any
@@ -103,6 +127,7 @@ class BlockPairs:
     key: Any
     flag: Any
     shift: Any
+    start: Any
     done_row: Any
     done_query: Any
     count: Any
@@ -137,15 +162,16 @@ def _up(n: int, multiple: int) -> int:
 
 def _vmem(tile: Tile, *, queries: int, group: int, head_dim: int, itemsize: int, backward: bool):
     """About how many bytes of VMEM a kernel needs: windows twice, scratch, and values in flight."""
-    heads, kv_heads = tile.heads, max(1, tile.heads // group)
-    rows = tile.block * _up(head_dim, LANES)  # elements of one head's block
+    heads, kv_heads, load = tile.heads, max(1, tile.heads // group), tile.load
+    rows = load * tile.block * _up(head_dim, LANES)  # elements of one head's window
     values = 12 * tile.block * tile.chunk
+    column = 4 * load * tile.block * LANES
     if not backward:
         windows = itemsize * rows * (2 * heads + 2 * kv_heads)
-        return 2 * windows + rows * heads * (itemsize + 4) + 4 * tile.block * LANES * heads + values
-    windows = itemsize * rows * (3 * heads + 4 * kv_heads) + 32 * tile.block * heads
-    sums = 4 * heads * _up(queries, tile.block) * head_dim + rows * kv_heads * (8 + itemsize)
-    return 2 * windows + sums + 4 * tile.block * LANES + values
+        return 2 * windows + rows * heads * (itemsize + 4) + column * heads + values
+    windows = itemsize * rows * (3 * heads + 4 * kv_heads) + 32 * load * tile.block * heads
+    sums = 4 * heads * _up(queries, load * tile.block) * head_dim
+    return 2 * windows + sums + rows * kv_heads * (8 + itemsize) + column + values
 
 
 def _fit_tile(tile: Tile, *, backward, tiling, queries, keys, heads, kv_heads, head_dim, itemsize):
@@ -158,8 +184,10 @@ def _fit_tile(tile: Tile, *, backward, tiling, queries, keys, heads, kv_heads, h
               if heads % n == 0 and (group % n == 0 or n % group == 0)]  # fmt: skip
     shared = [n for n in counts if heads // n % tiling.cores == 0]  # every core gets as many
     sizes = dict(queries=queries, group=group, head_dim=head_dim, itemsize=itemsize)
-    for n in sorted(shared or counts, reverse=True):
-        tile = dataclasses.replace(tile, heads=n)
+    even = all(_up(n, block) // block % tile.load == 0 for n in (queries, keys))
+    loads = sorted({1, tile.load if even else 1}, reverse=True)
+    for n, load in itertools.product(sorted(shared or counts, reverse=True), loads):
+        tile = dataclasses.replace(tile, heads=n, load=load)
         needed = _vmem(tile, **sizes, backward=backward)
         if needed <= tiling.vmem:
             return tile
@@ -208,40 +236,69 @@ def _head_dim(H: int) -> int:
     return _up(H, 64)
 
 
-def _list(visited, kind, shift, *, by_key: bool, bound: int) -> BlockPairs:
-    """The pairs of `visited` [B, i, j] in order, the block of axis 1 staying while axis 2 moves."""
-    _, outer, inner = visited.shape
-    index = jnp.nonzero(visited.reshape(-1), size=bound + 1, fill_value=visited.size - 1)[0]
-    index = index.astype(jnp.int32)
-    count = visited.sum(dtype=jnp.int32)
-    order = jnp.arange(bound + 1)
-    staying = index // inner
-    first = (staying != jnp.roll(staying, 1)) | (order == 0)
-    last = (staying != jnp.roll(staying, -1)) | (order == count - 1)
-    # Of the moving blocks: the first and the last time that each is met in its row.
-    met = jnp.cumsum(visited, axis=1, dtype=jnp.int32)
-    moving_first = (met == 1) & visited
-    moving_last = (met == met[:, -1:]) & visited
+def _list(visited, kind, shift, *, by_key: bool, bound: int, load: int) -> BlockPairs:
+    """The pairs of `visited` [B, i, j] in order, the block of axis 1 staying while axis 2 moves,
+    those of one grid step together. Blocks come in the order in which they are to be listed: of
+    keys the last first, and of the queries that stay in the forward pass too."""
+    B, outer, inner = visited.shape
+    steps = outer // load, inner // load
 
-    def pick(x):
-        return x.reshape(-1)[index]
+    def together(x):
+        """[B, outer, inner] in the order of the list: [B * steps, load * load]."""
+        x = x.reshape(B, steps[0], load, steps[1], load)
+        return x.swapaxes(2, 3).reshape(-1, load * load)
 
-    flag = pick(kind) + FIRST * first + LAST * last
-    flag += FIRST_QUERY * pick(moving_first) + LAST_QUERY * pick(moving_last)
-    row, i, j = index // (outer * inner), staying % outer, index % inner
-    query, key = (j, i) if by_key else (i, j)
-    done = jnp.where(pick(moving_last) & (order < count), order, bound + 1)
-    done = lax.cummin(done, reverse=True)
+    def met(x, axis):
+        """Where `x` is met for the first and for the last time along an axis."""
+        times = jnp.cumsum(x, axis=axis, dtype=jnp.int32)
+        return x & (times == 1), x & (times == lax.slice_in_dim(times, -1, None, axis=axis))
+
+    first, last = met(visited, 2)
+    moving_first, _ = met(visited, 1)
+    diagonal = kind == DIAGONAL
+    clear_query = moving_first & ~diagonal.any(axis=1, keepdims=True)
+    flag = kind + FIRST * first + LAST * last + CLEAR * (first & ~diagonal)
+    flag += CLEAR_QUERY * clear_query
+    loaded = together(visited)
+    # Of the moving blocks that are loaded together the last step, and of that its last pair.
+    _, done = met(loaded.any(1).reshape(B, *steps), 1)
+    _, ends = met(loaded, 1)
+    flag = together(flag) + LAST_QUERY * (done.reshape(-1, 1) & ends)
+
+    def listed(x, size):
+        found = jnp.nonzero(x, size=size, fill_value=x.size - 1)[0]
+        return found.astype(jnp.int32)
+
+    index = listed(loaded.reshape(-1), bound + 1)
+    number = jnp.arange(B * outer * inner, dtype=jnp.int32).reshape(B, outer, inner)
+    place = together(number).reshape(-1)[index]
+    row, i, j = place // (outer * inner), place // inner % outer, place % inner
+    query, key = (j, outer - 1 - i) if by_key else (outer - 1 - i, inner - 1 - j)
+    # Steps in order: how many pairs came before each, and after the last all of them.
+    some = loaded.any(1)
+    count = some.sum(dtype=jnp.int32)
+    order = jnp.arange(bound + 2)
+    which = listed(some, bound + 1)
+    pairs = jnp.cumsum(loaded.sum(1, dtype=jnp.int32))
+    start = jnp.where(
+        order < count, (pairs - loaded.sum(1))[which[order.clip(max=bound)]], pairs[-1]
+    )
+    at = order[:-1]
+    next_done = jnp.where(done.reshape(-1)[which] & (at < count), at, bound + 1)
+    next_done = lax.cummin(next_done, reverse=True)
     # After the last of them nothing is written: the block stays.
-    done = jnp.where(done > bound, jnp.max(jnp.where(done > bound, 0, done)), done)
+    over = next_done > bound
+    next_done = jnp.where(over, jnp.max(jnp.where(over, 0, next_done)), next_done)
+    done_pair = start[next_done]
     return BlockPairs(
         row=row,
         query=query,
         key=key,
-        flag=flag.astype(jnp.int32),
-        shift=pick(jnp.broadcast_to(shift, visited.shape)),
-        done_row=row[done],
-        done_query=query[done],
+        flag=flag.reshape(-1)[index].astype(jnp.int32),
+        shift=together(shift).reshape(-1)[index],
+        start=start.astype(jnp.int32),
+        done_row=row[done_pair],
+        done_query=query[done_pair] // load,
         count=count[None],
     )
 
@@ -265,7 +322,8 @@ def count_visible(
         if prompt is not None:
             visible |= key[:, None] == prompt[:, :, None]
         visible &= jnp.arange(S, dtype=jnp.int32)[None, None] <= position[None, :, None]
-        return visible.reshape(B, block_q, -1, block_k).sum(axis=(1, 3), dtype=jnp.int32)
+        by_key = visible.sum(axis=1, dtype=jnp.int32)  # sums over whole registers first
+        return by_key.reshape(B, -1, block_k).sum(axis=2)
 
     def blocks_first(x):
         return None if x is None else x.reshape(B, -1, block_q).swapaxes(0, 1)
@@ -275,24 +333,26 @@ def count_visible(
     return lax.map(of_block, rows).swapaxes(0, 1)
 
 
-def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> BlockPairs:
-    """Every pair of `block` queries and keys in which anything is visible, and one for each block
+def _pairs(tile, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> BlockPairs:
+    """Every pair of blocks of queries and keys in which anything is visible, and one for each block
     that would otherwise not be met, so that its results are written."""
-    (B, T), S = own.shape, key.shape[1]
-    i, j, half = T // block, S // block, block // 2
+    (B, T), S, block = own.shape, key.shape[1], tile.block
+    i, j, parts = T // block, S // block, _parts(tile)
+    part = block // parts
     position = query_offset + jnp.arange(T, dtype=jnp.int32)
-    quarters = count_visible(own, prompt, key, position=position, block_q=half, block_k=half)
-    quarters = quarters.reshape(B, i, 2, j, 2)
-    seen = quarters.sum(axis=(2, 4))
+    found = count_visible(own, prompt, key, position=position, block_q=part, block_k=part)
+    found = found.reshape(B, i, parts, j, parts)
+    seen = found.sum(axis=(2, 4))
     starts = block * jnp.arange(j, dtype=jnp.int32)
     shift = position[None, ::block, None] - starts[None, None]
     active = seen > 0
     whole = seen == block * block
-    early = quarters[:, :, 1].sum(axis=3) == 0  # nothing for the queries of the later half
-    late = quarters[..., 0].sum(axis=2) == 0  # nothing from the keys of the earlier half
-    part = jnp.where(early, EARLIER_QUERIES, jnp.where(late, LATER_KEYS, EDGE))
-    part = jnp.where(early & late, CORNER, part) if _halved(block) else EDGE
-    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, part)), EMPTY)
+    order = jnp.arange(parts)
+    # The first part of the keys that is seen, and how many parts of the queries see anything.
+    start = jnp.where(found.any(axis=2), order, parts).min(axis=3)
+    end = jnp.where(found.any(axis=4), order[:, None] + 1, 0).max(axis=2)
+    edge = jnp.asarray(edge_kinds(tile))[start % parts, jnp.maximum(end, 1) - 1]
+    kind = jnp.where(active, jnp.where(whole, FULL, jnp.where(shift == 0, DIAGONAL, edge)), EMPTY)
     first_key = (jnp.arange(j) == 0)[None, None]
     visited = active | (first_key & ~active.any(axis=2, keepdims=True))
     if by_key:
@@ -303,17 +363,18 @@ def _pairs(block, own, prompt, key, query_offset, *, by_key: bool, smem: int) ->
         bound = B * (sum(max(1, end) for end in ends) + by_key * (j - min(j, max(ends))))
     else:
         bound = B * i * j
-    scalars = (7 if by_key else 5) * 4 * (bound + 1)
+    scalars = (8 if by_key else 6) * 4 * (bound + 1)
     if scalars > 0.9 * smem:
         raise ValueError(
             f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
             f"found {smem:,}. Use larger blocks, fewer rows or shorter ones, or attention "
             "'blockwise'"
         )
-    if by_key:
-        visited, kind = visited.swapaxes(1, 2), kind.swapaxes(1, 2)
-        shift = shift.swapaxes(1, 2)
-    return _list(visited, kind, shift, by_key=by_key, bound=bound)
+    shift = jnp.broadcast_to(shift, visited.shape)
+    visited, kind, shift = (
+        x[:, :, ::-1].swapaxes(1, 2) if by_key else x[:, ::-1, ::-1] for x in (visited, kind, shift)
+    )
+    return _list(visited, kind, shift, by_key=by_key, bound=bound, load=tile.load)
 
 
 def codes(*, segment_ids, kv_segment_ids, branches, kv_branches, multiples):
@@ -361,7 +422,7 @@ def prepare(
 
     Raises `ValueError` for segments or branches that are not integers or do not match in shape.
     """
-    largest = math.lcm(tiling.forward.block, tiling.backward.block)
+    largest = math.lcm(*(tile.load * tile.block for tile in (tiling.forward, tiling.backward)))
     own, prompt, key = found = codes(
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
@@ -373,8 +434,8 @@ def prepare(
         own=own[:, None],
         prompt=None if prompt is None else prompt[:, None],
         key=key[:, None],
-        forward=_pairs(tiling.forward.block, *found, query_offset, by_key=False, smem=tiling.smem),
-        backward=_pairs(tiling.backward.block, *found, query_offset, by_key=True, smem=tiling.smem),
+        forward=_pairs(tiling.forward, *found, query_offset, by_key=False, smem=tiling.smem),
+        backward=_pairs(tiling.backward, *found, query_offset, by_key=True, smem=tiling.smem),
         tiling=tiling,
         queries=segment_ids.shape[1],
         keys=kv_segment_ids.shape[1],
@@ -391,58 +452,100 @@ def _across(column, n):
     return jnp.tile(column, (1, n // LANES))
 
 
-def _halved(block):
-    """Whether halves of such blocks are whole tiles of registers."""
-    return block % (2 * LANES) == 0
+def _parts(tile: Tile) -> int:
+    """In how many parts an edge is cut, each whole tiles of registers and of the matrix unit."""
+    return math.gcd(tile.block // LANES, 2 if tile.transposed else 4)
 
 
-def kinds(block: int) -> tuple[int, ...]:
+def kinds(tile: Tile) -> tuple[int, ...]:
     """The kinds of pairs that kernels have bodies for, in the order of their program text."""
-    halves = (LATER_KEYS, EARLIER_QUERIES, CORNER) if _halved(block) else ()
-    return (FULL, DIAGONAL, EDGE, *halves)
+    edges = {1: 1, 2: HALVES, 4: len(EDGES)}[_parts(tile)]
+    return (FULL, DIAGONAL, *range(EDGE, EDGE + edges))
+
+
+def edge_kinds(tile: Tile) -> np.ndarray:
+    """int32 [parts, parts]: the kind with least work for an edge whose keys are seen from part
+    `start` on, by the queries of `end` parts, at [start, end - 1]."""
+    parts = _parts(tile)
+    found = np.zeros((parts, parts), np.int32)
+    edges = [(*EDGES[kind - EDGE], kind) for kind in kinds(tile) if kind >= EDGE]
+    for start, end in np.ndindex(parts, parts):
+        found[start, end] = min(
+            ((4 - skipped) * worked, kind)
+            for skipped, worked, kind in edges
+            if skipped * parts <= 4 * start and worked * parts >= 4 * (end + 1)
+        )[1]
+    return found
 
 
 def chunks(kind: int, tile: Tile) -> list[tuple[int, int, int, int]]:
     """(first key, keys, first query, queries) of the products of a pair."""
-    block, half = tile.block, tile.block // 2
+    block = tile.block
     if kind == DIAGONAL:
         return [(k, tile.sub, k, block - k) for k in range(0, block, tile.sub)]
-    first = half if kind in (LATER_KEYS, CORNER) else 0
-    queries = half if kind in (EARLIER_QUERIES, CORNER) else block
-    size = min(tile.chunk, block - first)
-    return [(k, size, 0, queries) for k in range(first, block, size)]
+    skipped, worked = EDGES[kind - EDGE] if kind >= EDGE else (0, 4)
+    first, queries = skipped * block // 4, worked * block // 4
+    size = tile.chunk
+    return [(k, min(size, block - k), 0, queries) for k in range(first, block, size)]
 
 
-def _run(tile, kind, first, second, third):
+def _run(tile, kind, first, second, third, *, grouped):
     """`third(item, second(item, first(item)))` for each product of a pair.
 
     In a pipeline the first stage of an item is written before the second of the item before it and
     the third of the one before that: what the matrix unit and the vector unit do at a time belongs
-    to different items.
+    to different items. `grouped` takes as many small items at a time as make up a chunk of a whole
+    pair.
     """
     items = [(chunk, head) for chunk in chunks(kind, tile) for head in range(tile.heads)]
     if not tile.pipelined:
         for item in items:
             third(item, second(item, first(item)))
         return
-    following, late = first(items[0]), None
-    for n, item in enumerate(items):
+    groups, free = [], 0
+    for item in items:
+        (_, keys, _, queries), _ = item
+        if not grouped or free < keys * queries:
+            groups.append([])
+            free = tile.chunk * tile.block
+        groups[-1].append(item)
+        free -= keys * queries
+    following, late = [first(item) for item in groups[0]], []
+    for n, items in enumerate(groups):
         current = following
-        if n + 1 < len(items):
-            following = first(items[n + 1])
-        if late is not None:
-            third(*late)
-        late = item, second(item, current)
-    third(*late)
+        if n + 1 < len(groups):
+            following = [first(item) for item in groups[n + 1]]
+        for item, found in late:
+            third(item, found)
+        late = [(item, second(item, x)) for item, x in zip(items, current, strict=True)]
+    for item, found in late:
+        third(item, found)
 
 
 def _dot(a, b, dims, precision):
     return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _on_kinds(flag, block, body):
+def _each(tile, start, body):
+    """Runs `body` for each pair of a grid step."""
+    t = pl.program_id(1)
+    if tile.load == 1:
+        body(t)
+        return
+    lax.fori_loop(start[t], start[t + 1], lambda n, _: body(n), None)
+
+
+def _block_of(ref, axis, which, tile):
+    """Of the blocks loaded together along `axis` the one that is block `which` of a row."""
+    if tile.load == 1:
+        return ref
+    first = pl.multiple_of(lax.rem(which, tile.load) * tile.block, tile.block)
+    return ref.at[(slice(None),) * axis + (pl.ds(first, tile.block),)]
+
+
+def _on_kinds(flag, tile, body):
     """Runs `body` as the kind of the pair says."""
-    for kind in kinds(block):
+    for kind in kinds(tile):
         pl.when(flag & KIND == kind)(functools.partial(body, kind))
 
 
@@ -467,31 +570,46 @@ def _seen_by_columns(own, prompt, key, shift, k0):
     return seen & (keys - query <= shift - k0)
 
 
-def _forward_kernel(
-    row, query, key, flag, shift, *refs, tile, group, scale, branched, online, precision
-):
-    """One pair of the forward pass for `tile.heads` query heads; see `_forward`."""
+def _forward_kernel(row, query, key, flag, shift, start, *refs, tile, **static):
+    """One step of the forward pass for `tile.heads` query heads; see `_forward`."""
     del row
-    q, k, v, key_codes, own_codes, *refs = refs
-    prompt_codes, *refs = refs if branched else (None, *refs)
+    _each(
+        tile,
+        start,
+        lambda n: _forward_pair(query[n], key[n], flag[n], shift[n], *refs, tile=tile, **static),
+    )
+
+
+def _forward_pair(i, j, flag, shift, *refs, tile, group, scale, branched, online, precision):
+    """Query block i and key block j of the forward pass."""
+    q, k, v, codes, *refs = refs
     out, lse, scaled, acc, total, own, *refs = refs
     prompt, *refs = refs if branched else (None, *refs)
     largest = refs[0] if online else None
-    t = pl.program_id(1)
-    flag, shift = flag[t], shift[t]
+    q, out, lse = (_block_of(x, axis, i, tile) for x, axis in ((q, 1), (out, 1), (lse, 2)))
+    k, v = (_block_of(x, 1, j, tile) for x in (k, v))
+    held = lax.rem(i, tile.load)
+    scaled, acc, total, own, prompt, largest = (
+        x if x is None else x.at[held] for x in (scaled, acc, total, own, prompt, largest)
+    )
     heads, turned = tile.heads, tile.transposed
-    own_code, prompt_code = _code(own_codes, query[t]), _code(prompt_codes, query[t])
+    own_code = _code(codes, OWN, i)
+    prompt_code = _code(codes, PROMPT, i) if branched else None
 
     @pl.when(flag & FIRST != 0)
     def _():
-        scaled[...] = (q[...].astype(jnp.float32) * scale).astype(scaled.dtype)
+        for h in range(heads):
+            scaled[h] = (q[h].astype(jnp.float32) * scale).astype(scaled.dtype)
+        own[...] = _column(own_code)
+        if branched:
+            prompt[...] = _column(prompt_code)
+
+    @pl.when(flag & (FIRST if online else CLEAR) != 0)
+    def _():
         acc[...] = jnp.zeros_like(acc)
         total[...] = jnp.zeros_like(total)
         if online:
             largest[...] = jnp.full_like(largest, MASKED)
-        own[...] = _column(own_code)
-        if branched:
-            prompt[...] = _column(prompt_code)
 
     def pair(kind):
         def scores(item):
@@ -504,19 +622,26 @@ def _forward_kernel(
         @functools.cache
         def seen(k0, n, q0, m):
             queries = pl.ds(q0, m)
-            code = _code(key_codes, key[t])[:, k0 : k0 + n]
+            code = _code(codes, KEY, j)[:, k0 : k0 + n]
             if turned:
                 rows = (x if x is None else x[:, q0 : q0 + m] for x in (own_code, prompt_code))
                 return _seen_by_columns(*rows, _column(code), shift, k0 - q0)
             columns = (x if x is None else x[queries] for x in (own, prompt))
             return _seen_by_rows(*columns, code, shift, q0 - k0)
 
+        def add(item, ref, where, x):
+            """The diagonal's first keys are seen by all queries, which nothing was added to."""
+            (k0, *_), _ = item
+            ref[where] = x if kind == DIAGONAL and k0 == 0 and not online else ref[where] + x
+
         def softmax(item, s):
             (_, n, q0, m), h = item
             queries = pl.ds(q0, m)
             if turned:
                 p = jnp.exp2(s)
-                total[h, :, queries] += p.reshape(-1, 8, p.shape[1]).sum(axis=0)
+                add(
+                    item, total, (h, slice(None), queries), p.reshape(-1, 8, p.shape[1]).sum(axis=0)
+                )
                 return p.astype(v.dtype)
             if online:
                 old = largest[h, queries]
@@ -529,68 +654,89 @@ def _forward_kernel(
                 acc[h, queries] *= decay[:, :1]
             else:
                 p = jnp.exp2(s)
-            total[h, queries] += sum(p[:, c : c + LANES] for c in range(0, n, LANES))
+            folded = sum(p[:, c : c + LANES] for c in range(0, n, LANES))
+            add(item, total, (h, queries), folded)
             return p.astype(v.dtype)
 
         def accumulate(item, p):
             (k0, n, q0, m), h = item
             queries, values = pl.ds(q0, m), v[h // group, pl.ds(k0, n)]
             if turned:
-                acc[h, :, queries] += _dot(values.T, p, NN, precision)
+                add(item, acc, (h, slice(None), queries), _dot(values.T, p, NN, precision))
             else:
-                acc[h, queries] += _dot(p, values, NN, precision)
+                add(item, acc, (h, queries), _dot(p, values, NN, precision))
 
-        _run(tile, kind, scores, softmax, accumulate)
+        _run(tile, kind, scores, softmax, accumulate, grouped=True)
 
-    _on_kinds(flag, tile.block, pair)
+    _on_kinds(flag, tile, pair)
 
     @pl.when(flag & LAST != 0)
     def _():
-        sums = []  # of each head, [1, queries]
-        packed = jnp.zeros((tile.block, LANES), jnp.float32)
-        lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
-        for h in range(heads):
-            # Where the outputs are not finite, 0 times them makes the sum NaN.
-            if turned:
-                sum_h = total[h].sum(axis=0, keepdims=True) + (acc[h] * 0.0).sum(0, keepdims=True)
-                sums.append(sum_h)
-            else:
-                for c in range(0, acc.shape[2], LANES):
-                    part = acc[h, :, c : c + LANES]
-                    total[h, :, : part.shape[1]] += part * 0.0
-                sum_h = total[h].sum(axis=1, keepdims=True)
+        # Where the outputs are not finite, 0 times them makes the sum NaN.
+        if turned:
+            sums = []  # of each head, [1, queries]
+            for h in range(heads):
+                sums.append(total[h].sum(0, keepdims=True) + (acc[h] * 0.0).sum(0, keepdims=True))
+                out_h = acc[h] * (1.0 / jnp.maximum(sums[h], TINY))
+                out[h] = out_h.astype(out.dtype).T
+        else:
+            packed = jnp.zeros((tile.block, LANES), jnp.float32)
+            lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+            for h in range(heads):
+                sum_h = (total[h] + _nothing(acc[h])).sum(axis=1, keepdims=True)
                 packed = jnp.where(lane == h, sum_h, packed)
-            if online:
-                packed = jnp.where(lane == heads + h, largest[h], packed)
-            out_h = acc[h] * (1.0 / jnp.where(sum_h > 0, sum_h, 1.0))
-            out[h] = (out_h.T if turned else out_h).astype(out.dtype)
-        if not turned:  # one transposition for all heads
-            packed = packed.T
+                # A query that sees nothing has a sum of 0, and outputs of 0 times this.
+                out[h] = (acc[h] * (1.0 / jnp.maximum(sum_h, TINY))).astype(out.dtype)
+            packed = packed.T  # one transposition for all heads
             sums = [packed[h : h + 1] for h in range(heads)]
         for h, sum_h in enumerate(sums):
             shown = jnp.where(sum_h > 0, jnp.log2(jnp.where(sum_h > 0, sum_h, 1.0)), UNSEEING)
             if online:
-                lse[h] = jnp.where(sum_h > 0, shown + packed[heads + h : heads + h + 1], UNSEEING)
+                lse[h] = jnp.where(sum_h > 0, shown + largest[h].T[:1], UNSEEING)
             else:
                 exact = (sum_h < LARGEST) & (sum_h > SMALLEST)
                 nothing = (own_code == NO_QUERY) & (sum_h == 0)
                 lse[h] = jnp.where(exact | nothing, shown, jnp.inf)
 
 
-def _codes_by_block(plan, block):
-    """The codes of keys, queries and (with branches) prompts as [B, blocks, block]."""
+def _nothing(x):
+    """Zeros [n, LANES], but NaN in rows of `x` [n, H] that are not finite."""
+    zeros = x * 0.0
+    if x.shape[1] % LANES:
+        zeros = jnp.pad(zeros, ((0, 0), (0, _up(x.shape[1], LANES) - x.shape[1])))
+    return sum(zeros[:, c : c + LANES] for c in range(0, zeros.shape[1], LANES))
+
+
+KEY, OWN, PROMPT = range(3)
+
+
+def _place(t, lists, load):
+    """Row, blocks of queries and blocks of keys that step t loads."""
+    row, query, key, *_ = lists
+    if load == 1:
+        return row[t], query[t], key[t]
+    first = lists[5][t]
+    return row[first], lax.div(query[first], load), lax.div(key[first], load)
+
+
+def _codes_by_block(plan, tile):
+    """The codes of keys, of queries and (with branches) of prompts as [B, 2 or 3, blocks, block],
+    blocks of the longest, and their window: those of the row at hand, read once for it."""
     codes = (plan.key, plan.own) + (() if plan.prompt is None else (plan.prompt,))
-    return [x.reshape(x.shape[0], -1, block) for x in codes]
+    longest = max(x.shape[2] for x in codes)
+    codes = [jnp.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2]))) for x in codes]
+    codes = jnp.concatenate(codes, axis=1)
+    codes = codes.reshape(*codes.shape[:2], -1, tile.block)
+
+    def of_row(n, t, *lists):
+        return _place(t, lists, tile.load)[0], 0, 0, 0
+
+    return codes, pl.BlockSpec((None, *codes.shape[1:]), of_row)
 
 
-def _code(codes, block):
+def _code(codes, which, block):
     """One block of a row's codes as [1, block]."""
-    return None if codes is None else codes[pl.ds(block, 1)]
-
-
-def _row_of(x):
-    """All blocks of the row at hand: read once for a row."""
-    return pl.BlockSpec((None, *x.shape[1:]), lambda n, t, row, *_: (row[t], 0, 0))
+    return codes[which, pl.ds(block, 1)]
 
 
 def _compiler_params(tiling, interpret):
@@ -610,23 +756,26 @@ def _forward(q, k, v, plan, *, online, static):
     tile, pairs, group = plan.tiling.forward, plan.forward, N // K
     if online:  # rarely run: little to compile
         tile = dataclasses.replace(tile, heads=1, pipelined=False, transposed=False)
-    heads, block = tile.heads, tile.block
+    heads, block, load = tile.heads, tile.block, tile.load
     kv_heads, parts = max(1, heads // group), max(1, group // heads)
 
-    def at_query(n, t, row, query, *_):
-        return row[t], n, query[t], 0
+    def at_query(n, t, *lists):
+        row, query, _ = _place(t, lists, load)
+        return row, n, query, 0
 
-    def at_key(n, t, row, query, key, *_):
-        return row[t], lax.div(n, parts), key[t], 0
+    def at_key(n, t, *lists):
+        row, _, key = _place(t, lists, load)
+        return row, lax.div(n, parts), key, 0
 
-    def query_row(n, t, row, query, *_):
-        return row[t], n, 0, query[t]
+    def query_row(n, t, *lists):
+        row, query, _ = _place(t, lists, load)
+        return row, n, 0, query
 
-    q_spec = pl.BlockSpec((None, heads, block, H), at_query)
-    k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
+    q_spec = pl.BlockSpec((None, heads, load * block, H), at_query)
+    k_spec = pl.BlockSpec((None, kv_heads, load * block, H), at_key)
     turned = tile.transposed
-    codes = _codes_by_block(plan, block)
-    columns = (heads, block, LANES)
+    codes, codes_spec = _codes_by_block(plan, tile)
+    columns = (load, heads, block, LANES)
     kernel = functools.partial(
         _forward_kernel,
         tile=tile,
@@ -636,7 +785,7 @@ def _forward(q, k, v, plan, *, online, static):
         online=online,
         precision=static.precision,
     )
-    column = pltpu.VMEM((block, LANES), jnp.int32)
+    column = pltpu.VMEM((load, block, LANES), jnp.int32)
     return pl.pallas_call(
         kernel,
         name="flash_forward_online" if online else "flash_forward",
@@ -645,60 +794,63 @@ def _forward(q, k, v, plan, *, online, static):
             jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=6,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, *map(_row_of, codes)],
-            out_specs=(q_spec, pl.BlockSpec((None, heads, 1, block), query_row)),
+            in_specs=[q_spec, k_spec, k_spec, codes_spec],
+            out_specs=(q_spec, pl.BlockSpec((None, heads, 1, load * block), query_row)),
             scratch_shapes=[
-                pltpu.VMEM((heads, block, H), q.dtype),
-                pltpu.VMEM((heads, H, block) if turned else (heads, block, H), jnp.float32),
-                pltpu.VMEM((heads, 8, block) if turned else columns, jnp.float32),
+                pltpu.VMEM((load, heads, block, H), q.dtype),
+                pltpu.VMEM((load, heads, *((H, block) if turned else (block, H))), jnp.float32),
+                pltpu.VMEM((load, heads, 8, block) if turned else columns, jnp.float32),
             ]
-            + [column] * (len(codes) - 1)
+            + [column] * (codes.shape[1] - 1)
             + [pltpu.VMEM(columns, jnp.float32)] * online,
         ),
         compiler_params=_compiler_params(plan.tiling, static.interpret),
         interpret=static.interpret,
     )(
-        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
-        *(q, k, v, *codes),
+        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift, pairs.start),
+        *(q, k, v, codes),
     )
 
 
 def _backward_kernel(
-    row,
-    query,
-    key,
-    flag,
-    shift,
-    done_row,
-    done_query,
-    *refs,
-    tile,
-    group,
-    scale,
-    branched,
-    precision,
+    row, query, key, flag, shift, start, done_row, done_query, *refs, tile, **static
 ):
-    """One pair of the backward pass, scores as [keys, queries]; see `_backward`."""
+    """One step of the backward pass; see `_backward`."""
     del row, done_row, done_query
-    q, k, v, d_out, stats, key_codes, own_codes, *refs = refs
-    prompt_codes, *refs = refs if branched else (None, *refs)
-    dq, dk, dv, dq_acc, dk_acc, dv_acc, k_turned, key_column = refs
-    t = pl.program_id(1)
-    i, flag, shift = query[t], flag[t], shift[t]
+    _each(
+        tile,
+        start,
+        lambda n: _backward_pair(query[n], key[n], flag[n], shift[n], *refs, tile=tile, **static),
+    )
+
+
+def _backward_pair(i, j, flag, shift, *refs, tile, group, scale, branched, precision):
+    """Query block i and key block j of the backward pass, scores as [keys, queries]."""
+    q, k, v, d_out, stats, codes, dq, dk, dv, dq_acc, dk_acc, dv_acc, k_turned, key_column = refs
+    q, d_out, stats = (_block_of(x, axis, i, tile) for x, axis in ((q, 1), (d_out, 1), (stats, 2)))
+    k, v, dk, dv = (_block_of(x, 1, j, tile) for x in (k, v, dk, dv))
+    held = lax.rem(j, tile.load)
+    dk_acc, dv_acc, k_turned, key_column = (
+        x.at[held] for x in (dk_acc, dv_acc, k_turned, key_column)
+    )
     heads, turned = tile.heads, tile.transposed
-    own_code, prompt_code = _code(own_codes, i), _code(prompt_codes, i)
+    own_code = _code(codes, OWN, i)
+    prompt_code = _code(codes, PROMPT, i) if branched else None
 
     @pl.when(flag & FIRST != 0)
     def _():
-        dk_acc[...] = jnp.zeros_like(dk_acc)
-        dv_acc[...] = jnp.zeros_like(dv_acc)
         for h in range(k.shape[0]):
             k_turned[h] = k[h].T
-        key_column[...] = _column(_code(key_codes, key[t]))
+        key_column[...] = _column(_code(codes, KEY, j))
 
-    @pl.when(flag & FIRST_QUERY != 0)
+    @pl.when(flag & CLEAR != 0)
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    @pl.when(flag & CLEAR_QUERY != 0)
     def _():
         dq_acc[i] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
 
@@ -734,59 +886,75 @@ def _backward_kernel(
             h, kv, keys, queries = at(item)
             p, ds = gradients
             qs = scale_queries(h, *item[0][2:])
+            # What the diagonal is the first to touch: keys by the first head of a group, queries
+            # by the first keys.
+            fresh_keys = kind == DIAGONAL and h % group == 0
+            fresh_queries = kind == DIAGONAL and item[0][0] == 0
+
+            def add(ref, where, x, fresh):
+                ref[where] = x if fresh else ref[where] + x
+
             if turned:
-                dv_acc[kv, :, keys] += _dot(d_out[h, queries].T, p, NT, precision)
-                dk_acc[kv, :, keys] += _dot(qs.T, ds, NT, precision)
+                where = kv, slice(None), keys
+                add(dv_acc, where, _dot(d_out[h, queries].T, p, NT, precision), fresh_keys)
+                add(dk_acc, where, _dot(qs.T, ds, NT, precision), fresh_keys)
             else:
-                dv_acc[kv, keys] += _dot(p, d_out[h, queries], NN, precision)
-                dk_acc[kv, keys] += _dot(ds, qs, NN, precision)
-            dq_acc[i, h, :, queries] += _dot(k_turned[kv, :, keys], ds, NN, precision)
+                add(dv_acc, (kv, keys), _dot(p, d_out[h, queries], NN, precision), fresh_keys)
+                add(dk_acc, (kv, keys), _dot(ds, qs, NN, precision), fresh_keys)
+            where = i, h, slice(None), queries
+            add(dq_acc, where, _dot(k_turned[kv, :, keys], ds, NN, precision), fresh_queries)
 
-        _run(tile, kind, products, gradients, accumulate)
+        _run(tile, kind, products, gradients, accumulate, grouped=False)
 
-    _on_kinds(flag, tile.block, pair)
+    _on_kinds(flag, tile, pair)
 
     @pl.when(flag & LAST_QUERY != 0)
     def _():
-        for h in range(heads):
-            dq[h] = (dq_acc[i, h] * scale).T.astype(dq.dtype)
+        first = lax.div(i, tile.load) * tile.load
+        for n, h in itertools.product(range(tile.load), range(heads)):
+            dq_h = (dq_acc[first + n, h] * scale).astype(dq.dtype)
+            dq[h, n * tile.block : (n + 1) * tile.block] = dq_h.T
 
     @pl.when(flag & LAST != 0)
     def _():
         for h in range(k.shape[0]):
-            dk_h, dv_h = ((x[h].T if turned else x[h]) for x in (dk_acc, dv_acc))
-            dk[h] = (dk_h / LOG2E).astype(dk.dtype)  # the queries were scaled by it
-            dv[h] = dv_h.astype(dv.dtype)
+            dk_h = (dk_acc[h] / LOG2E).astype(dk.dtype)  # the queries were scaled by it
+            dv_h = dv_acc[h].astype(dv.dtype)
+            dk[h], dv[h] = (dk_h.T, dv_h.T) if turned else (dk_h, dv_h)
 
 
 def _backward(q, k, v, stats, d_out, plan, static):
     """dq [B, N, T', H], dk and dv [B, K, S', H]."""
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
     tile, pairs, group = plan.tiling.backward, plan.backward, N // K
-    heads, block = tile.heads, tile.block
+    heads, block, load = tile.heads, tile.block, tile.load
     kv_heads = max(1, heads // group)
     parts = max(1, group // heads)  # partial sums of dk and dv
 
-    def at_query(n, t, row, query, *_):
-        return row[t], n, query[t], 0
+    def at_query(n, t, *lists):
+        row, query, _ = _place(t, lists, load)
+        return row, n, query, 0
 
-    def at_key(n, t, row, query, key, *_):
-        return row[t], lax.div(n, parts), key[t], 0
+    def at_key(n, t, *lists):
+        row, _, key = _place(t, lists, load)
+        return row, lax.div(n, parts), key, 0
 
-    def at_done(n, t, row, query, key, flag, shift, done_row, done_query):
-        return done_row[t], n, done_query[t], 0
+    def at_done(n, t, *lists):
+        return lists[6][t], n, lists[7][t], 0
 
-    def at_part(n, t, row, query, key, *_):
-        return row[t], n, key[t], 0
+    def at_part(n, t, *lists):
+        row, _, key = _place(t, lists, load)
+        return row, n, key, 0
 
-    def query_row(n, t, row, query, *_):
-        return row[t], n, 0, query[t]
+    def query_row(n, t, *lists):
+        row, query, _ = _place(t, lists, load)
+        return row, n, 0, query
 
-    q_spec = pl.BlockSpec((None, heads, block, H), at_query)
-    k_spec = pl.BlockSpec((None, kv_heads, block, H), at_key)
-    row_spec = pl.BlockSpec((None, heads, 2, block), query_row)
-    part_spec = pl.BlockSpec((None, kv_heads, block, H), at_part)
-    codes = _codes_by_block(plan, block)
+    q_spec = pl.BlockSpec((None, heads, load * block, H), at_query)
+    k_spec = pl.BlockSpec((None, kv_heads, load * block, H), at_key)
+    row_spec = pl.BlockSpec((None, heads, 2, load * block), query_row)
+    part_spec = pl.BlockSpec((None, kv_heads, load * block, H), at_part)
+    codes, codes_spec = _codes_by_block(plan, tile)
     part = jax.ShapeDtypeStruct((B, K * parts, S, H), jnp.float32 if parts > 1 else k.dtype)
     kernel = functools.partial(
         _backward_kernel,
@@ -796,30 +964,30 @@ def _backward(q, k, v, stats, d_out, plan, static):
         branched=plan.prompt is not None,
         precision=static.precision,
     )
-    sums = (kv_heads, H, block) if tile.transposed else (kv_heads, block, H)
+    sums = (load, kv_heads, *((H, block) if tile.transposed else (block, H)))
     dq, dk, dv = pl.pallas_call(
         kernel,
         name="flash_backward",
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), part, part),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=8,
             grid=(N // heads, pairs.count[0]),
-            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, *map(_row_of, codes)],
-            out_specs=(pl.BlockSpec((None, heads, block, H), at_done), part_spec, part_spec),
+            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, codes_spec],
+            out_specs=(pl.BlockSpec((None, heads, load * block, H), at_done), part_spec, part_spec),
             scratch_shapes=[
                 pltpu.VMEM((T // block, heads, H, block), jnp.float32),
                 pltpu.VMEM(sums, jnp.float32),
                 pltpu.VMEM(sums, jnp.float32),
-                pltpu.VMEM((kv_heads, H, block), k.dtype),
-                pltpu.VMEM((block, LANES), jnp.int32),
+                pltpu.VMEM((load, kv_heads, H, block), k.dtype),
+                pltpu.VMEM((load, block, LANES), jnp.int32),
             ],
         ),
         compiler_params=_compiler_params(plan.tiling, static.interpret),
         interpret=static.interpret,
     )(
-        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift),
+        *(pairs.row, pairs.query, pairs.key, pairs.flag, pairs.shift, pairs.start),
         *(pairs.done_row, pairs.done_query),
-        *(q, k, v, d_out, stats, *codes),
+        *(q, k, v, d_out, stats, codes),
     )
     if parts > 1:
         dk, dv = (x.reshape(B, K, parts, S, H).sum(axis=2).astype(k.dtype) for x in (dk, dv))

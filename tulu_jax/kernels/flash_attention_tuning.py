@@ -53,7 +53,9 @@ def with_block(tiling: Tiling, block: int) -> Tiling:
     )
 
 
-_INTERPRETED = Tile(block=128, chunk=128, sub=128, heads=2, pipelined=True, transposed=False)
+_INTERPRETED = Tile(
+    block=128, chunk=128, sub=128, heads=2, pipelined=True, transposed=False, load=1
+)
 INTERPRETED = Tiling(
     forward=_INTERPRETED,
     backward=_INTERPRETED,

@@ -23,12 +23,16 @@ STAGES = ("forward", "backward")
 FLAGS = {
     "first": flash.FIRST,
     "last": flash.LAST,
-    "first_query": flash.FIRST_QUERY,
+    "clear": flash.CLEAR,
+    "clear_query": flash.CLEAR_QUERY,
     "last_query": flash.LAST_QUERY,
 }
 
 # The side blocks of each kernel, in the order of its text.
-SIDES = {"forward": ("first", "last"), "backward": ("first", "first_query", "last_query", "last")}
+SIDES = {
+    "forward": ("first", "clear", "last"),
+    "backward": ("first", "clear", "clear_query", "last_query", "last"),
+}
 
 # Of each stage how often a row runs what: 'steps', those of SIDES, and by kind of pair 'kinds'.
 Counts = dict[str, dict[str, Any]]
@@ -109,7 +113,8 @@ def milliseconds(
     scale = heads / tile.heads / hardware.cores
     cycles = kernel.cycles(
         steps=count["steps"] * scale,
-        compute=[count["kinds"][kind] * scale for kind in flash.kinds(tile.block)],
+        inner=count["pairs"] / count["steps"],
+        compute=[count["kinds"][kind] * scale for kind in flash.kinds(tile)],
         side=[count[name] * scale for name in SIDES[stage]],
     )
     return 1e3 * cycles / hardware.clock
@@ -122,45 +127,51 @@ def count_packed(tiling: flash.Tiling, segments: np.ndarray, shards: int = 1) ->
     """
     means, number_of_rows = {}, len(segments)
     for stage in STAGES:
-        block = getattr(tiling, stage).block
-        # Later and earlier halves of a block see each other as blocks do.
-        halves = segments.reshape(number_of_rows, -1, 2, block // 2)
-        high = halves.max(3)  # [R, blocks, 2]
-        low = np.where(halves > 0, halves, high[..., None] + 1).min(3)
-        uniform = (halves == high[..., None]).all((2, 3)) & (high[..., 0] == high[..., 1])
+        tile = getattr(tiling, stage)
+        block = tile.block
+        edges = flash.edge_kinds(tile)
+        parts = len(edges)
+        # Parts of a block see each other as blocks do.
+        split = segments.reshape(number_of_rows, -1, parts, block // parts)
+        high = split.max(3)  # [R, blocks, parts]
+        low = np.where(split > 0, split, high[..., None] + 1).min(3)
         number = high.max(2)
+        uniform = (split == number[..., None, None]).all((2, 3))
         earlier = np.tri(number.shape[1], k=-1, dtype=bool)[None]
-        # Segments are consecutive: a later half sees an earlier one if its first is their last.
+        # Segments are consecutive: a later part sees an earlier one if its first is their last.
         seen = low[:, :, None, :, None] <= high[:, None, :, None, :]
         seen &= (high > 0)[:, :, None, :, None] & (high > 0)[:, None, :, None, :]
-        seen &= earlier[..., None, None]  # [R, i, j, query half, key half]
+        seen &= earlier[..., None, None]  # [R, i, j, query part, key part]
         active = seen.any((3, 4))
         full = active & (uniform & (number > 0))[:, :, None] & uniform[:, None]
         full &= number[:, :, None] == number[:, None]
-        early, late = ~seen[..., 1, :].any(3), ~seen[..., 0].any(3)
         edge = active & ~full
-        if len(flash.kinds(block)) == 3:
-            early, late = np.zeros_like(early), np.zeros_like(late)
+        start = seen.any(3).argmax(3)
+        end = parts - seen.any(4)[..., ::-1].argmax(3)
         own = np.eye(number.shape[1], dtype=bool) & (number > 0)[:, :, None]
-        kinds = {
-            flash.FULL: full,
-            flash.DIAGONAL: own,
-            flash.EDGE: edge & ~early & ~late,
-            flash.LATER_KEYS: edge & late & ~early,
-            flash.EARLIER_QUERIES: edge & early & ~late,
-            flash.CORNER: edge & early & late,
-        }
+        kinds = {flash.FULL: full, flash.DIAGONAL: own}
+        which = edges[start, end - 1]
+        kinds |= {kind: edge & (which == kind) for kind in flash.kinds(tile)[2:]}
         blocks = number.shape[1] // shards  # of queries, on a device
-        parts = {n: x.sum(2).reshape(-1, shards, blocks).sum(2) for n, x in kinds.items()}
-        most = sum(parts.values()).argmax(1)[:, None]
-        kinds = {n: np.take_along_axis(x, most, 1).mean() for n, x in parts.items()}
-        means[stage] = dict.fromkeys(SIDES[stage], blocks)
-        empty = blocks - kinds[flash.DIAGONAL]  # blocks without work are met once, to be written
+        each = {n: x.sum(2).reshape(-1, shards, blocks).sum(2) for n, x in kinds.items()}
+        most = sum(each.values()).argmax(1)[:, None]
+        kinds = {n: np.take_along_axis(x, most, 1).mean() for n, x in each.items()}
+        # A block without work is met once, to be written: with the first key, or the first query.
+        met = (active | own).reshape(-1, shards, blocks, number.shape[1])
+        met[..., 0] |= ~met.any(3)
         if stage == "backward":
-            keys = (active | own).reshape(-1, shards, blocks, number.shape[1]).any(2).sum(2)
-            empty += number.shape[1] - np.take_along_axis(keys, most, 1).mean()
+            met[:, :, 0] |= ~met.any(2)
+        load = tile.load
+        steps = met.reshape(*met.shape[:2], blocks // load, load, -1, load).any((3, 5))
+        rows, device = np.arange(len(most)), most[:, 0]
+        means[stage] = dict.fromkeys(SIDES[stage], blocks)
+        means[stage]["pairs"] = met[rows, device].sum((1, 2)).mean()
+        means[stage]["steps"] = steps[rows, device].sum((1, 2)).mean()
+        if stage == "backward":
             means[stage] |= dict.fromkeys(("first", "last"), number.shape[1])
-        means[stage]["steps"] = sum(kinds.values()) + empty
+            means[stage]["last_query"] = blocks // load  # those loaded together at once
+            means[stage]["clear_query"] = blocks - kinds[flash.DIAGONAL]
+        means[stage]["clear"] = means[stage]["first"] - kinds[flash.DIAGONAL]
         means[stage]["kinds"] = kinds
     return means
 

@@ -100,11 +100,12 @@ class Kernel:
                 found["side" if block.slots["VSTORE"] > 16 else "control"].append(block)
         return found
 
-    def cycles(self, *, steps, compute: Sequence, side: Sequence) -> float:
+    def cycles(self, *, steps, compute: Sequence, side: Sequence, inner: float = 1) -> float:
         """Cycles of `steps` grid steps on one core.
 
         `compute` and `side` say how often each of those blocks runs; everything else in the loop is
-        counted for each step, and for two more that fill and drain the pipeline. Raises
+        counted for each step, and for two more that fill and drain the pipeline. A loop inside a
+        step whose runs the compiler does not know runs `inner` times a step. Raises
         `ValueError` if the kernel has another number of such blocks.
         """
         branches = self.branches
@@ -121,7 +122,7 @@ class Kernel:
             if block is self.grid:
                 times *= steps + 2
             elif block.kind == "loop":
-                times *= block.trips or 1
+                times *= block.trips or inner
             elif id(block) in steady:
                 times = steps
             times = runs.get(id(block), times)
