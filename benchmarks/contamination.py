@@ -8,11 +8,11 @@ are UltraFeedback's with their words shuffled, so that no two are alike.
 """
 
 import argparse
-import json
 import random
 import time
 
 import numpy as np
+import outcome
 
 from tulu_jax.audit import benchmarks, contamination, preference_audit
 from tulu_jax.data import components, examples
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10_000)
     flags = parser.parse_args()
     result = {**search(flags.rows, flags.data_root), **audit(flags.pairs, flags.data_root)}
-    print(json.dumps(result, indent=1))
+    outcome.tell(result)
 
 
 if __name__ == "__main__":

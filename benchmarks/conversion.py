@@ -26,6 +26,8 @@ import sys
 import tempfile
 import time
 
+import outcome
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 REPO = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -203,7 +205,7 @@ def against_transformers(given, folder: pathlib.Path) -> None:
     ratio = min(ratios.values())
     result = {"name": "conversion", "ratio": ratio, "target": TARGET}
     result |= {"ok": ratio >= TARGET and same, "ratios": ratios}
-    print(json.dumps(result | {kind: max(one["peak"] for one in runs[kind]) for kind in kinds}))
+    outcome.tell(result | {kind: max(one["peak"] for one in runs[kind]) for kind in kinds})
 
 
 def peaks(given, folder: pathlib.Path) -> None:
@@ -239,7 +241,7 @@ def peaks(given, folder: pathlib.Path) -> None:
         f"value of the largest weight x {largest(seventy):,} = {at_70b / 1e9:.2f} GB"
     )
     result = {"name": "conversion_peak", "ratio": peak / bound, "target": 1.0, "ok": peak <= bound}
-    print(json.dumps(result | {"peak": peak, "bound": bound, "at_70b": at_70b}))
+    outcome.tell(result | {"peak": peak, "bound": bound, "at_70b": at_70b})
 
 
 def main() -> None:

@@ -15,12 +15,13 @@ its update where page faults are slow; `--keep_memory` is its best case, and no 
 import argparse
 import ctypes
 import functools
-import json
 import os
 import pathlib
 import statistics
 import tempfile
 import time
+
+import outcome
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -328,7 +329,7 @@ def report_speed(rows: loader.Rows, pairs: list[list[int]], number: int, seconds
         )
     ratio = rates["ours"] / rates["TRL"]
     summary = {"name": "dpo_step_cpu", "ratio": ratio, "target": TARGET, "ok": ratio >= TARGET}
-    print(json.dumps(summary | {"pairs_per_second": rates, "micro_batches": number}))
+    outcome.tell(summary | {"pairs_per_second": rates, "micro_batches": number})
 
 
 def both_losses(config: TrainConfig, folder: str, workdir: str) -> tuple[list, list, list]:
@@ -376,7 +377,7 @@ def trajectory(root: pathlib.Path, folder: str, updates: int) -> None:
         print(f"{i + 1:6} {pairs[i]:6} {ours[i]:10.6f} {theirs[i]:10.6f} {gaps[i]:8.1e}")
     worst = float(gaps.max())
     summary = {"name": "dpo_trajectory", "ratio": TOLERANCE / worst, "target": 1.0}
-    print(json.dumps(summary | {"ok": worst <= TOLERANCE, "worst_gap": worst}))
+    outcome.tell(summary | {"ok": worst <= TOLERANCE, "worst_gap": worst})
 
 
 def main() -> None:

@@ -8,12 +8,13 @@ model and the same update on rows from the same loader; only `packing` differs.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
 import tempfile
 import time
+
+import outcome
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -106,7 +107,7 @@ def main() -> None:
         ratio = statistics.median(rates["best_fit"]) / statistics.median(rates["none"])
         summary = {"name": "packed_step_cpu", "ratio": ratio, "target": TARGET}
         summary |= {"ok": ratio >= TARGET, "mixture": common["train"]}
-        print(json.dumps(summary))
+        outcome.tell(summary)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ column of one byte a token, the least that it can be given to move. Alternating 
 """
 
 import argparse
-import json
 import statistics
 import time
 
 import datasets
 import numpy as np
+import outcome
 import pyarrow as pa
 import trl
 
@@ -95,7 +95,7 @@ def main() -> None:
     )
     summary = {"name": "packing", "ratio": ratio, "target": 1.0, "ok": bool(ok)}
     summary |= {"used": fill["ours"], "seconds": statistics.median(seconds["ours"])}
-    print(json.dumps(summary))
+    outcome.tell(summary)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Each is a fresh process, medians of several, on a warm disk. The alternative for
 same process importing transformers' `LlamaForCausalLM` and torch, which a torch trainer needs.
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -14,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import outcome
 
 TARGET_SECONDS, ROUNDS = 4.0, 5
 HEAVY = ("tensorflow", "torch", "transformers", "datasets")
@@ -72,7 +73,7 @@ def main() -> None:
     ok = imported < TARGET_SECONDS and heavy == "[]"
     summary = {"name": "startup", "ratio": TARGET_SECONDS / imported, "target": 1.0, "ok": ok}
     summary |= {"import_seconds": imported, "first_step_seconds": statistics.median(starts)}
-    print(json.dumps({**summary, "heavy_modules": heavy}))
+    outcome.tell({**summary, "heavy_modules": heavy})
 
 
 if __name__ == "__main__":
