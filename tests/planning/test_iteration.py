@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 
+import builders
 import commands
 import pytest
 
@@ -111,8 +112,8 @@ def test_phases_add_up(small):
 
 def test_old_values_of_each_update_are_measured_again(small):
     """Policy and value model alone: half of a pass of four."""
-    bindings = ["--gin.ppo.PPOConfig.old_from='minibatch'"]
-    config = cli.load(str(small), bindings, workdir="unused")
+    config = cli.load(str(small), workdir="unused")
+    config = builders.replace(config, objective__old_from="minibatch")
     found = made(config, cache=2**30, code=0, refused={})
     assert found.seconds["measuring"] == 4 * 2.0 + 4 * 2.0 / 2
 
