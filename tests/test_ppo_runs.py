@@ -34,19 +34,19 @@ SETTINGS = dict(prompts=16, response_length=12, slots=16, vocab_chunk=32, kl_coe
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, put_tokenizer):
-    """A folder with a tokenizer, a base that makes answers which end, a reward model on it, and
-    encoded rows that the tests of this file share."""
+    """A folder with a tokenizer, a base that makes answers which end, a reward model on it without
+    training, and encoded rows that the tests of this file share."""
     folder = tmp_path_factory.mktemp("home")
     put_tokenizer(folder / "tokenizer")
     tokenizer = tulu_tiny.tokenizer(str(folder / "tokenizer"))
-    options = dict(tokenizer=tokenizer, num_steps=60, mesh=MeshConfig(data=8))
+    options = dict(tokenizer=tokenizer, num_steps=40, mesh=MeshConfig(data=8))
     base = builders.train_config(folder, objective=sft.SFTConfig(vocab_chunk=32), **options)
     base = builders.replace(
-        base, workdir=str(folder / "sft"), optimizer__learning_rate=1e-2, checkpoint__every=60
+        base, workdir=str(folder / "sft"), optimizer__learning_rate=1e-2, checkpoint__every=40
     )
     trainer.Run(base).train()
     scored = builders.train_config(
-        folder, dpo_stage=True, objective=reward.RewardConfig(), **options | {"num_steps": 8}
+        folder, dpo_stage=True, objective=reward.RewardConfig(), **options
     )
     scored = builders.replace(
         scored,
@@ -54,9 +54,8 @@ def home(tmp_path_factory, put_tokenizer):
         base=base.workdir,
         data__packing="best_fit",
         data__max_length=128,
-        checkpoint__every=8,
     )
-    trainer.Run(scored).train()
+    trainer.Run(scored).save_initial()  # with a head that is drawn
     return folder
 
 
