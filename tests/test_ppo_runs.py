@@ -55,7 +55,9 @@ def home(tmp_path_factory, put_tokenizer):
         data__packing="best_fit",
         data__max_length=128,
     )
-    trainer.Run(scored).save_initial()  # with a head that is drawn
+    run = trainer.Run(scored)
+    run.open()  # a checkpoint then tells template and tokenizer
+    run.save_initial()  # with a head that is drawn
     return folder
 
 
