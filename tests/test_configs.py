@@ -123,7 +123,9 @@ def test_recipe_values_of_ppo(run):
     assert objective.reward_from == reward_run.workdir and data.train == reward_run.data.train
     rows = (32, 32) if size == "70b" else (512, 64)
     assert (objective.prompts, config.batch_size) == rows
-    assert objective == ppo.PPOConfig(reward_from=reward_run.workdir, prompts=rows[0])
+    assert objective == ppo.PPOConfig(
+        reward_from=reward_run.workdir, prompts=rows[0], slots=objective.slots
+    )
     assert (objective.kl_coef, objective.temperature, objective.ppo_epochs) == (0.05, 0.7, 1)
     assert (objective.gamma, objective.lam, objective.clip) == (1.0, 0.95, 0.2)
     assert (objective.value_clip, objective.value_coef) == (0.2, 0.1)

@@ -1,5 +1,6 @@
 """Runs of PPO: rollouts, resumed and killed, on a mesh, converted, and what is refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -33,19 +34,19 @@ SETTINGS = dict(prompts=16, response_length=12, slots=16, vocab_chunk=32, kl_coe
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, put_tokenizer):
-    """A folder with a tokenizer, a base that makes answers which end, a reward model on it, and
-    encoded rows that the tests of this file share."""
+    """A folder with a tokenizer, a base that makes answers which end, a reward model on it without
+    training, and encoded rows that the tests of this file share."""
     folder = tmp_path_factory.mktemp("home")
     put_tokenizer(folder / "tokenizer")
     tokenizer = tulu_tiny.tokenizer(str(folder / "tokenizer"))
-    options = dict(tokenizer=tokenizer, num_steps=60, mesh=MeshConfig(data=8))
+    options = dict(tokenizer=tokenizer, num_steps=40, mesh=MeshConfig(data=8))
     base = builders.train_config(folder, objective=sft.SFTConfig(vocab_chunk=32), **options)
     base = builders.replace(
-        base, workdir=str(folder / "sft"), optimizer__learning_rate=1e-2, checkpoint__every=60
+        base, workdir=str(folder / "sft"), optimizer__learning_rate=1e-2, checkpoint__every=40
     )
     trainer.Run(base).train()
     scored = builders.train_config(
-        folder, dpo_stage=True, objective=reward.RewardConfig(), **options | {"num_steps": 8}
+        folder, dpo_stage=True, objective=reward.RewardConfig(), **options
     )
     scored = builders.replace(
         scored,
@@ -53,9 +54,10 @@ def home(tmp_path_factory, put_tokenizer):
         base=base.workdir,
         data__packing="best_fit",
         data__max_length=128,
-        checkpoint__every=8,
     )
-    trainer.Run(scored).train()
+    run = trainer.Run(scored)
+    run.open()  # a checkpoint then tells template and tokenizer
+    run.save_initial()  # with a head that is drawn
     return folder
 
 
@@ -102,6 +104,16 @@ def opened(config):
     return run, state
 
 
+@pytest.fixture(scope="module")
+def begun(home, tmp_path_factory):
+    """A run before its first update, its state, and its first rollouts. It measures at temperature
+    1, as the decoder tells log-probabilities."""
+    folder = tmp_path_factory.mktemp("begun")
+    run, state = opened(run_config(home, folder, of_ppo={"logps_at": "one"}))
+    with jax.set_mesh(run.mesh):
+        return run, state, run.feed._made(0, state.params)
+
+
 def test_the_ratio_is_one_at_the_first_inner_step(config):
     """Old log-probabilities are from the rollout, so the second update has moved, and the first of
     the next iteration has not."""
@@ -117,16 +129,13 @@ def test_the_ratio_is_one_at_the_first_inner_step(config):
     assert first["batch/rollouts"] == 8
 
 
-def test_rollouts_are_the_decoders_at_the_temperature(home, tmp_path):
-    """Their measured log-probabilities are those of a drawn token, at 0.7: those that the decoder
-    tells are at 1, so the models are asked at 1 to compare."""
-    config = run_config(home, tmp_path, of_ppo={"logps_at": "one"})
-    run, state = opened(config)
+def test_rollouts_are_the_decoders_at_the_temperature(begun):
+    """Drawn at 0.7, and what is measured of them is what the decoder tells."""
+    run, state, made = begun
     with jax.set_mesh(run.mesh):
-        made = run.feed._made(0, state.params)
         examples = run.feed.rows.of_iteration(0)
         prompts = [run.feed.rows.prompt(i) for i in examples]
-        key = jax.random.fold_in(jax.random.key(config.seed), ppo_feed.DRAWS)
+        key = jax.random.fold_in(jax.random.key(run.config.seed), ppo_feed.DRAWS)
         results = run.feed._decoder.generate(
             llama.own(state.params), prompts, run.feed._sampling, jax.random.fold_in(key, 0)
         )
@@ -141,9 +150,8 @@ def test_rollouts_are_the_decoders_at_the_temperature(home, tmp_path):
     np.testing.assert_array_equal(made.scores[~made.ended], -10)
 
 
-def test_prompts_are_those_that_generation_has(home, tmp_path):
-    run, _ = opened(run_config(home, tmp_path))
-    feed, rows = run.feed, tiny_instructions.preference_rows("train")
+def test_prompts_are_those_that_generation_has(begun):
+    feed, rows = begun[0].feed, tiny_instructions.preference_rows("train")
     for example in feed.rows.of_iteration(3)[:5]:
         row = rows[int(feed.rows.names(np.array([example]))[0].split("/")[1])]
         expected = chat_lib.generation_prompt(row["prompt"], feed._tokenizer, chat="spec")
@@ -173,8 +181,8 @@ def run_rm(home):
     return trained.Scorer(builders.replace(config, workdir=str(home / "rm")))
 
 
-def test_a_value_model_starts_as_the_reward_model_and_the_rest_is_frozen(home, tmp_path):
-    run, state = opened(run_config(home, tmp_path))
+def test_a_value_model_starts_as_the_reward_model_and_the_rest_is_frozen(begun):
+    run, state, _ = begun
     reference = run.frozen.reference
     jax.tree.map(np.testing.assert_array_equal, state.params["value"], reference["reward"])
     policy = {name: state.params[name] for name in ("model", "lm_head")}
@@ -192,7 +200,7 @@ def stopped(config, folder, step):
     return mine
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_bit_for_bit(config, tmp_path, step):
     """From the middle of an iteration, where its rollouts are read, and from its end."""
     mine = stopped(config, tmp_path, step)
@@ -293,6 +301,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config, tmp_path, where):
     assert digests_of(mine.workdir) == digests_of(config.workdir)
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_the_policy(home, config, tmp_path):
     """`convert` and `generate` see it alone, and another run starts from the folder."""
     out = tmp_path / "hf"
@@ -317,6 +326,7 @@ def test_what_comes_out_is_the_policy(home, config, tmp_path):
     assert before.params.keys() == {"model", "lm_head"}
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_first_update_is_the_same(home, config, tmp_path):
     """Sharded rows, heads and both networks; tokens are drawn alike, sums differ by rounding."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -329,6 +339,7 @@ def test_on_a_mesh_the_first_update_is_the_same(home, config, tmp_path):
         assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_as_the_original_did_it(home, tmp_path):
     """Recomputed old values: never clipped, in the second pass over the prompts either; no `<s>`;
     an end token behind each answer that is not full."""
@@ -343,15 +354,19 @@ def test_as_the_original_did_it(home, tmp_path):
     for row in range(len(made)):
         answer = made.tokens[row, made.prompt_lengths[row] : made.lengths[row]]
         assert (answer[-1] == end) == made.ended[row] == (len(answer) < 12 or answer[-1] == end)
-    assert run.feed._end_written([5, 6, end]) == [5, 6, end]
-    assert run.feed._end_written([5, 0, 0]) == [5, end]
-    assert run.feed._end_written([end]) == [end]
-    assert run.feed._end_written(list(range(20, 32))) == list(range(20, 32))
     trainer.Run(config).train()
     for line in lines_of(config.workdir):
         if "train/loss" in line:
             assert line["train/policy/ratio"] == pytest.approx(1, abs=1e-5)
             assert line["train/policy/clipped"] == line["train/value/clipped"] == 0
+
+
+def test_the_end_is_written_as_the_original_did_it(begun):
+    feed, end = begun[0].feed, begun[0].feed._tokenizer.eos_id
+    assert feed._end_written([5, 6, end]) == [5, 6, end]
+    assert feed._end_written([5, 0, 0]) == [5, end]
+    assert feed._end_written([end]) == [end]
+    assert feed._end_written(list(range(20, 32))) == list(range(20, 32))
 
 
 @pytest.mark.slow
@@ -435,10 +450,10 @@ def test_prompts_beyond_their_budget_are_left_out_and_named(home, tmp_path, capl
         ppo_feed.Prompts(rows, longest=3, count=16, epochs=1)
 
 
-def test_a_reward_that_is_not_finite_stops_with_the_iteration_and_the_rows(home, tmp_path):
-    run, state = opened(run_config(home, tmp_path))
+def test_a_reward_that_is_not_finite_stops_with_the_iteration_and_the_rows(begun, monkeypatch):
+    run, state, _ = begun
     head = run.frozen.reference["reward"]["score"]
-    head["kernel"] = head["kernel"] * np.float32(np.inf)
+    monkeypatch.setitem(head, "kernel", head["kernel"] * np.float32(np.inf))
     with jax.set_mesh(run.mesh), pytest.raises(watch.UnstableError) as error:
         run.feed(1, state.params)
     said = str(error.value)
@@ -446,6 +461,20 @@ def test_a_reward_that_is_not_finite_stops_with_the_iteration_and_the_rows(home,
     assert "tulu_tiny_preference/" in said and "Last good checkpoint: none" in said
 
 
+def test_a_kl_that_explodes_is_told_with_its_rows(begun, monkeypatch):
+    """Of a policy that is three times as sure as the reference."""
+    run, state, _ = begun
+    objective = dataclasses.replace(run.feed._objective, most_kl=0.01)
+    monkeypatch.setattr(run.feed, "_objective", objective)
+    surer = {**state.params, "lm_head": jax.tree.map(lambda x: 3 * x, state.params["lm_head"])}
+    with jax.set_mesh(run.mesh), pytest.raises(watch.UnstableError) as error:
+        run.feed(1, surer)
+    said = str(error.value)
+    assert "iteration 0: the KL divergence from the reference is" in said
+    assert "expected at most most_kl = 0.01" in said and "Rows: tulu_tiny_preference/" in said
+
+
+@pytest.mark.slow
 def test_a_kl_that_explodes_stops_with_the_iteration_and_the_rows(home, tmp_path):
     config = run_config(home, tmp_path, of_ppo={"most_kl": 0.5})
     config = builders.replace(config, optimizer__learning_rate=0.05)
@@ -458,9 +487,9 @@ def test_a_kl_that_explodes_stops_with_the_iteration_and_the_rows(home, tmp_path
     assert "most_kl" not in config.objective.identity()  # it may be raised, and the run goes on
 
 
-def test_answers_that_are_empty(home, tmp_path):
+def test_answers_that_are_empty(begun, monkeypatch):
     """All of them: the policy has collapsed. Some: they are trained on, and counted."""
-    run, state = opened(run_config(home, tmp_path))
+    run, state, made = begun
     end = run.feed._tokenizer.eos_id
     generate = run.feed._decoder.generate
 
@@ -468,21 +497,22 @@ def test_answers_that_are_empty(home, tmp_path):
         results = generate(*arguments)
         return [r if n % 2 else type(r)(**{**vars(r), "ids": [end]}) for n, r in enumerate(results)]
 
+    def all_of_them(*arguments):
+        return [type(r)(**{**vars(r), "ids": [end]}) for r in generate(*arguments)]
+
+    empty = made.ended & (made.lengths - made.prompt_lengths == 1)
+    assert not empty.all()
     with jax.set_mesh(run.mesh):
-        made = run.feed._made(0, state.params)
-        empty = made.ended & (made.lengths - made.prompt_lengths == 1)
-        assert not empty.all()
-        run.feed._decoder.generate = some
+        monkeypatch.setattr(run.feed._decoder, "generate", some)
         batch = run.feed(1, state.params)
         assert 0.5 <= batch["empty"].mean() < 1 and np.isfinite(batch["advantages"]).all()
-        run.feed._decoder.generate = lambda *a: [
-            type(r)(**{**vars(r), "ids": [end]}) for r in generate(*a)
-        ]
+        monkeypatch.setattr(run.feed._decoder, "generate", all_of_them)
         with pytest.raises(watch.UnstableError, match="every answer is empty") as error:
             run.feed(1, state.params)
     assert "The policy has collapsed" in str(error.value)
 
 
+@pytest.mark.slow
 def test_answers_without_an_end_score_what_the_config_says(home, tmp_path):
     config = run_config(home, tmp_path, of_ppo={"response_length": 1, "missing_end_score": -3.0})
     run, state = opened(config)
@@ -493,9 +523,10 @@ def test_answers_without_an_end_score_what_the_config_says(home, tmp_path):
     np.testing.assert_array_equal(batch["length"], 1)
 
 
-def test_a_program_as_reward(home, tmp_path):
-    config = run_config(home, tmp_path, of_ppo={"reward": "right_or_long"})
-    run, state = opened(config)
+def test_a_program_as_reward(begun, monkeypatch):
+    run, state, _ = begun
+    objective = dataclasses.replace(run.feed._objective, reward="right_or_long")
+    monkeypatch.setattr(run.feed, "_objective", objective)
     with jax.set_mesh(run.mesh):
         made = run.feed._made(0, state.params)
     examples, decode = run.feed.rows.of_iteration(0), run.feed._tokenizer.decode

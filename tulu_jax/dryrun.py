@@ -10,6 +10,10 @@ for one slice and writes what wins as DIR/slice.gin. `docs/pods.md` tells how th
 `--decode --prompts=64 --prompt_length=1024 --new_tokens=256` compiles the decoder's programs in
 place of the train step: prefill and decode tokens/s, HBM, and how far a step is from what HBM
 allows (`docs/decoding.md`). `--suite` prices the paper's nine benchmarks with them.
+
+A run of PPO has two more programs: after the update the decoder's, and the pass that measures its
+rollouts, are compiled, and a second table and DIR/iteration.json have memory and time by phase of a
+whole iteration (`docs/ppo.md`).
 """
 
 import sys
@@ -72,8 +76,23 @@ def main(config: TrainConfig) -> None:
     if results[0].step:
         atomic.write_text(out / "step.hlo.txt", results[0].step.text)
     logging.info("Wrote %s/dryrun.json and dryrun.png", out)
-    if not any(result.fits for result in results):
+    fits = any(result.fits for result in results)
+    if config.objective.reward_from is not None:
+        fits = _iterations(results[: 1 if _PLAN.value else None], out)
+    if not fits:
         sys.exit(1)
+
+
+def _iterations(results, out: epath.Path) -> bool:
+    """Prices whole iterations of PPO on the slices of `results`; whether one fits."""
+    from tulu_jax.planning import iteration
+
+    found = [iteration.price(result) for result in results]
+    print(iteration.table(found))
+    text = strict_json.dumps([one.as_dict() for one in found], indent=1)
+    atomic.write_text(out / "iteration.json", text)
+    logging.info("Wrote %s/iteration.json", out)
+    return any(one.fits for one in found)
 
 
 def _asked(config: TrainConfig):

@@ -34,7 +34,13 @@ PANELS = (
     ("gradient norm", ("train/grad_norm",)),
     ("log-probability of an answer", ("train/logps/*",)),
     ("log π − log π_ref (KL estimate)", ("train/kl", "eval/kl")),
-    ("tokens of an answer", ("train/lengths/*",)),
+    ("tokens of an answer", ("train/lengths/*", "train/rollout/length")),
+    ("reward of an answer", ("train/rollout/score", "train/rollout/reward")),
+    ("KL from the reference, nats an answer", ("train/rollout/kl",)),
+    ("share of answers", ("train/rollout/ended", "train/rollout/empty")),
+    ("losses of PPO", ("train/policy/loss", "train/value/loss")),
+    ("share that was clipped", ("train/policy/clipped", "train/value/clipped")),
+    ("variance of returns explained", ("train/value/explained",)),
     ("share of pairs that were cut", ("train/truncated", "eval/truncated")),
     ("accuracy by source", ("eval/by_source/*/rewards/accuracies",)),
     ("accuracy by length", ("eval/by_length/*/rewards/accuracies",)),
@@ -134,10 +140,11 @@ def keep_calibration(workdir: str) -> None:
 
 
 def summary(lines: list[dict]) -> list[tuple[str, float, float]]:
-    """(metric, first, last) of the evaluations and of the training loss."""
+    """(metric, first, last) of the evaluations, of the training loss, and of rollouts."""
     bins = f"{CALIBRATION}[0-9]/*"
     named = {n for line in lines for n in line if n.startswith("eval/")}
     names = sorted(named - set(fnmatch.filter(named, bins))) + ["train/loss"]
+    names += [f"train/rollout/{name}" for name in ("score", "kl", "length")]  # of PPO
     found = [(name, series(lines, name)[1]) for name in names]
     return [(name, values[0], values[-1]) for name, values in found if values]
 

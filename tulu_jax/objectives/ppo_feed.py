@@ -18,14 +18,15 @@ from absl import logging
 from tulu_jax import validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader
+from tulu_jax.decode import programs
 from tulu_jax.decode.decoder import Decoder
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import llama, paged_attention
 from tulu_jax.objectives import advantages, ppo_rewards
 from tulu_jax.objectives import rollouts as rollouts_lib
 from tulu_jax.objectives.rollouts import Rollouts
+from tulu_jax.parallel import compiler, sharding, slices
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding, slices
 from tulu_jax.training import watch
 from tulu_jax.training.state import REWARD, VALUE
 
@@ -130,7 +131,11 @@ class PPOFeed:
             max_length=config.data.max_length,
             **paged,
         )
-        self._measure = jax.jit(self._measured, out_shardings=jax.NamedSharding(run.mesh, jax.P()))
+        self._measure = jax.jit(
+            make_measures(config),
+            out_shardings=jax.NamedSharding(run.mesh, jax.P()),
+            compiler_options=compiler.options(run.mesh.devices.flat[0].device_kind),
+        )
 
     def begin(self, initial, weights: str) -> None:
         """Nothing is made before the first update: the reference is `run.frozen`."""
@@ -177,6 +182,7 @@ class PPOFeed:
         key = jax.random.fold_in(jax.random.key(run.config.seed), DRAWS)
         policy = llama.own(params)
         if self._mesh is not run.mesh:
+            policy = programs.in_compute_dtype(policy, run.config.execution)  # half moves
             policy = jax.device_put(policy, sharding.param_shardings(self._mesh, policy))
         with jax.set_mesh(self._mesh):
             results = self._decoder.generate(
@@ -232,23 +238,6 @@ class PPOFeed:
             ends = np.take_along_axis(per_token, rollouts.lengths[:, None] - 1, axis=1)
             whole["scores"] = ends[:, 0]
         return dataclasses.replace(rollouts, **whole)
-
-    def _measured(self, params, reference, batch):
-        """float32 [B, T] of rows: `logps`, `values`, and with a reference `ref_logps`, `scores`."""
-        objective, config = self._objective, self._run.config
-        forward = llama.forward(config.model, config.execution)
-
-        def scores(network):
-            return llama.scores(forward(network, batch), network)
-
-        found = {
-            "logps": objective.token_logps(forward, params, batch),
-            "values": scores(params[VALUE]),
-        }
-        if reference is not None:
-            found["ref_logps"] = objective.token_logps(forward, reference, batch)
-            found["scores"] = scores(reference[REWARD])
-        return jax.tree.map(jnp.float32, found)
 
     def _check(self, iteration: int, examples, found: Rollouts, scores: np.ndarray) -> None:
         kl, name = found.kl().sum(axis=1), f"iteration {iteration}"
@@ -314,6 +303,27 @@ class PPOFeed:
         }
         added = {name: value.astype(np.float32) for name, value in added.items()}
         return {**found.rows(), **added}
+
+
+def make_measures(config):
+    """The function of (params, reference, rows) to be jitted: float32 [B, T] `logps` and `values`,
+    and with a reference `ref_logps` and `scores`."""
+    objective, forward = config.objective, llama.forward(config.model, config.execution)
+
+    def measures(params, reference, batch):
+        def scores(network):
+            return llama.scores(forward(network, batch), network)
+
+        found = {
+            "logps": objective.token_logps(forward, params, batch),
+            "values": scores(params[VALUE]),
+        }
+        if reference is not None:
+            found["ref_logps"] = objective.token_logps(forward, reference, batch)
+            found["scores"] = scores(reference[REWARD])
+        return jax.tree.map(jnp.float32, found)
+
+    return measures
 
 
 def _empty(rollouts: Rollouts) -> np.ndarray:

@@ -13,12 +13,13 @@ import numpy as np
 
 from tulu_jax import step as step_lib
 from tulu_jax.kernels import nf4_tiles
-from tulu_jax.models.config import KEEP_NOTHING
+from tulu_jax.models.config import KEEP_NOTHING, SCORE
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import compiled, cost, hlo, rows
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
+from tulu_jax.training.state import VALUE
 
 PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the time does not
 ATTENTION_BLOCK = 512
@@ -113,25 +114,20 @@ def compile_step(
     text = made["hlo"]
     module = hlo.parse(text)
     row_count = math.prod(batch["tokens"].shape[:-1])
-    attention = _attention_flops(config, row_count, held)
+    networks = [config.model]
+    if VALUE in state.params:
+        networks.append(config.model.with_head(SCORE))
+    attention = len(networks) * _attention_flops(config, row_count, held)
+    per_token = sum(network.flops_per_token(0) for network in networks)
     # Products of a pair of blocks: 2 forward and 5 backward where 6 are the model's.
     again = 2 if config.execution.remat_policy == KEEP_NOTHING else 0
     examples = config.batch_size * held.examples(config.data.max_length)
-    estimator = cost.Estimator(
-        module,
-        topology,
-        places(mesh, topology),
-        cost.mesh_axes(dict(mesh.shape)),
-        kernel_seconds=lambda name, text: _kernel_seconds(name, text, config, topology, held),
-        dynamic_trips=_key_blocks(config.data.max_length, held),
-    )
     return Step(
         topology=topology,
         mesh=dict(mesh.shape),
         memory=_memory(config, state, frozen, module, made, topology),
-        cost=estimator.estimate(),
-        model_flops=config.model.flops_per_token(0) * row_count * config.data.max_length
-        + attention,
+        cost=estimated(module, config, topology, mesh, held),
+        model_flops=per_token * row_count * config.data.max_length + attention,
         executed_flops=executed + attention * (7 + again) / 6,
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
@@ -139,6 +135,24 @@ def compile_step(
         faults=faults(module, dict(mesh.shape), _divided(config, mesh, state)),
         text=text,
     )
+
+
+def estimated(
+    module: hlo.Module,
+    config: TrainConfig,
+    topology: Topology,
+    mesh: jax.sharding.Mesh,
+    held: rows.Documents,
+) -> cost.Cost:
+    """What one run of a program over rows of `config` costs that hold documents `held`."""
+    return cost.Estimator(
+        module,
+        topology,
+        places(mesh, topology),
+        cost.mesh_axes(dict(mesh.shape)),
+        kernel_seconds=lambda name, text: _kernel_seconds(name, text, config, topology, held),
+        dynamic_trips=_key_blocks(config.data.max_length, held),
+    ).estimate()
 
 
 def compiled_for(

@@ -247,8 +247,12 @@ class Programs:
         )
 
 
-def compiled(config: TrainConfig, topology: Topology, asked: Asked) -> Programs:
-    """The decoder's programs for `topology` and requests as long as `asked`.
+def compiled(
+    config: TrainConfig, topology: Topology, asked: Asked, *, slots: int | None = None
+) -> Programs:
+    """The decoder's programs for `topology` and requests as long as `asked`: those of a `Decoder`
+    with so many `slots` and with the cache that a call of its own makes; None: for as many rows as
+    there is room for.
 
     Raises `aot.DoesNotFit` where the compiler finds no room, and `UsageError` for a slice that does
     not divide the model.
@@ -263,9 +267,14 @@ def compiled(config: TrainConfig, topology: Topology, asked: Asked) -> Programs:
         table = -(-asked.length // page)
         page_bytes = _page_bytes(config, mesh, page)
         held = aot.bytes_per_device(weights)
-        each = _rows(-(-asked.rows // parts), held, table * page_bytes, topology)
+        if slots is None:
+            each = _rows(-(-asked.rows // parts), held, table * page_bytes, topology)
+            pages = parts * (each * table + 1)
+        else:
+            most, needs = max(1, slots // parts), -(-(asked.length - 1) // page)
+            pages = parts * programs.rounded(min(most, asked.rows) * needs + most + 1)
+            each = max(call.FEWEST_ROWS, min(most, -(-asked.rows // parts)))
         rows = parts * each
-        pages = parts * (each * table + 1)
         shape = (config.model.num_layers, pages, config.model.num_kv_heads, page)
         cached = jax.ShapeDtypeStruct(
             (*shape, config.model.head_dim),

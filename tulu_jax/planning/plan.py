@@ -259,7 +259,10 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     kept = _kept(config, sizes, micro)
     gathered = 3 * 2 * model.embed_dim * model.mlp_dim / sizes["tensor"] * 2
     heads = 8 * model.vocab_size * model.embed_dim
-    return compute + moving, state + kept + gathered + heads
+    frozen, trained = 0.0, 1
+    if config.objective.reward_from is not None:  # PPO: a value model too, and two that are frozen
+        frozen, trained = 2 * 4 * model.num_params / (shards * sizes["tensor"]), 2
+    return trained * (compute + moving), trained * (state + kept) + frozen + gathered + heads
 
 
 @functools.cache

@@ -13,8 +13,20 @@ def table(results: list[plan.Result]) -> str:
     columns = [_column(result) for result in results]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    lines = aligned(rows)
+    for result in results:
+        if not result.fits:
+            lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
+            lines.append(f"  To change: {plan.advice(result)}")
+        faults = result.step.faults if result.step else []
+        lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults]
+    return "\n".join(lines)
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """A line for each row: the first column flush left, the others flush right."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
+    return [
         "  ".join(
             [
                 row[0].ljust(widths[0]),
@@ -23,13 +35,6 @@ def table(results: list[plan.Result]) -> str:
         )
         for row in rows
     ]
-    for result in results:
-        if not result.fits:
-            lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
-            lines.append(f"  To change: {plan.advice(result)}")
-        faults = result.step.faults if result.step else []
-        lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults]
-    return "\n".join(lines)
 
 
 def _column(result: plan.Result) -> dict[str, str]:
@@ -53,14 +58,14 @@ def _column(result: plan.Result) -> dict[str, str]:
         "micro-batch": f"{result.config.micro_batch_size or result.config.batch_size}",
         "remat": result.config.execution.remat_policy,
         "parts of rows": f"{result.config.execution.row_parts}",
-        "GiB a device: parameters": _gib(memory.params),
-        **({"  frozen": _gib(memory.frozen)} if memory.frozen else {}),
-        "  moments": _gib(memory.moments),
-        "  temporaries": _gib(memory.temporaries),
-        "    of them gradients": _gib(memory.gradients),
-        "    kept for backward": _gib(memory.kept),
-        "  code": _gib(memory.code),
-        "  peak / HBM": f"{_gib(memory.peak)} / {_gib(memory.hbm)}",
+        "GiB a device: parameters": gib(memory.params),
+        **({"  frozen": gib(memory.frozen)} if memory.frozen else {}),
+        "  moments": gib(memory.moments),
+        "  temporaries": gib(memory.temporaries),
+        "    of them gradients": gib(memory.gradients),
+        "    kept for backward": gib(memory.kept),
+        "  code": gib(memory.code),
+        "  peak / HBM": f"{gib(memory.peak)} / {gib(memory.hbm)}",
         "  to spare": f"{memory.spare:.1%}",
         "model PFLOP an update": f"{step.model_flops / 1e15:,.2f}",
         "executed": f"{step.executed_flops / 1e15:,.2f}",
@@ -89,7 +94,7 @@ def _column(result: plan.Result) -> dict[str, str]:
     }
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
