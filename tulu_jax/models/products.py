@@ -19,7 +19,8 @@ def multiply(
     """
     inputs = x.ndim - 2
     if target.platform() != "cpu":
-        return jnp.tensordot(x, kernel, inputs)
+        axes = range(inputs)[::-1]  # as einsum orders them: compiled programs stay as they were
+        return jnp.tensordot(x, kernel, ([2 + axis for axis in axes], list(axes)))
     size = math.prod(kernel.shape[:inputs])
     found = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return found.reshape(*x.shape[:2], *kernel.shape[inputs:])
