@@ -9,7 +9,7 @@ import pytest
 
 from tulu_jax.training import checkpoint_digests, host_sums, state
 
-SHAPES = [(1,), (1025,), (2, 5, 1024), (5000, 1001)]
+SHAPES = [(0,), (1,), (1025,), (2, 5, 1024), (5000, 1001)]
 
 
 def values(shape, dtype):

@@ -65,9 +65,8 @@ def _of_blocks(dtype: np.dtype, size: int, first: int, get) -> Sums:
                 add(bits[: rest - begin], begin, _LANES, _ROWS)
             if end > rest:
                 add(bits[rest - begin :], rest, 1, (_LANES,))
-    totals = np.sum([np.asarray(sums) for sums, _ in found], axis=0, dtype=np.uint32)
-    a, b, c, d = totals.tolist()
-    most = max(int(largest) for _, largest in found)
+    a, b, c, d = sum((np.asarray(sums) for sums, _ in found), np.zeros(4, np.uint32)).tolist()
+    most = max((int(largest) for _, largest in found), default=0)
     return Sums(digest=(a, b), weights=(c, d), finite=not limit or most != limit)
 
 
