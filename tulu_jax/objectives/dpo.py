@@ -116,12 +116,7 @@ class DPOConfig:
             f"reference_dir = {config.reference_dir!r} is for DPO with reference = 'cached'; this "
             "run caches no reference",
         )
-        yield (
-            self.log_softmax_dtype != "bfloat16" or config.execution.compute_dtype == "bfloat16",
-            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
-            f"as the original's did; compute_dtype = {config.execution.compute_dtype!r}. Set both, "
-            "or neither",
-        )
+        yield losses.rule(self.log_softmax_dtype, config.execution.compute_dtype)
 
     def identity(self):
         return dataclasses.asdict(self)

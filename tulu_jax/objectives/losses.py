@@ -12,8 +12,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tulu_jax.models import llama
+from tulu_jax.validation import Rule
 
 Metrics = dict[str, jax.Array]
+
+
+def rule(log_softmax_dtype: str, compute_dtype: str) -> Rule:
+    """(holds, message if not): what `bfloat16_token_logps` asks of the model."""
+    return (
+        log_softmax_dtype != "bfloat16" or compute_dtype == "bfloat16",
+        "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
+        f"as the original's did; compute_dtype = {compute_dtype!r}. Set both, or neither",
+    )
 
 
 def _to_chunks(x: jax.Array, chunk: int) -> jax.Array:

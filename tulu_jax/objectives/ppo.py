@@ -185,12 +185,7 @@ class PPOConfig:
             f"num_steps = {config.num_steps} is not a multiple of the {updates} updates of an "
             "iteration, whose rollouts would be made in vain",
         )
-        yield (
-            self.log_softmax_dtype != "bfloat16" or config.execution.compute_dtype == "bfloat16",
-            "log_softmax_dtype = 'bfloat16' takes the logits of a model that computes in bfloat16, "
-            f"as the original's did; compute_dtype = {config.execution.compute_dtype!r}. Set both, "
-            "or neither",
-        )
+        yield losses.rule(self.log_softmax_dtype, config.execution.compute_dtype)
 
     def identity(self):
         """All but where the reward model lies, whose weights are in the run's fingerprint, and what

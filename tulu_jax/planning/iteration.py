@@ -25,7 +25,7 @@ from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import aot, cost, decoding, hlo, plan, render
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
-from tulu_jax.training.state import REWARD, VALUE
+from tulu_jax.training.state import REWARD, VALUE, Frozen, TrainState
 
 PHASES = ("rollout", "measuring", "updates")
 
@@ -161,8 +161,9 @@ def price(result: plan.Result) -> Iteration:
     mesh = mesh_lib.make(config.mesh, topology.devices())
     refused = {} if result.step is not None else {"updates": result.refused or "HBM is full"}
     decode = measure = None
+    state, frozen = step_lib.abstract_state(config, mesh)
     try:
-        measure = _measuring(config, topology, mesh)
+        measure = _measuring(config, topology, mesh, state, frozen)
     except aot.DoesNotFit as error:
         refused["measuring"] = str(error)
     try:
@@ -173,7 +174,7 @@ def price(result: plan.Result) -> Iteration:
         refused["rollout"] = str(error)
     return Iteration(
         result=result,
-        models=_models(config, mesh),
+        models=_models(state, frozen),
         decode=decode,
         measure=measure,
         refused=refused,
@@ -189,9 +190,8 @@ def _asked(config: TrainConfig) -> decoding.Asked:
     )
 
 
-def _models(config: TrainConfig, mesh) -> dict[str, int]:
+def _models(state: TrainState, frozen: Frozen) -> dict[str, int]:
     """Bytes a device of what a run holds from its start to its end."""
-    state, frozen = step_lib.abstract_state(config, mesh)
     kept = {
         "policy": llama.own(state.params),
         "value model": state.params[VALUE],
@@ -202,12 +202,13 @@ def _models(config: TrainConfig, mesh) -> dict[str, int]:
     return {name: aot.bytes_per_device(tree) for name, tree in kept.items()}
 
 
-def _measuring(config: TrainConfig, topology: Topology, mesh) -> Pass:
+def _measuring(
+    config: TrainConfig, topology: Topology, mesh, state: TrainState, frozen: Frozen
+) -> Pass:
     """`ppo_feed.make_measures` as the feed jits it, over as many rows as a forward of training."""
     rows = config.micro_batch_size or config.batch_size
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        state, frozen = step_lib.abstract_state(config, mesh)
         batch = {
             name: jax.ShapeDtypeStruct(
                 field.shape,
