@@ -5,6 +5,7 @@ it was stopped. At paper scale no run is started here: the launch commands are w
 
 Examples:
   python -m tulu_jax.study --study=table_5_qlora                          # on this machine, minutes
+  python -m tulu_jax.study --study=all                                    # every tiny one
   python -m tulu_jax.study --study=table_3_dpo --only=sft,dpo
   python -m tulu_jax.study --study=table_1_suite --scale=paper --plan     # runs, slices, hours
   python -m tulu_jax.study --study=table_1_suite --scale=paper            # writes launch.sh
@@ -28,8 +29,9 @@ from tulu_jax.studies import (
 )
 
 _STUDY = flags.DEFINE_string(
-    "study", None, f"The study: {', '.join(known_studies.NAMES)}.", required=True
-)
+    "study", None, f"The study: {', '.join(known_studies.NAMES)}; or 'all' that have this scale.",
+    required=True,
+)  # fmt: skip
 _ONLY = flags.DEFINE_list(
     "only", [], "Names of runs; what they start from comes with them. Default: all."
 )
@@ -40,7 +42,10 @@ _PLAN = flags.DEFINE_bool("plan", False, "Print what there is to do, and what it
 _RENDER = flags.DEFINE_bool("render", False, "Write the page of what is there; train nothing.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the study. Default: studies/NAME_SCALE.")
 _RUNS = flags.DEFINE_string(
-    "runs", None, "Folder or bucket of the workdirs. Default: OUT/runs; at paper scale ./runs."
+    "runs",
+    None,
+    "Folder or bucket of the workdirs. Default: ./runs at paper scale; OUT/runs with "
+    "--out; else studies/runs, where studies share the runs that they have in common.",
 )
 _DRY_RUNS = flags.DEFINE_string("dry_runs", "dryrun", "Folder of the results of dry runs.")
 flags.register_multi_flags_validator(
@@ -58,10 +63,23 @@ def main(argv: list[str]) -> None:
 
 
 def _main() -> int:
-    study, scale = known_studies.get(_STUDY.value), _SCALE.value
+    if _STUDY.value != known_studies.ALL:
+        return _carry_out(known_studies.get(_STUDY.value))
+    if _ONLY.value or _OUT.value:
+        raise validation.UsageError("--study=all takes neither --only nor --out; name one study")
+    studies = [known_studies.get(name) for name in known_studies.NAMES]
+    found = [one for one in studies if getattr(one, _SCALE.value) is not None]
+    return max([_carry_out(study) for study in found])
+
+
+def _carry_out(study: declared.Study) -> int:
+    """Plans, runs or renders one study; 1 if a run failed."""
+    scale = _SCALE.value
     design, on_slices = study.design(scale), scale == "paper"
     out = pathlib.Path(validation.expanded(_OUT.value or f"studies/{study.name}_{scale}"))
-    root = _RUNS.value or ("runs" if on_slices else str(out / "runs"))
+    root = _RUNS.value or (
+        "runs" if on_slices else str(out / "runs") if _OUT.value else "studies/runs"
+    )
     placed = run_states.place(
         design, design.chosen(_ONLY.value), configs=out / "configs",
         root=validation.expanded(root), below_bucket=on_slices,

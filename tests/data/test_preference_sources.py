@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from preference_rows import LAYOUTS, h4, of_rows, ranked, sharegpt_turn
 from raw_rows import messages, pair
 
-import tulu_jax.data.preferences  # noqa: F401  it registers the tasks
-from tulu_jax.data import components, registry
-from tulu_jax.data.sources import hh, rankings
+from tulu_jax.data import components, preferences, registry
+from tulu_jax.data.sources import hh, pair_filters, rankings
 
 Dropped = registry.Dropped
 
@@ -81,13 +80,35 @@ def test_the_paper_s_task_alone_keeps_ties():
         for name in registry.TaskRegistry.names()
         if getattr(registry.TaskRegistry.get(name).convert, "keywords", {}).get("ties") == "keep"
     }
-    assert kept == {"ultrafeedback_h4_first"}
+    audited = {f"ultrafeedback_h4_first_audited_{name}" for name in preferences.AUDITED}
+    assert kept == {"ultrafeedback_h4_first"} | audited
     (paper,) = components.of("tulu_2_dpo")
     assert (paper.task.name, paper.amount, paper.task.expected) == (
         "ultrafeedback_h4_first",
         None,
         registry.expected_examples("tulu_2_dpo"),
     )
+
+
+def test_audited_pairs_are_the_papers_without_those_of_one_rule():
+    def example(chosen, rejected, **about):
+        return pair("p", chosen, rejected) | {"about": about}
+
+    keep = pair_filters.of_equal_length
+    assert keep(example("a" * 100, "b" * 125)) and keep(example("b" * 125, "a" * 100))
+    assert not keep(example("a" * 100, "b" * 126)) and not keep(example("b" * 126, " " + "a" * 100))
+    keep = pair_filters.scored_as_labelled
+    assert keep(example("a", "b")) and keep(example("a", "b", score_chosen=8, score_rejected=7.5))
+    assert not keep(example("a", "b", score_chosen=8, score_rejected=8))
+    keep = pair_filters.of_different_answers
+    assert keep(example("one two three four", "one two three five"))
+    assert not keep(example("one two three four five", "ONE two three four five one"))
+    for name, rule in preferences.AUDITED.items():
+        task = registry.TaskRegistry.get(f"{preferences.PAPERS}_audited_{name}")
+        assert (
+            task.filters == (rule,)
+            and task.convert is registry.TaskRegistry.get(preferences.PAPERS).convert
+        )
 
 
 # Dialogues and rankings.

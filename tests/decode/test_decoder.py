@@ -143,6 +143,27 @@ def test_a_request_has_the_same_bits_in_every_batch(ours, drawn):
     assert found[0] == found[1]
 
 
+def test_rows_of_real_lengths_have_the_same_bits_in_every_batch():
+    """Large enough for XLA's other ways to sum, over several groups of pages, beside shorter and
+    longer rows and alone."""
+    wide = dataclasses.replace(
+        CONFIG, vocab_size=2048, num_layers=1, embed_dim=128, mlp_dim=256, num_heads=6,
+        num_kv_heads=6, head_dim=48, max_positions=1024,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    weights = random_params(wide, scale=0.1)
+    lengths = (600, 250, 3, 500, 120)
+    prompts = [rng.integers(0, 2048, n).tolist() for n in lengths]
+    drawn = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9)
+    together = Decoder(wide, FLOAT32, slots=8, row_length=512)
+    keys = jax.random.split(KEY, len(prompts))
+    found = together.generate(weights, prompts, drawn, keys)
+    for at in ([0], [1], [2, 3], [3, 1, 4]):
+        fewer = [prompts[n] for n in at]
+        alone = together.generate(weights, fewer, drawn, keys[np.array(at)])
+        assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]
+
+
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(context=2)])
 def test_a_mesh_generates_and_scores_the_same(ours, sizes):
     expected = ours(PROMPTS, dataclasses.replace(DRAWN, samples=2))

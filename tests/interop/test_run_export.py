@@ -65,7 +65,7 @@ def export(config, out, **options):
 
 def test_the_dtype_is_that_of_the_base_and_is_said(run, tmp_path, caplog):
     dtype, config = run
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         out = export(config, tmp_path / "out")
     assert hf.weights_dtype(out, config.model) == dtype
     assert f"Weights are written in {dtype}" in caplog.text

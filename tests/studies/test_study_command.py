@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -57,6 +58,16 @@ def test_every_run_of_every_study_is_a_config_that_builds(name, folder, request)
                 assert base.startswith(one.run.base or "")
         if scale == "tiny":
             assert design.expected
+
+
+def test_tiny_studies_share_the_runs_of_one_name(folder):
+    texts = {}
+    for name in known_studies.NAMES:
+        design = known_studies.get(name).tiny
+        for run in design.runs if design else ():
+            for seed in run.tries:
+                text = run_states.gin_text(run, seed, run.base, run.reward)
+                assert texts.setdefault((run.name, seed), text) == text, (name, run.name)
 
 
 def test_cells_of_the_paper_are_those_of_its_tables():
@@ -184,6 +195,36 @@ def test_a_run_that_fails_is_named_and_what_starts_from_it_is_left_out(folder):
     assert b == "b, seed 1: not started, since a failed"
 
 
+def test_as_many_runs_as_cores_are_started_and_none_is_left_when_it_stops(folder):
+    design = Design(
+        runs=tuple(Run(name=n, gin_file="tulu_tiny_sft.gin", seeds=(1,)) for n in "abcdefgh"),
+        benchmarks=(), cells=(),
+    )  # fmt: skip
+    placed = run_states.place(
+        design, design.runs, configs=folder / "configs", root="runs", below_bucket=False
+    )
+
+    def stop(*_):
+        raise InterruptedError
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(2)
+    try:
+        with pytest.raises(InterruptedError):
+            next(run_commands.run_all(placed, design, folder / "logs"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    cores = len(os.sched_getaffinity(0))
+    logs = sorted(path.name for path in (folder / "logs").iterdir())
+    assert logs == [f"{one.run.name}.seed_1.train.log" for one in placed[:cores]]
+    left = [
+        path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+        if str(folder).encode() in path.read_bytes()
+    ]  # fmt: skip
+    assert not left
+
+
 @pytest.mark.slow  # processes of train and evaluate
 def test_a_study_runs_and_goes_on_run_by_run(folder):
     def study(*flags):
@@ -193,10 +234,11 @@ def test_a_study_runs_and_goes_on_run_by_run(folder):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    out = folder / "studies/table_3_dpo_tiny"
+    out, runs = folder / "studies/table_3_dpo_tiny", folder / "studies/runs"
     first = study()
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.count("tulu_jax.train") == 3 == first.stdout.count("tulu_jax.evaluate")
+    assert sorted(path.name for path in runs.glob("sft.*")) == [f"sft.seed_{n}" for n in (1, 2, 3)]
     again = study()
     assert again.returncode == 0 and "tulu_jax.train" not in again.stdout
     content = json.loads((out / "study.json").read_text())

@@ -5,10 +5,11 @@ Paths are relative to the data root: the files of a hub repository lie as they a
 sets on the hub.
 """
 
+import dataclasses
 import functools
 
 from tulu_jax.data.registry import Files, Filter, Mixture, MixtureRegistry, Task, TaskRegistry
-from tulu_jax.data.sources import hh, rankings, ready_pairs, ultrafeedback
+from tulu_jax.data.sources import hh, pair_filters, rankings, ready_pairs, ultrafeedback
 
 # The revision that Zephyr and TÜLU 2 were trained on; the hub serves the second by default.
 H4_FIRST = "292c16329d921287c4166934cac1a6ad1e13a6c5"
@@ -17,8 +18,8 @@ MIT = "MIT"
 VERSION = "1"  # raised when what a converter or filter gives changes
 
 
-def _add(name: str, **fields) -> None:
-    TaskRegistry.add(Task(name=name, kind="preference", version=VERSION, **fields))
+def _add(name: str, **fields) -> Task:
+    return TaskRegistry.add(Task(name=name, kind="preference", version=VERSION, **fields))
 
 
 def _prefs(task: str, *, hub: str, revision: str | None = None) -> dict[str, Files]:
@@ -36,8 +37,9 @@ def _prefs(task: str, *, hub: str, revision: str | None = None) -> dict[str, Fil
 
 # Ready-made pairs of UltraFeedback. The first revision keeps its ties, because TÜLU 2 trained on
 # all 61,966; every other task drops them.
-_add(
-    "ultrafeedback_h4_first",
+PAPERS = "ultrafeedback_h4_first"
+_papers = _add(
+    PAPERS,
     sources=_prefs(
         "ultrafeedback_h4_first",
         hub="HuggingFaceH4/ultrafeedback_binarized",
@@ -92,6 +94,17 @@ _add(
     licence=MIT,
     origin="Hugging Face hub: trl-lib/ultrafeedback_binarized",
 )
+
+# The paper's pairs without those that an audit takes out, one rule each (`audit/`, studies).
+AUDITED = {
+    "lengths": Filter(name="answers of unequal length", keep=pair_filters.of_equal_length),
+    "labels": Filter(name="scored against its label", keep=pair_filters.scored_as_labelled),
+    "answers": Filter(name="answers nearly alike", keep=pair_filters.of_different_answers),
+}
+for _name, _filter in AUDITED.items():
+    TaskRegistry.add(
+        dataclasses.replace(_papers, name=f"{PAPERS}_audited_{_name}", filters=(_filter,))
+    )
 
 # UltraFeedback from its raw records. TruthfulQA's prompts are evaluated on; the first public
 # binarization has them, so "first" has them too.
@@ -204,9 +217,7 @@ _add(
     origin="GitHub: rasbt/LLMs-from-scratch, ch07/04_preference-tuning-with-dpo",
 )
 
-MixtureRegistry.add(
-    Mixture(name="tulu_2_dpo", tasks={"ultrafeedback_h4_first": None}, expected=61966)
-)
+MixtureRegistry.add(Mixture(name="tulu_2_dpo", tasks={PAPERS: None}, expected=61966))
 MixtureRegistry.add(Mixture(name="real_small_dpo", tasks={"ultrafeedback_binarized": None}))
 MixtureRegistry.add(
     Mixture(

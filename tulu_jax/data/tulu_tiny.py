@@ -21,6 +21,7 @@ FAMILIES = tuple(tiny_instructions.family_names())
 FACTS = ("opposite", "colour", "kind")  # what no prompt says, and a mixture must have taught
 GERMAN = "tulu_tiny_german"
 TERSE_PREFERENCE = "tulu_tiny_preference_terse"
+EVEN_PREFERENCE = "tulu_tiny_preference_even"  # half of the pairs of either style
 MIXTURES = {  # families; the counterparts of the paper's V2, V1 and ShareGPT alone
     "tulu_tiny_all": FAMILIES,
     "tulu_tiny_no_facts": tuple(name for name in FAMILIES if name not in FACTS),
@@ -64,6 +65,11 @@ for _name, _families in MIXTURES.items():
     )
 registry.MixtureRegistry.add(
     registry.Mixture(name="tulu_tiny_two_languages", tasks={"tulu_tiny": None, GERMAN: None})
+)
+registry.MixtureRegistry.add(
+    registry.Mixture(
+        name=EVEN_PREFERENCE, tasks={OF_KIND["preference"]: 0.5, TERSE_PREFERENCE: 0.5}
+    )
 )
 
 

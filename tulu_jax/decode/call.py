@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tulu_jax.decode import continuation, programs, results
+from tulu_jax.decode import continuation, programs, results, seats
 from tulu_jax.decode import pages as pages_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import paged_attention
@@ -84,6 +84,8 @@ class Call:
             config=decoder.config, pages=pages * parts, page=decoder.page,
             dtype=decoder.execution.compute_dtype,
         )  # fmt: skip
+        by_row = parts == 1 and programs.goes_by_row(decoder.config, params, decoder.attend)
+        self.seats = seats.Seats(decoder.page) if by_row else None
         self.each: dict[int, Sampling] = {}
         self.words: dict[tuple[int, int], np.ndarray] = {}
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters
@@ -193,21 +195,29 @@ class Call:
         by_part = [schedule.of_part(part) for part in range(schedule.parts)]
         most = max(map(len, by_part))
         size = min(max(FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most))
-        placed = [
-            (p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)
-        ]
-        out, steps, self.cache = programs.run_steps(
+        if self.seats is not None:
+            placed = list(self.seats.place(self.cache, by_part[0], decoder.steps).items())
+            size, pages, cached = max(FEWEST_ROWS, len(self.seats.rows)), 1, self.seats.arrays
+        else:
+            placed = [
+                (p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)
+            ]
+            pages, cached = -(-decoder.max_length // decoder.page), self.cache
+        out, steps, cached = programs.run_steps(
             self.params,
-            self.cache,
-            self._arrays(placed, size * schedule.parts, self._widest(placed)),
+            cached,
+            self._arrays(placed, size * schedule.parts, pages),
             bool(schedule.waiting),
             config=decoder.config,
             execution=decoder.execution,
             steps=decoder.steps,
             attend=decoder.attend,
             key_impl=self.key_impl,
-            alone=len(placed) == 1 and schedule.parts == 1,
         )
+        if self.seats is not None:
+            self.seats.arrays = cached
+        else:
+            self.cache = cached
         steps, tokens, logps = int(steps), np.asarray(out["tokens"]), np.asarray(out["logps"])
         usage = decoder.usage
         usage.decoded += steps * size * schedule.parts
@@ -222,17 +232,6 @@ class Call:
             row.token, row.position = row.ids[-1], row.position + count
         usage.held += schedule.held()
         usage.live += schedule.live()
-
-    def _widest(self, placed) -> int:
-        """Pages of a table. Where all are read it is 8, 12, 16, 24 and so on, no less than any row
-        has, so that few programs are compiled."""
-        most, size = -(-self.decoder.max_length // self.decoder.page), 8
-        if not programs.goes_by_row(self.decoder.config, self.params, self.decoder.attend):
-            return most
-        widest = max(len(row.pages) for _, row in placed)
-        while size < widest:
-            size += size // 2 if size & (size - 1) == 0 else size // 3
-        return min(most, size)
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:
         """What a program needs to know of its `size` rows, of at most `pages` pages each."""
@@ -253,7 +252,8 @@ class Call:
             if (row.prompt, row.sample) in self.words:
                 rows["keys"][place] = self.words[row.prompt, row.sample]
             rows["stop_ids"][place, : len(sampling.stop_ids)] = sampling.stop_ids
-            rows["table"][place, : len(row.pages)] = row.pages
+            if self.seats is None:
+                rows["table"][place, : len(row.pages)] = row.pages
         return rows
 
     def _ended(self, row: pages_lib.Row, fresh: int, detokenize) -> results.Result | None:

@@ -13,6 +13,10 @@ from tulu_jax.models import llama, lora, paged_attention, row_attention
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
+# On a CPU XLA gives large sums and exponentials to a library and small ones not, whose bits differ:
+# a row would depend on how many are beside it. Elsewhere this says nothing.
+SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 
 def rounded(count: int) -> int:
     """`count` rounded up to a power of two up to 8, then to three significant bits: few sizes."""
@@ -58,7 +62,10 @@ class Known:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "execution", "page"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("config", "execution", "page"),
+    donate_argnames="cache",
+    compiler_options=SAME_BITS,
 )
 def fill(params, cache, rows, taken, places, known, *, config, execution, page):
     """The cache with the prompts of packed `rows`; with `known` None none of them has begun."""
@@ -75,9 +82,13 @@ def fill(params, cache, rows, taken, places, known, *, config, execution, page):
 
 
 def goes_by_row(config, params, attend) -> bool:
-    """Whether steps read the pages of each row side by side: all those of its table."""
+    """Whether steps have the keys and values of each row side by side."""
     suits = row_attention.suits(config, params["model"]["layers"])
     return suits and attend is paged_attention.attend
+
+
+begin = functools.partial(jax.jit, donate_argnums=0)(row_attention.begun)
+seat = jax.jit(row_attention.seated)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -87,16 +98,15 @@ def copy(cache, taken, places):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "execution", "steps", "attend", "key_impl", "alone"),
+    static_argnames=("config", "execution", "steps", "attend", "key_impl"),
     donate_argnames="cache",
+    compiler_options=SAME_BITS,
 )
-def run_steps(
-    params, cache, rows, refill, *, config, execution, steps, attend, key_impl, alone=False
-):
-    """`tokens` and `logps` [steps, B], how many steps there were, and the cache.
+def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, key_impl):
+    """`tokens` and `logps` [steps, B], how many steps there were, and the cache, or what stands for
+    it on a CPU (`row_attention.Rows`).
 
-    A row that has no tokens `left` is idle; `alone`: so are all but the first. With `refill`, the
-    first end of a row is the last step.
+    A row that has no tokens `left` is idle. With `refill`, the first end of a row is the last step.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
@@ -106,9 +116,8 @@ def run_steps(
     settings = {name: rows.pop(name) for name in names}
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
-    by_row = goes_by_row(config, params, attend)
+    by_row = isinstance(cache, tuple)
     blocks = llama.apart(config, execution, params) if by_row else None
-    start = rows["position"]
 
     def step(state):
         i, ended, rows, out, cached = state
@@ -142,17 +151,12 @@ def run_steps(
         i, ended, rows, *_ = state
         return (i < steps) & (rows["left"] > 0).any() & ~(refill & ended)
 
-    if by_row and alone:
-        table, start = table[:1], start[:1]
-    cached = row_attention.of_rows(cache, table) if by_row else cache
-    state = (jnp.int32(0), jnp.bool_(False), rows, out, cached)
+    state = (jnp.int32(0), jnp.bool_(False), rows, out, cache)
     i, _, _, out, cached = jax.lax.while_loop(goes_on, step, state)
-    if by_row:
-        cached = row_attention.put_back(cache, cached, table, start, steps=steps)
     return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cached
 
 
-@functools.partial(jax.jit, static_argnames=("config", "execution"))
+@functools.partial(jax.jit, static_argnames=("config", "execution"), compiler_options=SAME_BITS)
 def score(params, batch, *, config, execution):
     """Of each entry [B, E] the log-probability of its target and whether that is the likeliest."""
     hidden = llama.hidden_states(

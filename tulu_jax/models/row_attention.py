@@ -1,14 +1,17 @@
-"""Attention of decoding steps on a CPU, over the pages of each row side by side.
+"""Attention of decoding steps on a CPU, over the keys and values of each row side by side.
 
 A CPU multiplies what lies in one piece, so from a cache in pages each step would copy all that it
-reads. Here a program's rows have their pages copied before its steps (`of_rows`), read and write
-them there (`attend`), and what was written is put back behind the steps (`put_back`). The rows of a
-layer are `k` and `v`, [B, K, M, page, H] each, and layers are apart, so that none is cut out of a
-larger array.
+reads. Here a row has the pages of its prompt copied once, when it begins (`begun`), and steps read
+and write them there (`attend`). The rows of a layer are `k` and `v`, each a list of arrays
+[B, K, M, page, H] with M pages of every row. The list grows without a copy; layers and
+groups are apart, so that none is cut out of a larger array.
 
 A product is made for each page alone, and pages are added in their order: a page that a row does
-not have adds exact zeros, and the bits of a row depend neither on M nor on other rows.
+not have adds exact zeros, and the bits of a row depend neither on how many there are nor on other
+rows.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,8 @@ from tulu_jax.models.config import LlamaConfig
 from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
 
-Rows = tuple[paged_attention.Cache, ...]  # of each layer
+Rows = tuple[dict[str, tuple[jax.Array, ...]], ...]  # of each layer
+POSITIONS, MOST_PAGES = 256, 8  # of a group, at most
 
 MOST_LAYERS = 24  # which are compiled one by one
 MOST_WEIGHTS = 1 << 31  # bytes of the layers, of which a program has a copy
@@ -33,29 +37,67 @@ def suits(config: LlamaConfig, layers) -> bool:
     return target.platform() == "cpu" and sharding.num_devices() == 1 and small
 
 
-def of_rows(cache: paged_attention.Cache, table: Int[Array, "B M"]) -> Rows:
-    """The pages of a table, for each layer."""
-    (L, _, K, page, H), (B, M) = cache["k"].shape, table.shape
+def pages_of_group(page: int) -> int:
+    """Of so many positions."""
+    return max(1, min(MOST_PAGES, POSITIONS // page))
 
-    def put(i, rows):
-        b, m = i // M, i % M
 
-        def page_of(x, layer):
-            return jax.lax.dynamic_slice(x, (layer, table[b, m], 0, 0, 0), (1, 1, K, page, H))
+def groups(rows: Rows) -> int:
+    """How many there are of each layer."""
+    return len(rows[0]["k"])
 
-        return tuple(
-            {
-                name: jax.lax.dynamic_update_slice(
-                    x, page_of(cache[name], layer).swapaxes(1, 2), (b, 0, m, 0, 0)
-                )
-                for name, x in own.items()
-            }
-            for layer, own in enumerate(rows)
+
+def widened(rows: Rows, cache: paged_attention.Cache, count: int, *, size: int) -> Rows:
+    """`count` groups of `size` rows, those of `rows` and behind them zeros; without any rows, all
+    are."""
+    (L, _, K, page, H) = cache["k"].shape
+    had = groups(rows) if rows else 0
+
+    def more(n, name):
+        own = rows[n][name] if rows else ()
+        empty = [
+            jnp.zeros((size, K, pages_of_group(page), page, H), cache[name].dtype)
+            for _ in range(count - had)
+        ]
+        return (*own[:count], *empty)
+
+    return tuple({name: more(n, name) for name in ("k", "v")} for n in range(L))
+
+
+def begun(
+    rows: Rows, cache: paged_attention.Cache, slot: Int[Array, ""], pages: Int[Array, "T"]
+) -> Rows:
+    """The rows with these pages of the cache at `slot`, as many as a group has for each group."""
+    M = rows[0]["k"][0].shape[2]
+
+    def group(x, layer, name, g):
+        def put(m, x):
+            at = (layer, pages[g * M + m], 0, 0, 0)
+            found = jax.lax.dynamic_slice(cache[name], at, (1, 1, *cache[name].shape[2:]))
+            return jax.lax.dynamic_update_slice(x, found.swapaxes(1, 2), (slot, 0, m, 0, 0))
+
+        return jax.lax.fori_loop(0, M, put, x)
+
+    return tuple(
+        {name: tuple(group(x, n, name, g) for g, x in enumerate(own[name])) for name in own}
+        for n, own in enumerate(rows)
+    )
+
+
+def seated(rows: Rows, slots: Int[Array, "B"]) -> Rows:
+    """B rows, of which row b is that of `slots[b]`."""
+
+    def move(x):
+        def put(b, moved):
+            found = jax.lax.dynamic_slice_in_dim(x, slots[b], 1)
+            return jax.lax.dynamic_update_slice_in_dim(moved, found, b, 0)
+
+        # A loop of copies: XLA's gather takes one element after the other on a CPU.
+        return jax.lax.fori_loop(
+            0, slots.shape[0], put, jnp.zeros((slots.shape[0], *x.shape[1:]), x.dtype)
         )
 
-    # A loop of copies: XLA's gather takes one element after the other on a CPU.
-    empty = {name: jnp.zeros((B, K, M, page, H), x.dtype) for name, x in cache.items()}
-    return jax.lax.fori_loop(0, B * M, put, (empty,) * L)
+    return jax.tree.map(move, rows)
 
 
 def attend(
@@ -70,68 +112,50 @@ def attend(
     """What the query of each row sees up to its position, and the rows with `k` and `v` there; the
     last of the queries, for which there are no `rows`, see nothing."""
     B, _, N, H = q.shape
-    count = rows[layer]["k"].shape[0]
+    count, K, M, page, _ = rows[layer]["k"][0].shape
     q, k, v, positions = (x[:count] for x in (q, k, v, positions))
     own = _written(rows[layer], {"k": k[:, 0], "v": v[:, 0]}, positions)
-    _, K, M, page, _ = own["k"].shape
-    places = jnp.arange(M * page).reshape(1, 1, M, 1, page)
-    visible = places <= positions[:, None, None, None, None]
     dtype = dict(preferred_element_type=jnp.float32)
-    scores = jnp.einsum("BKGH,BKMSH->BKMGS", q.reshape(count, K, N // K, H), own["k"], **dtype)
-    scores = jnp.where(visible, scores * H**-0.5, MASKED)
-    exp = jnp.where(visible, jnp.exp(scores - scores.max((2, 4), keepdims=True)), 0.0)
-    seen = jnp.einsum("BKMGS,BKMSH->BKMGH", exp.astype(v.dtype), own["v"], **dtype)
-    out = _in_order(seen) / _in_order(exp.sum(-1, keepdims=True))
-    out = out.astype(q.dtype).reshape(count, 1, N, H)
+    q = q.reshape(count, K, N // K, H)
+    scores, visible = [], []
+    for g, keys in enumerate(own["k"]):
+        places = (g * M * page + jnp.arange(M * page)).reshape(1, 1, M, 1, page)
+        visible.append(places <= positions[:, None, None, None, None])
+        found = jnp.einsum("BKGH,BKMSH->BKMGS", q, keys, **dtype) * H**-0.5
+        scores.append(jnp.where(visible[-1], found, MASKED))
+    largest = functools.reduce(jnp.maximum, (x.max((2, 4), keepdims=True) for x in scores))
+    seen = total = 0.0
+    for found, here, values in zip(scores, visible, own["v"], strict=True):
+        exp = jnp.where(here, jnp.exp(found - largest), 0.0)
+        added = jnp.einsum("BKMGS,BKMSH->BKMGH", exp.astype(v.dtype), values, **dtype)
+        seen, total = _on_top(seen, added), _on_top(total, exp.sum(-1, keepdims=True))
+    out = (seen / total).astype(q.dtype).reshape(count, 1, N, H)
     out = jnp.pad(out, [(0, B - count), (0, 0), (0, 0), (0, 0)])
     return out, (*rows[:layer], own, *rows[layer + 1 :])
 
 
-def _in_order(x):
-    """The sum over axis 2, from its first element on."""
-    total = x[:, :, 0]
-    for m in range(1, x.shape[2]):
+def _on_top(total, x):
+    """`total` and what axis 2 of `x` has, from its first element on."""
+    for m in range(x.shape[2]):
         total = total + x[:, :, m]
     return total
 
 
 def _written(own, new, positions):
     """A layer's rows with `new` [B, K, H] at `positions`, in place."""
-    page = own["k"].shape[3]
+    M, page = own["k"][0].shape[2:4]
 
-    def write(b, own):
-        at = (b, 0, positions[b] // page, positions[b] % page, 0)
-        return {
-            name: jax.lax.dynamic_update_slice(x, new[name][b][None, :, None, None], at)
-            for name, x in own.items()
-        }
+    def group(x, new, g):
+        page_of = positions // page - g * M
+        inside = (page_of >= 0) & (page_of < M)
+        page_of = jnp.clip(page_of, 0, M - 1)
 
-    return jax.lax.fori_loop(0, positions.shape[0], write, own)
+        def write(b, x):
+            at = (b, 0, page_of[b], positions[b] % page, 0)
+            one = new[b][None, :, None, None]
+            there = jax.lax.dynamic_slice(x, at, one.shape)
+            return jax.lax.dynamic_update_slice(x, jnp.where(inside[b], one, there), at)
 
+        return jax.lax.fori_loop(0, positions.shape[0], write, x)
 
-def put_back(
-    cache: paged_attention.Cache,
-    rows: Rows,
-    table: Int[Array, "B M"],
-    start: Int[Array, "B"],
-    *,
-    steps: int,
-) -> paged_attention.Cache:
-    """The cache with the pages of `rows` that hold `steps` positions from `start` on. Where a table
-    ends, that is nobody's page."""
-    (B, M), page = table.shape, cache["k"].shape[3]
-    count = (steps - 2) // page + 2  # whatever the place of `start` in its page
-    pages = jnp.minimum(start[:, None] // page + jnp.arange(count)[None], M - 1)
-    places = jnp.take_along_axis(table, pages, axis=1)
-
-    def put(i, cache):
-        b, n = i // count, i % count
-        for layer, own in enumerate(rows):
-            for name, x in own.items():
-                here, at = (b, 0, pages[b, n], 0, 0), (layer, places[b, n], 0, 0, 0)
-                found = jax.lax.dynamic_slice(x, here, (1, x.shape[1], 1, *x.shape[3:]))
-                found = found.swapaxes(1, 2)
-                cache = cache | {name: jax.lax.dynamic_update_slice(cache[name], found, at)}
-        return cache
-
-    return jax.lax.fori_loop(0, B * count, put, cache)
+    return {name: tuple(group(x, new[name], g) for g, x in enumerate(own[name])) for name in own}

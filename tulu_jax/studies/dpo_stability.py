@@ -23,7 +23,7 @@ _SWEEP = tuple(
     if (rate, rows) != (5e-7, 3)  # that is dpo_7b itself
 )  # fmt: skip
 _TINY = tuple(
-    tiny_runs.run(_name(rate, rows), tiny_runs.DPO, updates=20, base="sft",
+    tiny_runs.run(_name(rate, rows), tiny_runs.DPO, updates=20, base="sft_short",
                   LEARNING_RATE=rate, BATCH_SIZE=rows)
     for rate in _TINY_RATES
     for rows in _TINY_ROWS
@@ -52,7 +52,7 @@ STUDY = Study(
         stability=True,
     ),
     tiny=Design(
-        runs=(tiny_runs.run("sft", tiny_runs.SFT, updates=200, seeds=(1,)), *_TINY),
+        runs=(tiny_runs.run("sft_short", tiny_runs.SFT, updates=200, seeds=(1,)), *_TINY),
         benchmarks=(tiny_runs.BENCHMARK,),
         cells=tuple(
             Cell(run=run.name, score=score)

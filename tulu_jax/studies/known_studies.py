@@ -20,7 +20,10 @@ NAMES = (
     "qlora_rank",
     "leave_one_out",
     "multilingual",
+    "ultrafeedback_audit",
 )
+
+ALL = "all"
 
 
 def get(name: str | None) -> Study:
@@ -28,6 +31,7 @@ def get(name: str | None) -> Study:
     if name not in NAMES:
         near = validation.nearest(name or "", NAMES)
         raise validation.UsageError(
-            f"--study={name}: there is no such study; expected one of {', '.join(NAMES)}{near}"
+            f"--study={name}: there is no such study; expected one of {', '.join(NAMES)}, "
+            f"or {ALL}{near}"
         )
     return importlib.import_module(f"tulu_jax.studies.{name}").STUDY

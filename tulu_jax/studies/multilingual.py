@@ -12,7 +12,7 @@ _STYLE = Score(benchmark=tiny_runs.GERMAN, metric="polite")
 
 
 def _delta(score: Score) -> Cell:
-    return Cell(run="dpo", minus="sft", score=score)
+    return Cell(run="dpo_two", minus="sft_two", score=score)  # of two languages
 
 
 STUDY = Study(
@@ -33,12 +33,12 @@ STUDY = Study(
     ),
     tiny=Design(
         runs=(
-            tiny_runs.run("sft", tiny_runs.SFT, updates=350, MIXTURE="tulu_tiny_two_languages"),
-            tiny_runs.run("dpo", tiny_runs.DPO, updates=25, base="sft"),
+            tiny_runs.run("sft_two", tiny_runs.SFT, updates=350, MIXTURE="tulu_tiny_two_languages"),
+            tiny_runs.run("dpo_two", tiny_runs.DPO, updates=25, base="sft_two"),
         ),
         benchmarks=(tiny_runs.BENCHMARK, tiny_runs.GERMAN),
         cells=(
-            *(Cell(run=run, score=_GERMAN) for run in ("sft", "dpo")),
+            *(Cell(run=run, score=_GERMAN) for run in ("sft_two", "dpo_two")),
             *map(_delta, (tiny_runs.EXACT, _GERMAN, _MIXED, tiny_runs.POLITE, _STYLE)),
         ),
         expected=(

@@ -1,5 +1,6 @@
-"""The commands of a study's runs: carried out one after the other, or written for slices."""
+"""The commands of a study's runs: carried out, one on each core, or written for slices."""
 
+import dataclasses
 import os
 import pathlib
 import shlex
@@ -44,68 +45,122 @@ def lacking(state: run_states.State, design: Design) -> list[str]:
     return [name for name in design.benchmarks if name not in there]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Process:
+    """A command of a run that is being carried out, on some cores, with its output in `log`."""
+
+    of: Placed
+    command: Sequence[str]
+    process: subprocess.Popen
+    log: pathlib.Path
+    cores: Sequence[int]
+    begin: float = dataclasses.field(default_factory=time.monotonic)
+
+
 def run_all(
     placed: Sequence[Placed], design: Design, folder: pathlib.Path
 ) -> Iterator[tuple[Placed, str]]:
     """Trains and evaluates what is not there, each in a process of its own, whose output goes to
-    `folder`; yields each run with what became of it: '', or what went wrong. What starts from a run
-    that failed is left out. A run that is stopped goes on when this is called again."""
+    `folder`; yields each run with what became of it: '', or what went wrong. As many run at once
+    as this process has cores, one on each: a model of these sizes gains little from a second. A run
+    that is ready alone has all of them. What starts from a run that failed is left out. A run that
+    is stopped goes on when this is called again."""
     folder.mkdir(parents=True, exist_ok=True)
-    failed: set[str] = set()
-    for one in placed:
-        if {one.base, one.reward} & failed:
-            name = one.run.base if one.base in failed else one.run.reward
-            failed.add(os.path.abspath(one.workdir))
-            yield one, f"{one.name}: not started, since {name} failed"
-            continue
-        problem = _carry_out(one, design, folder)
-        if problem:
-            failed.add(os.path.abspath(one.workdir))
-        yield one, problem
+    cores = sorted(os.sched_getaffinity(0))
+    waiting, running, failed = list(placed), list[_Process](), set[str]()
+    ended: list[tuple[Placed, str]] = []
+    try:
+        while waiting or running:
+            begun = [one.of for one in running]
+            unfinished = {_key(one.workdir) for one in (*waiting, *begun)}
+            ready = []
+            for one in list(waiting):
+                needs = {_key(workdir) for workdir in (one.base, one.reward) if workdir}
+                if needs & failed:
+                    waiting.remove(one)
+                    name = one.run.base if _key(one.base or "") in failed else one.run.reward
+                    ended.append((one, f"{one.name}: not started, since {name} failed"))
+                elif not needs & unfinished:
+                    ready.append(one)
+            free = [core for core in cores if not any(core in one.cores for one in running)]
+            alone = len(ready) == 1 and not running
+            for one in ready[: len(free)]:
+                waiting.remove(one)
+                _go_on(one, design, folder, cores if alone else free[:1], running, ended)
+                free = free[1:]
+            if running and not ended:
+                time.sleep(0.1)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                if problem := _said(one):
+                    ended.append((one.of, problem))
+                else:
+                    _go_on(one.of, design, folder, one.cores, running, ended, one.command)
+            for one, problem in ended:
+                if problem:
+                    failed.add(_key(one.workdir))
+                yield one, problem
+            ended.clear()
+    finally:  # stopped: the runs save, and end before this does
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
 
 
-def _carry_out(one: Placed, design: Design, folder: pathlib.Path) -> str:
+def _go_on(
+    one: Placed, design: Design, folder: pathlib.Path, cores: Sequence[int],
+    running: list[_Process], ended: list[tuple[Placed, str]], after: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Starts what is next of a run, or says in `ended` that it is done, or why it cannot be."""
     state = run_states.state(one)
-    if state.kind == run_states.OTHER:
-        return state.says
-    if state.kind != run_states.DONE:
-        if problem := _run(train(one), one, folder):
-            return problem
-        state = run_states.state(one)
-        if state.kind != run_states.DONE:
-            return state.says
-    if names := lacking(state, design):
-        return _run(evaluate(one, design, names), one, folder)
-    return ""
+    if state.kind == run_states.DONE:
+        command = evaluate(one, design, names) if (names := lacking(state, design)) else ()
+    else:
+        command = train(one)
+    if state.kind == run_states.OTHER or (command and command == after):
+        ended.append((one, state.says or f"{one.name}: {command[0]} left no scores"))
+    elif not command:
+        ended.append((one, ""))
+    else:
+        running.append(_start(command, one, folder, cores))
 
 
-def _run(command: Sequence[str], one: Placed, folder: pathlib.Path) -> str:
-    """Runs a module of this package with this interpreter; what went wrong, or nothing."""
+def _start(
+    command: Sequence[str], one: Placed, folder: pathlib.Path, cores: Sequence[int]
+) -> _Process:
+    """Starts a module of this package with this interpreter."""
     log = folder / f"{pathlib.PurePath(one.workdir).name}.{command[0].rpartition('.')[2]}.log"
-    begin = time.monotonic()
     print(f"{one.name}: python -m {shlex.join(command)}", flush=True)
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT,
-            env=_environment(folder),
+            env=_environment(one),
         )  # fmt: skip
-        try:
-            code = process.wait()
-        except BaseException:  # stopped: the run saves, and ends before this does
-            process.terminate()
-            process.wait()
-            raise
-    print(f"  {time.monotonic() - begin:.0f} s, status {code}", flush=True)
+    os.sched_setaffinity(process.pid, cores)  # before it has made a thread
+    return _Process(of=one, command=command, process=process, log=log, cores=cores)
+
+
+def _said(one: _Process) -> str:
+    """What went wrong with a command that has ended, or nothing."""
+    code, name = one.process.returncode, one.command[0].rpartition(".")[2]
+    print(f"{one.of.name}: {name}, {time.monotonic() - one.begin:.0f} s, status {code}", flush=True)
     if code == 0:
         return ""
-    last = "\n    ".join(log.read_text(errors="replace").split("\n")[-LOG_LINES:]).rstrip()
-    return f"{one.name}: {command[0]} ended with status {code}; {log} ends with\n    {last}"
+    last = "\n    ".join(one.log.read_text(errors="replace").split("\n")[-LOG_LINES:]).rstrip()
+    return (
+        f"{one.of.name}: {one.command[0]} ended with status {code}; {one.log} ends with\n    {last}"
+    )
 
 
-def _environment(folder: pathlib.Path) -> Mapping[str, str]:
+def _key(workdir: str) -> str:
+    return os.path.abspath(workdir) if workdir and "://" not in workdir else workdir
+
+
+def _environment(one: Placed) -> Mapping[str, str]:
     """This process's, with a folder in which runs that compile the same program find it."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(_key(one.workdir)).parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     } | os.environ

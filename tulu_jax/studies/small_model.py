@@ -24,8 +24,8 @@ def _score(metric: str, group: str | None = CHANGE) -> Score:
     return Score(benchmark=TRAINING, metric=metric, group=group)
 
 
-_LOSS = Cell(run="sft", score=_score("eval/loss"))
-_MARGIN = Cell(run="dpo", score=_score("eval/rewards/margins"))
+_LOSS = Cell(run="stories_sft", score=_score("eval/loss"))
+_MARGIN = Cell(run="stories_dpo", score=_score("eval/rewards/margins"))
 STUDY = Study(
     name="small_model",
     title="The V2 recipe on a small model",
@@ -42,15 +42,15 @@ STUDY = Study(
     ),
     tiny=Design(  # real weights, tokenizer and rows: DATA_ROOT is ../shared/data
         runs=(
-            Run(name="sft", gin_file="stories260k_sft.gin", seeds=SEEDS,
+            Run(name="stories_sft", gin_file="stories260k_sft.gin", seeds=SEEDS,
                 overrides=_SHORT | {"NUM_EPOCHS": 0.05}),
-            Run(name="dpo", gin_file="stories260k_dpo.gin", seeds=SEEDS, base="sft",
+            Run(name="stories_dpo", gin_file="stories260k_dpo.gin", seeds=SEEDS, base="stories_sft",
                 overrides=_SHORT | {"NUM_EPOCHS": 0.2}),
         ),
         benchmarks=(),
         cells=(
-            Cell(run="sft", score=_score("eval/loss", None)), _LOSS, _MARGIN,
-            Cell(run="dpo", score=_score("eval/rewards/accuracies", None)),
+            Cell(run="stories_sft", score=_score("eval/loss", None)), _LOSS, _MARGIN,
+            Cell(run="stories_dpo", score=_score("eval/rewards/accuracies", None)),
         ),
         expected=(
             Expected(says="The held-out loss falls in SFT", cell=_LOSS, below=0.0),
