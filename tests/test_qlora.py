@@ -80,6 +80,10 @@ def test_a_run_on_a_quantised_base(home, tmp_path):
         folders[merge] = str(tmp_path / f"hf_{merge}")
         settings = dict(step=8, dtype="float32", overwrite=False, merge=merge)
         conversion.export(config, folders[merge], **settings)
+    for merge, other in (adapted.MERGES, adapted.MERGES[::-1]):
+        conversion.verify(config, folders[merge], step=8, merge=merge)
+        with pytest.raises(validation.UsageError, match="by this project differ by up to"):
+            conversion.verify(config, folders[other], step=8, merge=merge)
     ids = torch.tensor([[1, 40, 77, 300, 12, 9]])
     full, dequantised = (
         AutoModelForCausalLM.from_pretrained(folders[merge]) for merge in ("full", "dequantised")

@@ -186,9 +186,12 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
                 checkpoints.close()
 
 
-def verify(config: TrainConfig, published: str, *, step: int | None) -> None:
+def verify(
+    config: TrainConfig, published: str, *, step: int | None, merge: str | None = None
+) -> None:
     """Compares the logits of a checkpoint with those that `transformers` computes of the weights
-    `published`, an export of it or the base it began with. Raises `UsageError` if they differ."""
+    `published`, an export of it, made with `merge`, or the base it began with. Raises `UsageError`
+    if they differ."""
     checkpoints = checkpoint_lib.Checkpoints(config.workdir)
     step = checkpoints.require(step)
     validation.raise_if(hf.config_problems(published, config.trained_model))
@@ -196,6 +199,8 @@ def verify(config: TrainConfig, published: str, *, step: int | None) -> None:
     if checkpoints.about(step).get("frozen"):
         mesh, params = trained.load(config, step=step)
         with jax.set_mesh(mesh):
+            if merge is not None:
+                params = adapted.merged(config, params, merge, mesh)
             params = jax.tree.map(np.asarray, params)
     else:
         params = StoredSource(config, checkpoints, step).params

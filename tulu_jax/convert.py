@@ -66,6 +66,11 @@ def main(config) -> None:
     cli.stop_if(needs(config, num_devices=1))
     from tulu_jax import conversion
 
+    if config.adapter is not None and _VERIFY.value and not _MERGE.value:
+        raise validation.UsageError(
+            "--verify: transformers reads no adapter by itself; expected --merge=dequantised or "
+            "--merge=full, which write the whole model (--check compares both)"
+        )
     if _FROM_HF.value:
         conversion.write_first_step(config, cli.operative_config())
         if _VERIFY.value:
@@ -91,7 +96,7 @@ def main(config) -> None:
     )
     logging.info("Wrote %s", out)
     if _VERIFY.value:
-        conversion.verify(config, out, step=_STEP.value)
+        conversion.verify(config, out, step=_STEP.value, merge=_MERGE.value)
 
 
 if __name__ == "__main__":

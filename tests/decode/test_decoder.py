@@ -176,6 +176,10 @@ def test_a_mesh_generates_and_scores_the_same(ours, sizes):
         found = decoder.generate(sharded, PROMPTS, sampling, KEY)
         assert [r.ids for r in found] == [r.ids for r in expected]
         again = decoder.score(sharded, PROMPTS, [result.ids for result in found[::2]])
+        alike = [[*BEGINNING, *prompt] for prompt in PROMPTS * 3]
+        shared = decoder.generate(sharded, alike, GREEDY, KEY)
+        assert decoder.usage.shared >= 12  # by those that come later to a part
+    assert [r.ids for r in shared] == [r.ids for r in ours(alike)]
     for a, b in zip(again, scores, strict=True):  # sums over devices have another order
         np.testing.assert_allclose(a.token_logps, b.token_logps, atol=1e-5)
 
