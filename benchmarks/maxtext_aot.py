@@ -38,6 +38,8 @@ V5P = (
     "--xla_enable_async_collective_permute=true "
     "--xla_tpu_enable_ag_backward_pipelining=true "
 )
+# Else a product over `tensor` is a loop of smaller ones with a permute beside each.
+NO_RINGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 "
 SCATTERS = (
     "--xla_tpu_use_minor_sharding_for_major_trivial_input=true "
     "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
@@ -64,7 +66,7 @@ V6E_70B = (
     "model_name=llama3.1-70b max_target_length=8192 remat_policy=custom decoder_layer_input="
     f"offload query_proj=offload key_proj=offload value_proj=offload {V6E_BLOCKS}"
 )
-V6E_FLAGS = "--xla_tpu_scoped_vmem_limit_kib=98304 " + SCATTERS + DATA_PARALLEL + GATHERS + HOST
+V6E_FLAGS = "--xla_tpu_scoped_vmem_limit_kib=98304 " + SCATTERS + DATA_PARALLEL + OVERLAP + HOST
 # MaxText's own architecture, of so many billion parameters.
 OWN = "model_name=default global_parameter_scale={} max_target_length=2048 remat_policy={}"
 # Runs with a published speed: MaxText's slice, its settings, its libtpu flags, and where they are.
@@ -192,13 +194,16 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--without_rings", action="store_true", help="no products in windows")
     parser.add_argument("--no_flags", action="store_true", help="libtpu's own defaults")
     arguments = parser.parse_intermixed_args()  # settings may follow --out
     topology, settings, flags, source = RECIPES[arguments.recipe]
     flags = "" if arguments.no_flags else flags
+    flags += NO_RINGS * arguments.without_rings
     chosen = dict(setting.split("=", 1) for setting in [*settings.split(), *arguments.settings])
     changed = [s.replace("=", "_") for s in arguments.settings]
-    name = "-".join([arguments.recipe, *changed, *["no_flags"] * arguments.no_flags])
+    changed += ["no_flags"] * arguments.no_flags + ["without_rings"] * arguments.without_rings
+    name = "-".join([arguments.recipe, *changed])
     compiled, seconds = compile_step(topology, [f"{k}={v}" for k, v in chosen.items()], flags)
     memory = compiled.memory_analysis()
     about = {

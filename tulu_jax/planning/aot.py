@@ -14,7 +14,7 @@ import numpy as np
 from tulu_jax import step as step_lib
 from tulu_jax.kernels import nf4_tiles
 from tulu_jax.models.config import KEEP_NOTHING, SCORE
-from tulu_jax.parallel import compiler, sharding
+from tulu_jax.parallel import balance, compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import calibration, compiled, cost, hlo, rows
 from tulu_jax.planning.topology import Topology
@@ -304,9 +304,11 @@ def attention_seconds(
     chip = topology.hardware
     if chip.attention is None:
         return None
-    length = config.data.max_length
-    block = min(ATTENTION_BLOCK, queries)
-    pairs = held.pairs(length, block=block, shards=max(1, length // queries))
+    length, block = config.data.max_length, min(ATTENTION_BLOCK, queries)
+    shards = max(1, length // queries)
+    balanced = bool(config.execution.balanced) and balance.divides(length, shards)
+    block = math.gcd(queries // 2, block) if balanced else block
+    pairs = held.pairs(length, block=block, shards=shards, balanced=balanced)
     scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, config.model.head_dim / 128)
     return math.prod(shape) * pairs * chip.attention[backward] * scale / chip.cores / chip.clock
 
