@@ -145,6 +145,14 @@ def test_a_permute_loads_every_link_on_its_way(slice_, pairs, load):
     assert seconds == pytest.approx(load * 1e9 / 45e9, rel=1e-3)
 
 
+def test_the_devices_of_a_chip_share_its_links():
+    slice_ = topology.parse("v3:4x1")
+    places = np.array([[0, chip, 0] for chip in range(4) for _ in range(2)])
+    both, _ = cost.permute_seconds(1e9, [(0, 2), (1, 3)], places, slice_)
+    one, _ = cost.permute_seconds(1e9, [(0, 2)], places, slice_)
+    assert both == pytest.approx(2 * one, rel=1e-3) == pytest.approx(1e9 / 50e9, rel=1e-3)
+
+
 def test_every_pair_of_a_permute_is_read():
     text = "collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}, {2,3}}, a={}"
     instruction = hlo.Instruction("p", "f32[8]", "collective-permute", ("x",), text)

@@ -123,7 +123,8 @@ def permute_seconds(
         hops = max(hops, far)
     if not load:  # the two cores of a chip
         return size / hardware.bandwidth, 0.0
-    return float(size * max(load.values()) / hardware.link + LATENCY * hops), size
+    link = hardware.link * hardware.devices  # that of a chip, over which all its devices pass
+    return float(size * max(load.values()) / link + LATENCY * hops), size
 
 
 def _beside(i: hlo.Instruction) -> bool:
