@@ -14,6 +14,7 @@ rematerialisation, not at its fastest published policy. The last line is JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,14 +31,31 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / "runs" / "pods"
 SHORT = [("sft_7b.gin", "v5p_64"), ("dpo_70b.gin", "v5p_512")]
 SPARE, SECONDS, GIGABYTES = 0.05, 180, 12
-# The module of a run, its slice, and the MFU that MaxText published. Whether that counts attention
-# whole or its causal half is not said; MaxText's formula had it whole until July 2025 (its #1988).
+# The module of a run, its slice, and what was published: tokens/s a chip, or an MFU.
+# Whether an MFU counts attention whole or its causal half is not always said; MaxText's formula had
+# it whole until July 2025 (its #1988).
 PUBLISHED = [
-    ("llama2_70b_v5p_512", "v5p:4x8x8", 0.654),
-    ("llama2_70b_v6e_256", "v6e:16x16", 0.438),
+    ("llama2_70b_v5p_512", "v5p:4x8x8", 692),
     ("llama2_70b_v5e_256", "v5e:16x16", 0.57),
     ("llama2_70b_v4_128", "v4:4x4x4", 0.57),
+    ("llama2_70b_v6e_256", "v6e:16x16", 905),
+    ("own_16b_v5e_256", "v5e:16x16", 0.611),
+    ("own_32b_v5e_256", "v5e:16x16", 0.6686),
+    ("own_64b_v5e_256", "v5e:16x16", 0.599),
+    ("own_128b_v5e_256", "v5e:16x16", 0.5606),
+    ("own_64b_v5p_128", "v5p:4x4x4", 0.7031),
+    ("own_128b_v5p_512", "v5p:4x8x8", 0.6883),
+    ("own_128b_v5p_512-without_rings", "v5p:4x8x8", 0.6883),
+    ("llama3_1_70b_v6e_64", "v6e:8x8", 876.7),
+    ("llama3_1_70b_v6e_128", "v6e:8x16", 942.0),
+    ("llama3_1_70b_v6e_256", "v6e:16x16", 960.2),
 ]
+# What a module may be compiled with in place of all its layers: two depths give the rest.
+DEPTHS = (4, 8)
+SHALLOW = "{}-override_model_config_true-base_num_decoder_layers_{}"
+# MaxText's own architecture: layers, width, width of the MLP, heads.
+OWN = {"16b": (32, 4096, 28672, 64), "32b": (32, 8192, 28672, 64), "64b": (64, 8192, 28672, 64),
+       "128b": (64, 8192, 57344, 128)}  # fmt: skip
 # jax's splash kernels, forward and backward, for 32 heads x 8,192 x 128, causal: milliseconds as
 # `benchmarks/attention.py` counts them.
 SPLASH = {"v4": (4.33, 14.40), "v5e": (4.29, 9.15), "v5p": (1.90, 7.91), "v6e": (2.54, 4.31)}
@@ -121,23 +139,27 @@ def dry_runs(wanted: list[tuple[str, str]]) -> list[dict]:
 def row(result: dict) -> str:
     """A line of the Markdown table."""
     if "seconds" not in result:
-        return f"| {result['file']} | {result['topology']} | does not fit | | | | | | | | |"
+        return f"| {result['file']} | {result['topology']} | does not fit | | | | | | | | | |"
     mesh = " x ".join(f"{k} {v}" for k, v in result["mesh"].items() if v > 1)
+    step, (low, high) = result["seconds"]["step"], (result["band"][k] for k in ("low", "high"))
     compiled = f"{result['process_seconds']:.0f} s, {result['process_gb']:.1f} GB"
     if result["same_as"] != result["file"]:
         compiled = f"as {result['same_as']}"
     return (
         f"| {result['file']} | {result['topology']} | {mesh} | {result['remat_policy']} "
         f"| {result['bytes']['peak'] / 2**30:.1f} / {result['bytes']['hbm'] / 2**30:.0f} "
-        f"({result['spare']:.0%}) | {result['seconds']['step']:.2f} | {result['mfu']:.0%} "
+        f"({result['spare']:.0%}) | {step:.2f} ({low * step:.2f} to {high * step:.2f}) "
+        f"| {result['tokens_per_second_per_chip']:,.0f} "
+        f"| {result['mfu']:.0%} / {result['mfu_whole_attention']:.0%} "
         f"| {result['binding']} | {result['hours']:.1f} | {result['chip_hours']:,.0f} "
         f"| {compiled} |"
     )
 
 
 HEAD = (
-    "| file | slice | mesh | remat | GiB / HBM (spare) | s an update | MFU (visible) | binds "
-    "| hours | chip-hours | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| file | slice | mesh | remat | GiB / HBM (spare) | s an update (between) | tokens/s a chip "
+    "| MFU (visible / whole attention) | binds | hours | chip-hours | compiled in |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -166,8 +188,8 @@ def table(wanted: list[tuple[str, str]]) -> dict:
     }
 
 
-def maxtext(folder: pathlib.Path, stem: str, topology: str) -> tuple[float, dict, dict]:
-    """Predicted seconds of MaxText's step, by part, and what was compiled."""
+def maxtext(folder: pathlib.Path, stem: str, topology: str):
+    """The predicted cost of MaxText's step, and what was compiled."""
     from tulu_jax.planning import topology as topology_lib
 
     topology_lib.enter()
@@ -177,50 +199,88 @@ def maxtext(folder: pathlib.Path, stem: str, topology: str) -> tuple[float, dict
 
     about = json.loads((folder / f"{stem}.json").read_text())
     slice_ = topology_lib.parse(topology)
-    devices = slice_.devices()
-    places = np.array([[0, *d.coords[: len(slice_.shape)]] for d in devices])
+    places = np.array([[0, *spot[: len(slice_.shape)]] for spot in about["coordinates"]])
     length = int(about["settings"]["max_target_length"])
+    heads = architecture(about["settings"]).num_heads
     rows = about["tokens_per_device"] / length
 
-    def splash(name: str, text: str) -> float | None:
+    def splash(name: str, text: str) -> tuple[str, float] | None:
         if not name.startswith("splash"):
             return None
         forward, backward = SPLASH[slice_.chip]
         halves = 2 if "dq_" in name or ("dkv" in name and "splash_mha_dq_" in module_text) else 1
         whole = forward if "fwd" in name else backward / halves
-        return whole / 1e3 * rows * 2 * (length / 8192) ** 2  # 64 heads
+        return "attention", whole / 1e3 * rows * heads / 32 * (length / 8192) ** 2
 
     module_text = (folder / f"{stem}.hlo.txt").read_text()
-    estimate = cost.Estimator(
-        hlo.parse(module_text), slice_, places, cost.mesh_axes({"all": len(devices)}), splash, 1.0
-    ).estimate()
-    parts = {k: getattr(estimate, k) for k in ("matrix", "attention", "memory", "interconnect")}
-    return estimate.seconds, parts, about
+    axes = cost.mesh_axes({"all": slice_.num_devices})
+    about["rings"] = "windowed_dot_general" in module_text
+    estimator = cost.Estimator(hlo.parse(module_text), slice_, places, axes, splash, 1.0)
+    return estimator.estimate(), about
+
+
+def architecture(settings: dict[str, str]):
+    """The model of MaxText's `settings`, of one row of PUBLISHED's models."""
+    from tulu_jax.models import config
+
+    if settings["model_name"] == "default":
+        layers, embed, mlp, heads = OWN[f"{settings['global_parameter_scale']}b"]
+        sizes = dict(num_layers=layers, embed_dim=embed, mlp_dim=mlp, num_heads=heads)
+        return dataclasses.replace(config.named("llama2_70b"), **sizes, num_kv_heads=heads)
+    vocab = 128256 if settings["model_name"] == "llama3.1-70b" else 32000
+    return dataclasses.replace(config.named("llama2_70b"), vocab_size=vocab)
+
+
+def deep(folder: pathlib.Path, stem: str, topology: str):
+    """What `maxtext` gives of a module, or what follows from two that have fewer layers; None where
+    neither was compiled."""
+    if (folder / f"{stem}.json").exists():
+        return *maxtext(folder, stem, topology), ""
+    names = [SHALLOW.format(stem, depth) for depth in DEPTHS]
+    if not all((folder / f"{name}.json").exists() for name in names):
+        return None
+    (few, about), (more, _) = (maxtext(folder, name, topology) for name in names)
+    times = (architecture(about["settings"]).num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    for part in ("matrix", "attention", "memory", "interconnect", "hidden"):
+        least = getattr(few, part)
+        setattr(few, part, least + times * (getattr(more, part) - least))
+    return few, about, f" (from {DEPTHS[0]} and {DEPTHS[1]} layers)"
 
 
 def calibrate(folder: pathlib.Path) -> dict:
-    """Predicts the runs that MaxText published, from its own compiled modules."""
-    from tulu_jax.models import config
+    """Predicts the runs that MaxText published, from its own compiled modules, and prints the
+    points of `planning/calibration.py`."""
+    from tulu_jax.planning import calibration
     from tulu_jax.planning import topology as topology_lib
 
-    errors = {}
-    print("MaxText, Llama-2-70B    published   predicted MFU by its count of attention")
-    print(f"{'':24}{'':9}  causal  error    full  error   matrix attention HBM interconnect")
+    points, errors = [], {}
+    print(f"{'MaxText':24}     measured    predicted   error   MFU: visible, whole  waits  hidden")
     for stem, topology, published in PUBLISHED:
-        if not (folder / f"{stem}.json").exists():
-            print(f"{stem:<24}{published:8.1%}   not compiled")
+        found = deep(folder, stem, topology)
+        if found is None:
+            print(f"{stem:<24} published {published:,} not compiled")
             continue
-        seconds, parts, about = maxtext(folder, stem, topology)
-        hardware = topology_lib.parse(topology).hardware
-        model = config.named("llama2_70b")
-        length = int(about["settings"]["max_target_length"])
-        line = f"{stem:<24}{published:9.1%}"
-        for counted, seen in (("causal", length), ("full", 2 * length)):
-            flops = model.flops_per_token(seen) * about["tokens_per_device"]
-            mfu = flops / seconds / hardware.peak
-            errors[f"{stem}, {counted}"] = mfu / published - 1
-            line += f"{mfu:8.1%}{mfu / published - 1:+7.1%}"
-        print(f"{line}   " + " ".join(f"{value:.2f}" for value in parts.values()))
+        cost, about, how = found
+        tokens, length = about["tokens_per_device"], int(about["settings"]["max_target_length"])
+        peak = topology_lib.parse(topology).hardware.peak
+        model = architecture(about["settings"])
+        counts = [model.flops_per_token(seen) for seen in (length, 2 * length)]
+        rate = published if published > 1 else published * peak * 2 / sum(counts)
+        point = calibration.Point(stem, tokens / rate, cost.seconds, cost.interconnect)
+        if about["rings"]:
+            how = " (products in rings: no point)"
+        else:
+            points.append(point)
+            errors[stem] = point.error
+        causal, whole = (flops * tokens / cost.seconds / peak for flops in counts)
+        print(
+            f"{stem:<24}{rate:9,.0f} tok/s{tokens / cost.seconds:9,.0f}{-point.error:+9.1%}"
+            f"{causal:12.1%}{whole:8.1%}{point.share:9.1%}{cost.hidden / cost.seconds:8.1%}"
+            f"  matrix {cost.matrix:.2f} attention {cost.attention:.2f} HBM {cost.memory:.2f} "
+            f"interconnect {cost.interconnect:.2f} s{how}"
+        )
+    for p in points:
+        print(f'    Point("{p.name}", {p.measured:.2f}, {p.predicted:.2f}, {p.waits:.2f}),')
     worst = max(map(abs, errors.values()))
     return {"name": "pods_calibration", "ratio": 1 + worst, "target": 1.15, "ok": worst < 0.15,
             "errors": errors}  # fmt: skip
@@ -230,20 +290,20 @@ def against_maxtext(folder: pathlib.Path) -> dict:
     """Seconds per token a chip of a step of the same shape, theirs with full rematerialisation over
     ours; theirs is faster with a policy that keeps more."""
     stem = "llama2_70b_v5p_512-max_target_length_8192-per_device_batch_size_1-remat_policy_full"
-    theirs, parts, about = maxtext(folder, stem, "v5p:4x8x8")
+    theirs, about = maxtext(folder, stem, "v5p:4x8x8")
     ours = dry_run("sft_70b.gin", "v5p_512_wide", "--gin.BATCH_SIZE=256", "--whole_rows")
     tokens = 256 * 8192 / 256
     print("MaxText with full rematerialisation, not its fastest policy")
     print(f"{'':<10} s a step  matrix attention    HBM interconnect  GiB temporaries")
     for name, seconds, values, temporaries in (
-        ("MaxText", theirs, parts, about["bytes"]["temp"]),
+        ("MaxText", theirs.seconds, vars(theirs), about["bytes"]["temp"]),
         ("tulu_jax", ours["seconds"]["step"], ours["seconds"], ours["bytes"]["temporaries"]),
     ):
         print(
             f"{name:<10}{seconds:8.2f} {values['matrix']:8.2f} {values['attention']:8.2f} "
             f"{values['memory']:7.2f} {values['interconnect']:9.2f} {temporaries / 2**30:15.1f}"
         )
-    ratio = (theirs / about["tokens_per_device"]) / (ours["seconds"]["step"] / tokens)
+    ratio = (theirs.seconds / about["tokens_per_device"]) / (ours["seconds"]["step"] / tokens)
     return {
         "name": "pods_vs_maxtext",
         "ratio": ratio,

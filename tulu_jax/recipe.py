@@ -20,6 +20,11 @@ from tulu_jax.training.watch import WatchConfig
 MOST_EPOCHS = 10**6
 
 
+def _balanced(asked: bool | None, packing: str) -> bool:
+    """Rows of one example have the most work at their end, rows of many nearly none more there."""
+    return packing == "none" if asked is None else asked
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run. Batch k depends on this and k alone.
@@ -100,6 +105,7 @@ class TrainConfig:
             self.execution,
             remat_policy=self.execution.remat_policy or policy,
             row_parts=self.execution.row_parts or parts,
+            balanced=_balanced(self.execution.balanced, self.data.packing),
             adapter=self.adapter,
         )
         object.__setattr__(self, "execution", execution)

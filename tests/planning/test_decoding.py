@@ -61,6 +61,10 @@ def test_programs_are_compiled_and_priced(priced):
     least, most = (result[name] for name in readings)
     assert result["hbm_limit"] < least <= result["step"]["seconds"] < most
     assert result["decode_tokens_per_second"] == pytest.approx(4 / result["step"]["seconds"])
+    low, high = result["step_between"]
+    assert low <= least < result["step"]["seconds"] < most <= high
+    assert result["seconds_between"][0] < result["seconds"] < result["seconds_between"][1]
+    assert 0 < result["decode_mfu"] < result["prefill_mfu"] < result["prefill_mfu_whole_attention"]
     text = (priced / "decode.hlo.txt").read_text()
     assert "decode_attention" in text
     # Of 2 rows 2 pages each and nobody's; 2 layers, 1 head a device, keys and values.
@@ -129,6 +133,7 @@ def test_a_suite_is_its_benchmarks_and_compiles_once(priced, monkeypatch):
     assert len(made) == 1 and made[0].rows >= 30
     scored, said = (found.of[load.name] for load in loads)
     assert found.hours == pytest.approx((scored.seconds + said.seconds) / 3600)
+    assert found.hours_between[0] < found.hours < found.hours_between[1]
     fills = -(-100 // scored.per_fill)
     assert scored.seconds == pytest.approx(fills * scored.fill.seconds)
     # All 30 answers are made at once, each prompt is computed once.

@@ -19,10 +19,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def assert_reported(folder, said):
-    assert "to spare" in said and "MFU (visible attention counted)" in said
+    assert "to spare" in said and "between, by calibration" in said
+    assert "MFU, visible attention counted" in said and "attention counted whole" in said
     (result,) = json.loads((folder / "dryrun.json").read_text())
     assert result["fits"] and result["spare"] > 0.9
-    assert result["seconds"]["step"] > 0 and 0 < result["mfu"] < 1
+    assert result["seconds"]["step"] > 0
+    assert 0 < result["mfu"] < result["mfu_whole_attention"] < 1
+    band, seconds = result["band"], result["seconds"]
+    assert band["low"] < 1 < band["high"]
+    assert band["share"] == pytest.approx(seconds["interconnect"] / seconds["step"])
+    assert ("extrapolated" in said) == band["extrapolated"]
     assert (folder / "dryrun.png").read_bytes()[:4] == b"\x89PNG"
     module = hlo.parse((folder / "step.hlo.txt").read_text())
     gathered = [i for body in module.computations.values() for i in body if i.collective]
@@ -94,6 +100,7 @@ def test_a_plan_writes_a_fragment_and_is_the_same_twice(tmp_path, capsys):
         assert len(json.loads((folder / "dryrun.json").read_text())) == 2
     assert fragments[0] == fragments[1]
     assert "mesh.MeshConfig.topology = 'v5e:2x2'" in fragments[0]
+    assert " tokens/s, MFU " in fragments[0] and "(whole)" in fragments[0]
     mine = tmp_path / "mine.gin"
     mine.write_text(
         "from __gin__ import dynamic_registration\n"

@@ -121,18 +121,42 @@ def test_all_to_all_is_bound_by_the_middle_of_a_line():
     assert seconds == pytest.approx(4 * size / 2 / 45e9, rel=1e-3)
 
 
+FOLDED = [0, 2, 4, 6, 7, 5, 3, 1]  # a ring laid over a line: out on even places, back on odd ones
+
+
 @pytest.mark.parametrize(
-    "slice_, pair, load",
-    [("v5e:16x16", [0, 1], 1), ("v5e:16x16", [0, 15], 1), ("v5e:16x16", [0, 8], 4)]
-    + [("v5e:8x8", [0, 4], 4), ("v5e:8x8", [0, 7], 1)],
+    "slice_, pairs, load",
+    [
+        pytest.param("v5e:16x16", [(n, (n + 1) % 16) for n in range(16)], 1, id="ring"),
+        # Half of them go either way round.
+        pytest.param("v5e:16x16", [(n, (n + 8) % 16) for n in range(16)], 4, id="across a ring"),
+        pytest.param("v5e:8x8", [(n, (n + 4) % 8) for n in range(8)], 4, id="across a line"),
+        pytest.param("v5e:8x8", [(n, (n + 1) % 8) for n in range(8)], 1, id="ring on a line"),
+        pytest.param(
+            "v5e:8x8", [*zip(FOLDED, FOLDED[1:] + FOLDED[:1], strict=True)], 1, id="folded ring"
+        ),
+        pytest.param("v5e:8x8", [(0, 7), (1, 6)], 2, id="two on one way"),
+    ],
 )
-def test_a_permute_loads_every_link_on_its_way(slice_, pair, load):
-    """Eight apart on a ring of 16, four pairs pass over a link: half of them go either way round."""
+def test_a_permute_loads_every_link_on_its_way(slice_, pairs, load):
     slice_ = topology.parse(slice_)
-    places = line(slice_.shape[0])
-    seconds, sent = cost.link_seconds("collective-permute", 1e9, pair, places, slice_)
+    seconds, sent = cost.permute_seconds(1e9, pairs, line(slice_.shape[0]), slice_)
     assert sent == 1e9
     assert seconds == pytest.approx(load * 1e9 / 45e9, rel=1e-3)
+
+
+def test_the_devices_of_a_chip_share_its_links():
+    slice_ = topology.parse("v3:4x1")
+    places = np.array([[0, chip, 0] for chip in range(4) for _ in range(2)])
+    both, _ = cost.permute_seconds(1e9, [(0, 2), (1, 3)], places, slice_)
+    one, _ = cost.permute_seconds(1e9, [(0, 2)], places, slice_)
+    assert both == pytest.approx(2 * one, rel=1e-3) == pytest.approx(1e9 / 50e9, rel=1e-3)
+
+
+def test_every_pair_of_a_permute_is_read():
+    text = "collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}, {2,3}}, a={}"
+    instruction = hlo.Instruction("p", "f32[8]", "collective-permute", ("x",), text)
+    assert hlo.pairs(instruction) == [(0, 1), (1, 0), (2, 3)]
 
 
 def test_a_scattered_sum_is_no_sum_of_the_whole():

@@ -9,7 +9,7 @@ import commands
 import pytest
 
 from tulu_jax import cli
-from tulu_jax.planning import aot, cost, decoding, iteration, plan, topology
+from tulu_jax.planning import aot, calibration, cost, decoding, iteration, plan, topology
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
@@ -62,6 +62,7 @@ def test_an_iteration_is_compiled_and_priced(small, capsys, absent_slices):
     assert parts["measuring"] == pytest.approx(4 * found["measure"]["seconds"])
     (update,) = json.loads((out / "dryrun.json").read_text())
     assert parts["updates"] == pytest.approx(4 * update["seconds"]["step"])
+    assert found["seconds_between"][0] < found["seconds_of_all"] < found["seconds_between"][1]
     assert "share of decoding" in said.out and "peak of rollout / HBM" in said.out
 
 
@@ -69,17 +70,17 @@ def made(config, *, cache: int, code: int, refused: dict[str, str]) -> iteration
     """Of 1 GiB of models on a v5e, with costs of whole seconds."""
     place = topology.parse("v5e:2x2")
     step = aot.Step(
-        topology=place, mesh={}, cost=cost.Cost(matrix=3.0), model_flops=1.0, executed_flops=1.0,
-        positions=1, examples=1.0, compile_seconds=0.0, faults=[], text="",
+        topology=place, mesh={}, cost=cost.Cost(matrix=3.0), model_flops=1.0, whole_flops=2.0,
+        executed_flops=1.0, positions=6, examples=1.0, compile_seconds=0.0, faults=[], text="",
         memory=aot.Memory(
             params=0, frozen=0, moments=0, gradients=0, kept=0, temporaries=2**30, code=code,
             peak=0, hbm=place.hardware.hbm,
         ),
     )  # fmt: skip
     decode = decoding.Decoding(
-        topology=place, asked=iteration._asked(config), mesh={"tensor": 4}, rows=32, per_fill=16,
-        weights=2**29, cache=cache, temporaries=2**29, code=code, relaid=0,
-        step=cost.Cost(memory=0.25), least=0.0, most=0.0, limit=0.2, fill=cost.Cost(matrix=0.5),
+        topology=place, model=config.model, asked=iteration._asked(config), mesh={"tensor": 4},
+        rows=32, per_fill=16, weights=2**29, cache=cache, temporaries=2**29, code=code, relaid=0,
+        step=cost.Cost(memory=0.25), least=0.2, most=0.5, limit=0.2, fill=cost.Cost(matrix=0.5),
         faults=[], compile_seconds=0.0, texts={},
     )  # fmt: skip
     measure = iteration.Pass(
@@ -102,6 +103,10 @@ def test_phases_add_up(small):
         "decoding": 4 * 128 * 0.25, "prefill": 8 * 0.5, "measuring": 4 * 2.0, "updates": 4 * 3.0,
     }  # fmt: skip
     assert found.total == 152 and found.share == pytest.approx(128 / 152)
+    assert found.rates == {"rollout": 128 * 128 / 132, "updates": 2.0}
+    off = calibration.band(cost.Cost(matrix=1.0))
+    rest = 4.0 + 8.0 + 12.0  # decoding is read in other ways too
+    assert found.between == pytest.approx((128 * 0.8 + off.low * rest, 128 * 2 + off.high * rest))
     assert found.iterations == 24 and found.hours == pytest.approx(24 * 152 / 3600)
     always = 2**30 + 3 * 2**20  # models and the code of all three programs
     assert found.peaks == {

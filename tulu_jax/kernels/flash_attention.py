@@ -339,6 +339,8 @@ def _pairs(tile, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> 
     (B, T), S, block = own.shape, key.shape[1], tile.block
     i, j, parts = T // block, S // block, _parts(tile)
     part = block // parts
+    if not isinstance(query_offset, int) and query_offset.ndim:  # an offset for each query
+        query_offset = jnp.pad(query_offset, (0, T - len(query_offset)), mode="edge")
     position = query_offset + jnp.arange(T, dtype=jnp.int32)
     found = count_visible(own, prompt, key, position=position, block_q=part, block_k=part)
     found = found.reshape(B, i, parts, j, parts)
@@ -415,10 +417,11 @@ def prepare(
     kv_segment_ids: Int[Array, "B S"],
     branches: Int[Array, "B T"] | None,
     kv_branches: Int[Array, "B S"] | None,
-    query_offset: Int[Array, ""] | int,
+    query_offset: Int[Array, ""] | Int[Array, "T"] | int,
     tiling: Tiling,
 ) -> Plan:
-    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset.
+    """Lists the pairs of a batch for `tiling` (of `fit`); query t is at position t + query_offset,
+    which never falls from one query to the next and is one number for the queries of a block.
 
     Raises `ValueError` for segments or branches that are not integers or do not match in shape.
     """

@@ -6,6 +6,7 @@ The table beside this file was chosen by `benchmarks/attention_tune.py`, which c
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from tulu_jax import chips
@@ -51,6 +52,15 @@ def with_block(tiling: Tiling, block: int) -> Tiling:
         forward=dataclasses.replace(tiling.forward, block=block),
         backward=dataclasses.replace(tiling.backward, block=block),
     )
+
+
+def within(tiling: Tiling, run: int) -> Tiling:
+    """`tiling` with blocks that divide runs of `run` queries, before `fit`."""
+    forward, backward = (
+        dataclasses.replace(tile, block=math.gcd(tile.block, run))
+        for tile in (tiling.forward, tiling.backward)
+    )
+    return dataclasses.replace(tiling, forward=forward, backward=backward)
 
 
 _INTERPRETED = Tile(

@@ -56,7 +56,7 @@ def prepare(
     kv_segment_ids: Int[Array, "B S"],
     branches: Int[Array, "B T"] | None = None,
     kv_branches: Int[Array, "B S"] | None = None,
-    query_offset: Int[Array, ""] | int,
+    query_offset: Int[Array, ""] | Int[Array, "T"] | int,
     implementation: str,
     heads: tuple[int, int, int],
     dtype: jnp.dtype,
@@ -66,8 +66,10 @@ def prepare(
 
     `heads` is (N, K, H) and `dtype` that of the queries, for kernels to size their blocks; `block`
     is the queries and keys of a block of 'pallas' or 'blockwise', None for the tuned one.
-    `branches` None means that no segment branches. Raises `UsageError` for an implementation that
-    does not exist or does not run here; nothing is substituted.
+    Query t is at the place t + `query_offset` among the keys. That may be an offset for each query,
+    one for each half of them: then blocks of a kernel lie within a half. `branches` None means that
+    no segment branches. Raises `UsageError` for an implementation that does not exist or does not
+    run here; nothing is substituted.
     """
     if implementation in ("pallas", "pallas_interpret"):
         interpret = implementation == "pallas_interpret"
@@ -80,7 +82,7 @@ def prepare(
             itemsize=dtype.itemsize,
         )
         return {"plan": plan, "interpret": interpret}
-    offset = jnp.asarray(query_offset, jnp.int32)
+    places = jnp.asarray(query_offset, jnp.int32) + jnp.arange(segment_ids.shape[1])
     ids = {
         "segments": segment_ids,
         "kv_segments": kv_segment_ids,
@@ -88,9 +90,8 @@ def prepare(
         "kv_branches": kv_branches,
     }
     if implementation == "blockwise":
-        return {"tiles": xla_attention.list_tiles(offset, block, **ids)}
-    T, S = segment_ids.shape[1], kv_segment_ids.shape[1]
-    visible = xla_attention.visible_pairs(offset + jnp.arange(T), jnp.arange(S), **ids)
+        return {"tiles": xla_attention.list_tiles(places, block, **ids)}
+    visible = xla_attention.visible_pairs(places, jnp.arange(kv_segment_ids.shape[1]), **ids)
     if implementation == "xla":
         return {"visible": visible}
     if implementation == "triangular":
@@ -175,6 +176,10 @@ def _plan(ids, query_offset, *, tiling, heads, itemsize):
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
         if divided:
             query_offset = query_offset + sharding.axis_index("length") * segment_ids.shape[1]
+        each = jnp.ndim(query_offset) > 0  # two runs of queries (`parallel/balance.py`)
+        tiles = tiling
+        if each:
+            tiles = flash_attention_tuning.within(tiling, segment_ids.shape[1] // 2)
         plan = flash_attention.prepare(
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
@@ -182,7 +187,7 @@ def _plan(ids, query_offset, *, tiling, heads, itemsize):
             kv_branches=kv_branches,
             query_offset=query_offset,
             tiling=flash_attention.fit(
-                tiling,
+                tiles,
                 queries=segment_ids.shape[1],
                 keys=kv_segment_ids.shape[1],
                 heads=N // tensor,

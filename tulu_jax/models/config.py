@@ -167,8 +167,10 @@ class ExecutionConfig:
     layer in the backward pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes
     what the slice of the run says (`parallel/slices.py`), and without one keeps nothing.
     `row_parts` is in how many parts a layer takes its rows where `tensor` divides them
-    (`layers.Block`): None takes what the slice says, and without one 1. `adapter` is that of the
-    run (`recipe.TrainConfig.adapter`), which sets it here.
+    (`layers.Block`): None takes what the slice says, and without one 1. `balanced` gives each
+    device along `context` two chunks of a row instead of one equal run (`parallel/balance.py`):
+    None does so in a run whose rows hold one example each. `adapter` is that of the run
+    (`recipe.TrainConfig.adapter`), which sets it here.
     """
 
     compute_dtype: str = "bfloat16"
@@ -177,6 +179,7 @@ class ExecutionConfig:
     remat: bool = True
     remat_policy: str | None = None
     row_parts: int | None = None
+    balanced: bool | None = None
     adapter: LoRAConfig | None = None
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from tulu_jax.kernels import nf4_matmul
 from tulu_jax.models import attention as attention_lib
 from tulu_jax.models import lora, products
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES, LlamaConfig
-from tulu_jax.parallel import sharding
+from tulu_jax.parallel import balance, sharding
 from tulu_jax.quant import nf4
 
 DIVIDED = ("heads", "kv_heads", "mlp")  # over `tensor`, inside a layer
@@ -186,13 +186,16 @@ class SelfAttention(nnx.Module):
         return self.o_proj(_parted(out, len(parts)), noise), kept
 
 
-def attend_in_rows(q, k, v, *, visibility, keep: bool, before=None):
+def attend_in_rows(q, k, v, *, visibility, keep: bool, balanced: bool, before=None):
     """What queries see of their own rows, and with `keep` those keys and values, else None.
-    `before` has keys and values in front of them, or is None."""
+    `before` has keys and values in front of them, or is None; with `balanced` a device has two
+    chunks of a row (`parallel/balance.py`)."""
     kept = {"k": k, "v": v} if keep else None
     # Over `context` the queries stay sharded and keys and values are gathered.
     k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
     k, v = sharding.gather(k, 1, "length"), sharding.gather(v, 1, "length")
+    if balanced:
+        k, v = balance.in_order(k), balance.in_order(v)
     if before is not None:
         k, v = (jnp.concatenate(x, axis=1) for x in ((before["k"], k), (before["v"], v)))
     return attention_lib.attend(q, k, v, visibility), kept

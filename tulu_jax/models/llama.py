@@ -24,7 +24,7 @@ from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
 from tulu_jax.models import layers, lora
 from tulu_jax.models.config import LM_HEAD, SCORE, ExecutionConfig, LlamaConfig
-from tulu_jax.parallel import sharding
+from tulu_jax.parallel import balance, sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
@@ -48,10 +48,11 @@ class Embedding(nnx.Module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a device's trunk runs on: rows of queries, [B, T] each, and of the keys they may see,
-    [B, S]; `query_offset` is the place of the first query among the keys. Branches None: no segment
-    branches; `noise` [B, T, 3] (`lora.by_position`) None: no dropout. `keep`: keys and values are
-    asked for, [L, B, T, K, H]. `block` is that of attention, None as the execution has it.
-    `before`: keys and values [L, B, P, K, H] in front of the rows' own, None: nothing is."""
+    [B, S]; query t is at the place t + `query_offset` among the keys, which is an offset for each
+    where rows are `balanced` (`parallel/balance.py`). Branches None: no segment branches; `noise`
+    [B, T, 3] (`lora.by_position`) None: no dropout. `keep`: keys and values are asked for,
+    [L, B, T, K, H]. `block` is that of attention, None as the execution has it. `before`: keys and
+    values [L, B, P, K, H] in front of the rows' own, None: nothing is."""
 
     tokens: Any
     segment_ids: Any
@@ -62,6 +63,7 @@ class Inputs:
     query_offset: Any
     noise: Any = None
     keep: bool = False
+    balanced: bool = False
     block: int | None = None
     before: Cache | None = None
 
@@ -164,7 +166,10 @@ class Trunk(nnx.Module):
         return dict(
             angles=self.angles(inputs.positions),
             attend=functools.partial(
-                layers.attend_in_rows, visibility=visibility, keep=inputs.keep
+                layers.attend_in_rows,
+                visibility=visibility,
+                keep=inputs.keep,
+                balanced=inputs.balanced,
             ),
             row_parts=self.execution.row_parts or 1,
         )
@@ -251,6 +256,22 @@ def inputs_of(tokens, segment_ids, positions, branches, noise=None) -> Inputs:
     )
 
 
+def balanced_inputs(inputs: Inputs) -> Inputs:
+    """The same rows, of which this device has two chunks in place of its equal run."""
+    length = inputs.kv_segment_ids.shape[1]
+
+    def own(field):
+        return None if field is None else balance.own(sharding.gather(field, 1, "length"))
+
+    fields = ("tokens", "segment_ids", "positions", "branches", "noise")
+    return dataclasses.replace(
+        inputs,
+        **{name: own(getattr(inputs, name)) for name in fields},
+        query_offset=balance.offsets(length),
+        balanced=True,
+    )
+
+
 def through_layer(
     config: LlamaConfig,
     execution: ExecutionConfig,
@@ -299,7 +320,10 @@ def hidden_states(
     """
 
     def local(params, *rows):
-        return trunk(config, execution, params)(inputs_of(*rows))[0]
+        model, inputs = trunk(config, execution, params), inputs_of(*rows)
+        if not (execution.balanced and balance.suits(inputs.kv_segment_ids.shape[1])):
+            return model(inputs)[0]
+        return balance.back(model(balanced_inputs(inputs))[0])
 
     rows = sharding.spec("batch", "length")
     optional = (None if branches is None else rows, None if noise is None else rows)

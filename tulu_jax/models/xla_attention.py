@@ -151,22 +151,23 @@ def _in_blocks(x, block):
     return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
 
 
-def list_tiles(offset, block=None, **ids):
-    """The ids in blocks of `block` (None: BLOCK), and which key blocks each query block has to look
-    at: `order` int32 [query blocks, key blocks], of which the first `counts` [query blocks] hold a
-    visible key."""
+def list_tiles(places, block=None, **ids):
+    """The ids in blocks of `block` (None: BLOCK), the `places` int32 [T] of the queries among the
+    keys likewise, and which key blocks each query block has to look at: `order` int32 [query
+    blocks, key blocks], of which the first `counts` [query blocks] hold a visible key."""
     ids = {name: None if x is None else _in_blocks(x, block or BLOCK) for name, x in ids.items()}
+    places = _in_blocks(places[None], block or BLOCK)[:, 0]
     blocks_k = ids["kv_segments"].shape[0]
 
     def needed(i):
         def holds(j):
-            return _tile_visible(i, j, ids, offset).any()
+            return _tile_visible(i, j, ids, places).any()
 
         holding = jax.vmap(holds)(jnp.arange(blocks_k))
         return jnp.argsort(~holding), holding.sum()
 
     order, counts = jax.lax.map(needed, jnp.arange(ids["segments"].shape[0]))
-    return {"ids": ids, "offset": offset, "order": order, "counts": counts}
+    return {"ids": ids, "places": places, "order": order, "counts": counts}
 
 
 def blockwise(q, k, v, tiles):
@@ -187,11 +188,11 @@ def _tiles(q, k, v, tiles):
     return _tiles_forward(q, k, v, tiles)[0]
 
 
-def _tile_visible(i, j, ids, offset):
+def _tile_visible(i, j, ids, places):
     """`visible_pairs` [B, block_q, block_k] of query block `i` and key block `j`."""
-    block_q, block_k = ids["segments"].shape[2], ids["kv_segments"].shape[2]
+    block_k = ids["kv_segments"].shape[2]
     return visible_pairs(
-        offset + i * block_q + jnp.arange(block_q),
+        places[i],
         j * block_k + jnp.arange(block_k),
         segments=ids["segments"][i],
         kv_segments=ids["kv_segments"][j],
@@ -203,7 +204,7 @@ def _tile_visible(i, j, ids, offset):
 def _tile_scores(i, j, q_i, k_j, tiles):
     """Masked float32 scores [B, K, G, block_q, block_k] of one tile, and the mask."""
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_i, k_j, preferred_element_type=jnp.float32)
-    visible = _tile_visible(i, j, tiles["ids"], tiles["offset"])[:, None, None]
+    visible = _tile_visible(i, j, tiles["ids"], tiles["places"])[:, None, None]
     return jnp.where(visible, scores * q_i.shape[-1] ** -0.5, MASKED), visible
 
 

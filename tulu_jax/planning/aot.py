@@ -14,9 +14,9 @@ import numpy as np
 from tulu_jax import step as step_lib
 from tulu_jax.kernels import nf4_tiles
 from tulu_jax.models.config import KEEP_NOTHING, SCORE
-from tulu_jax.parallel import compiler, sharding
+from tulu_jax.parallel import balance, compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import compiled, cost, hlo, rows
+from tulu_jax.planning import calibration, compiled, cost, hlo, rows
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training.state import VALUE
@@ -50,14 +50,16 @@ class Memory:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """One compiled train step: memory, cost, FLOPs of all devices, and the seconds it took to
-    compile. `positions` and `examples` are those of an update; `faults` are what a divided step
-    should not have."""
+    compile. Of attention `model_flops` count the pairs of positions that are visible in the rows,
+    and `whole_flops` all pairs of a row. `positions` and `examples` are those of an update;
+    `faults` are what a divided step should not have."""
 
     topology: Topology
     mesh: dict[str, int]
     memory: Memory
     cost: cost.Cost
     model_flops: float
+    whole_flops: float
     executed_flops: float
     positions: int
     examples: float
@@ -67,9 +69,23 @@ class Step:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the slice could do in the predicted time. Of attention the pairs of
-        positions count that are visible in the rows."""
+        """Model FLOPs over what the slice could do in the predicted time, by visible attention."""
         return cost.ideal_seconds(self.model_flops, self.topology) / self.cost.seconds
+
+    @property
+    def whole_mfu(self) -> float:
+        """The same, by attention counted whole, as many publish it."""
+        return cost.ideal_seconds(self.whole_flops, self.topology) / self.cost.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions of the rows a second, padding among them."""
+        return self.positions / self.cost.seconds
+
+    @property
+    def band(self) -> calibration.Band:
+        """How far the predicted time may be off."""
+        return calibration.band(self.cost)
 
 
 class DoesNotFit(ValueError):
@@ -117,17 +133,22 @@ def compile_step(
     networks = [config.model]
     if VALUE in state.params:
         networks.append(config.model.with_head(SCORE))
-    attention = len(networks) * _attention_flops(config, row_count, held)
-    per_token = sum(network.flops_per_token(0) for network in networks)
+    length = config.data.max_length
+    attention, whole = (
+        len(networks) * _attention_flops(config, row_count * squares)
+        for squares in (held.visible(length), 2 * length**2)
+    )
+    products = sum(network.flops_per_token(0) for network in networks) * row_count * length
     # Products of a pair of blocks: 2 forward and 5 backward where 6 are the model's.
     again = 2 if config.execution.remat_policy == KEEP_NOTHING else 0
-    examples = config.batch_size * held.examples(config.data.max_length)
+    examples = config.batch_size * held.examples(length)
     return Step(
         topology=topology,
         mesh=dict(mesh.shape),
         memory=_memory(config, state, frozen, module, made, topology),
         cost=estimated(module, config, topology, mesh, held),
-        model_flops=per_token * row_count * config.data.max_length + attention,
+        model_flops=products + attention,
+        whole_flops=products + whole,
         executed_flops=executed + attention * (7 + again) / 6,
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
@@ -232,11 +253,11 @@ def places(mesh: jax.sharding.Mesh, topology: Topology) -> np.ndarray:
     )
 
 
-def _attention_flops(config: TrainConfig, row_count: int, held: rows.Documents) -> float:
-    """Model FLOPs of attention in an update: 6·L·N·H times the squared lengths of documents."""
+def _attention_flops(config: TrainConfig, squares: float) -> float:
+    """Model FLOPs of attention in an update: 6·L·N·H times the sum of squared lengths, which is
+    twice the pairs of positions that count."""
     model = config.model
-    visible = held.visible(config.data.max_length) * row_count
-    return 6.0 * model.num_layers * model.num_heads * model.head_dim * visible
+    return 6.0 * model.num_layers * model.num_heads * model.head_dim * squares
 
 
 def _kernel_seconds(
@@ -283,9 +304,11 @@ def attention_seconds(
     chip = topology.hardware
     if chip.attention is None:
         return None
-    length = config.data.max_length
-    block = min(ATTENTION_BLOCK, queries)
-    pairs = held.pairs(length, block=block, shards=max(1, length // queries))
+    length, block = config.data.max_length, min(ATTENTION_BLOCK, queries)
+    shards = max(1, length // queries)
+    balanced = bool(config.execution.balanced) and balance.divides(length, shards)
+    block = math.gcd(queries // 2, block) if balanced else block
+    pairs = held.pairs(length, block=block, shards=shards, balanced=balanced)
     scale = (block / ATTENTION_BLOCK) ** 2 * max(1.0, config.model.head_dim / 128)
     return math.prod(shape) * pairs * chip.attention[backward] * scale / chip.cores / chip.clock
 

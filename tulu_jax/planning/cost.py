@@ -62,11 +62,10 @@ def link_seconds(
 ) -> tuple[float, float]:
     """Seconds and bytes sent a device of one collective over the devices `members`.
 
-    `size` is the bytes of the whole buffer (of what a device sends, for a permutation). `places`
-    int [devices, 1 + torus axes] is the slice and the coordinates of each position of the mesh. A
-    torus axis that the group spans serves it with two links where it closes into a ring, with one
-    where it is a line, shared among the groups that interleave on it. `members` of a permutation
-    is its first pair; the others are as far apart.
+    `size` is the bytes of the whole buffer. `places` int [devices, 1 + torus axes] is the slice and
+    the coordinates of each position of the mesh. A torus axis that the group spans serves it with
+    two links where it closes into a ring, with one where it is a line, shared among the groups that
+    interleave on it.
     """
     n, hardware = len(members), topology.hardware
     if n == 1:
@@ -88,17 +87,44 @@ def link_seconds(
         hops += len(values) - 1
     if not bandwidth:  # the two cores of a chip
         return size / hardware.bandwidth, 0.0
-    if kind == "collective-permute":  # every pair is as far apart: so many pass over a link
-        length, far = np.array(topology.shape), np.abs(spots[0, 1:] - spots[1, 1:])
-        passing = np.minimum(far, length - far)
-        either = (length % hardware.wraps == 0) & (2 * far == length)  # half of them go either way
-        load = np.where(either, passing / 2, passing).max()
-        return float(size * load / hardware.link + LATENCY * passing.sum()), size
     share = (n - 1) / n
     if kind == "all-to-all":
         return size * max(share, n / 4) / bandwidth + LATENCY * hops, size * share
     sent = size * share * (2 if kind == "all-reduce" else 1)
     return sent / bandwidth + LATENCY * hops, sent
+
+
+def permute_seconds(
+    size: float, pairs: Sequence[tuple[int, int]], places: np.ndarray, topology: Topology
+) -> tuple[float, float]:
+    """Seconds and bytes sent a device where the first of each of `pairs` sends `size` bytes to the
+    second. Each goes the shorter way along one torus axis after the other, half of it either way
+    where both are as long, and the directed link that most pass over binds."""
+    hardware, load, hops = topology.hardware, collections.Counter(), 0
+    for source, target in pairs:
+        here, there = places[source].tolist(), places[target].tolist()
+        if here[0] != there[0]:  # over the data centre's network
+            return size / hardware.dcn, size
+        here, there, far = here[1:], there[1:], 0
+        for axis, length in enumerate(topology.shape):
+            ahead = there[axis] - here[axis]
+            ways = {ahead: 1.0}
+            if length % hardware.wraps == 0:
+                around = ahead % length
+                ways = {around: 1.0} if 2 * around < length else {around - length: 1.0}
+                ways = {around: 0.5, -around: 0.5} if 2 * around == length else ways
+            for way, part in ways.items():
+                step = 1 if way > 0 else -1
+                for hop in range(0, way, step):
+                    spot = (*here[:axis], (here[axis] + hop) % length, *here[axis + 1 :])
+                    load[axis, step, spot] += part
+            far += abs(min(ways, key=abs))
+            here[axis] = there[axis]
+        hops = max(hops, far)
+    if not load:  # the two cores of a chip
+        return size / hardware.bandwidth, 0.0
+    link = hardware.link * hardware.devices  # that of a chip, over which all its devices pass
+    return float(size * max(load.values()) / link + LATENCY * hops), size
 
 
 def _beside(i: hlo.Instruction) -> bool:
@@ -224,12 +250,18 @@ class Estimator:
             size = max(sizes, default=0.0)
         else:
             size = sum(sizes) * (len(members) if i.operation == "reduce-scatter" else 1)
-        seconds, sent = link_seconds(i.collective, size, members, self.places, self.topology)
+        pairs = hlo.pairs(i) if i.collective == "collective-permute" else []
+        if pairs:
+            seconds, sent = permute_seconds(size, pairs, self.places, self.topology)
+        else:
+            seconds, sent = link_seconds(i.collective, size, members, self.places, self.topology)
         axes = self.axes(members)
         self.cost.wire[i.collective, axes] += sent * times
         self.cost.top.append((seconds * times, times, outer.name, f"{i.collective} over {axes}"))
-        spots = self.places[list(members)]
-        taken = [f"axis {n}" for n in range(spots.shape[1]) if len(np.unique(spots[:, n])) > 1]
+        differ = (
+            np.diff(self.places[np.array(group)], axis=0).any(0) for group in pairs or [members]
+        )
+        taken = [f"axis {n}" for n, moves in enumerate(np.any(list(differ), axis=0)) if moves]
         return seconds, taken + [f"core {n}" for n in outer.cores]
 
     def _compute(self, i: hlo.Instruction, times: float) -> float:

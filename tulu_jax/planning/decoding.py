@@ -22,9 +22,10 @@ from tulu_jax import step as step_lib
 from tulu_jax.decode import call, decoder, programs
 from tulu_jax.kernels import decode_attention
 from tulu_jax.models import paged_attention
+from tulu_jax.models.config import SCORE, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding, slices
-from tulu_jax.planning import aot, cost, hlo
+from tulu_jax.planning import aot, calibration, cost, hlo
 from tulu_jax.planning.cycles import decode_cycles
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
@@ -69,6 +70,7 @@ class Decoding:
     live cache once, over the whole slice."""
 
     topology: Topology
+    model: LlamaConfig
     asked: Asked
     mesh: dict[str, int]
     rows: int
@@ -101,12 +103,54 @@ class Decoding:
         return self.step.seconds / self.limit
 
     @property
+    def fills(self) -> int:
+        """Runs of the program that computes prompts, for all of them."""
+        return math.ceil(self.asked.prompts / self.per_fill)
+
+    @property
+    def steps(self) -> int:
+        """Steps for all tokens."""
+        return math.ceil(self.asked.rows / self.rows) * self.asked.new_tokens
+
+    @property
     def seconds(self) -> float:
         """All prompts and all their tokens; the host's visits are not in it."""
-        fills = math.ceil(self.asked.prompts / self.per_fill)
-        rounds = math.ceil(self.asked.rows / self.rows)
-        steps = rounds * self.asked.new_tokens
-        return fills * self.fill.seconds + steps * self.step.seconds
+        return self.fills * self.fill.seconds + self.steps * self.step.seconds
+
+    @property
+    def step_between(self) -> tuple[float, float]:
+        """The least and the most seconds of a step: by the readings that `least` and `most` are and
+        by the calibration, which has no decoder in it."""
+        low, high = calibration.band(self.step).of(self.step.seconds)
+        return min(low, self.least), max(high, self.most)
+
+    @property
+    def fill_between(self) -> tuple[float, float]:
+        """The least and the most seconds of a fill, by the calibration."""
+        return calibration.band(self.fill).of(self.fill.seconds)
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """The least and the most seconds of all prompts and all tokens."""
+        low, high = (
+            self.fills * fill + self.steps * step
+            for fill, step in zip(self.fill_between, self.step_between, strict=True)
+        )
+        return low, high
+
+    @property
+    def mfu(self) -> float:
+        """Of steps while all rows are in use. A query sees all that is live, so that attention
+        counted whole is the same."""
+        seen = 2 * self.asked.prompt_length + self.asked.new_tokens  # twice what is live
+        flops = self.model.flops_per_token(seen) / 3
+        return cost.ideal_seconds(flops * self.decoded, self.topology)
+
+    def prefill_mfu(self, *, whole: bool) -> float:
+        """Of prompts, which have no output projection, by visible attention or counted `whole`."""
+        length = (1 + whole) * (self.asked.prompt_length - 1)
+        flops = self.model.with_head(SCORE).flops_per_token(length) / 3
+        return cost.ideal_seconds(flops * self.prefilled, self.topology)
 
     @property
     def decoded(self) -> float:
@@ -145,8 +189,14 @@ class Decoding:
             "over_hbm_limit": self.ratio,
             "fill": _parts(self.fill),
             "decode_tokens_per_second": self.decoded,
+            "decode_mfu": self.mfu,
             "prefill_tokens_per_second": self.prefilled,
+            "prefill_mfu": self.prefill_mfu(whole=False),
+            "prefill_mfu_whole_attention": self.prefill_mfu(whole=True),
             "seconds": self.seconds,
+            "seconds_between": self.between,
+            "step_between": self.step_between,
+            "fill_between": self.fill_between,
             "wire_bytes": {f"{k} over {a}": v for (k, a), v in self.step.wire.items()},
             "faults": self.faults,
             "compile_seconds": self.compile_seconds,
@@ -217,6 +267,7 @@ class Programs:
         read += used * asked.live * _position_bytes(config)
         return Decoding(
             topology=topology,
+            model=config.model,
             asked=asked,
             mesh=dict(mesh.shape),
             rows=rows,
@@ -556,6 +607,7 @@ def _column(of: Decoding) -> dict[str, str]:
         "  code": gib(of.code),
         "  peak / HBM": f"{gib(of.peak)} / {gib(hbm)}",
         "ms a step": f"{1e3 * step.seconds:.3f}",
+        "  between": " to ".join(f"{1e3 * end:.3f}" for end in of.step_between),
         "  HBM": f"{1e3 * step.memory:.3f}",
         "  matrix units": f"{1e3 * step.matrix:.3f}",
         "  attention (live pages)": f"{1e3 * step.attention:.3f}",
@@ -565,11 +617,16 @@ def _column(of: Decoding) -> dict[str, str]:
         "    by traffic alone, by the compiler": f"{of.least / of.limit:.2f}, "
         f"{of.most / of.limit:.2f}",
         "ms a fill of prompts": f"{1e3 * fill.seconds:.2f}",
+        "  between, by calibration": " to ".join(f"{1e3 * end:.2f}" for end in of.fill_between),
         "  binds": fill.binding,
         "prefill tokens/s": f"{of.prefilled:,.0f}",
+        "  MFU, visible attention counted": f"{of.prefill_mfu(whole=False):.1%}",
+        "  MFU, attention counted whole": f"{of.prefill_mfu(whole=True):.1%}",
         "decode tokens/s": f"{of.decoded:,.0f}",
         "  a chip": f"{of.decoded / of.topology.num_chips:,.0f}",
+        "  MFU, by either count": f"{of.mfu:.2%}",
         "seconds of all": f"{of.seconds:,.1f}",
+        "  all between": " to ".join(f"{end:,.1f}" for end in of.between),
         "kernels not counted": ", ".join({**step.unknown, **fill.unknown}) or "none",
         "compiled in, s": f"{of.compile_seconds:.0f}",
     }

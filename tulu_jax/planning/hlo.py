@@ -156,6 +156,12 @@ def _split_shape(text: str) -> tuple[str, str]:
     return text, ""
 
 
+def pairs(instruction: Instruction) -> list[tuple[int, int]]:
+    """Positions in the mesh of who sends and who receives, of every pair of a permutation."""
+    listed = instruction.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?\s*)+)\}") or ""
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", listed)]
+
+
 def group(instruction: Instruction, num_devices: int) -> Sequence[int]:
     """Positions in the mesh of the devices of the first group of a collective."""
     if instruction.collective == "collective-permute":

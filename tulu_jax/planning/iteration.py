@@ -22,7 +22,7 @@ from tulu_jax.models import llama
 from tulu_jax.objectives import ppo_feed
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, cost, decoding, hlo, plan, render
+from tulu_jax.planning import aot, calibration, cost, decoding, hlo, plan, render
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training.state import REWARD, VALUE, Frozen, TrainState
@@ -96,10 +96,8 @@ class Iteration:
         model alone, as `old_from` 'minibatch' makes for each update, counts half of one of four."""
         objective, found = self.result.config.objective, {}
         if self.decode is not None:
-            decode = self.decode
-            steps = decode.asked.new_tokens * math.ceil(decode.asked.rows / decode.rows)
-            found["decoding"] = steps * decode.step.seconds
-            found["prefill"] = decode.seconds - found["decoding"]
+            found["decoding"] = self.decode.steps * self.decode.step.seconds
+            found["prefill"] = self.decode.fills * self.decode.fill.seconds
         if self.measure is not None:
             rows = float(objective.prompts)
             if objective.old_from == "minibatch":
@@ -113,6 +111,28 @@ class Iteration:
     def total(self) -> float:
         """Seconds of the iteration; NaN where a phase did not compile."""
         return math.nan if self.refused else sum(self.seconds.values())
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """The least and the most seconds of the iteration, all phases off the same way; NaN where a
+        phase did not compile."""
+        if self.refused:
+            return math.nan, math.nan
+        low, high = zip(
+            self.decode.between,
+            calibration.band(self.measure.cost).of(self.seconds["measuring"]),
+            self.result.step.band.of(self.seconds["updates"]),
+            strict=True,
+        )
+        return sum(low), sum(high)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Tokens a second: `rollout` of answers, prompts computed among the time, and `updates` of
+        rows; of an iteration that fits."""
+        new = self.decode.asked.rows * self.decode.asked.new_tokens
+        spent = self.seconds["decoding"] + self.seconds["prefill"]
+        return {"rollout": new / spent, "updates": self.result.step.tokens_per_second}
 
     @property
     def share(self) -> float:
@@ -140,6 +160,9 @@ class Iteration:
         }
         if known:
             found["seconds_of_all"], found["decoding_share"] = self.total, self.share
+            found["seconds_between"], found["tokens_per_second"] = self.between, self.rates
+            step = self.result.step
+            found["updates_mfu"], found["updates_mfu_whole_attention"] = step.mfu, step.whole_mfu
             found["hours"] = self.hours
             found["chip_hours"] = self.hours * self.topology.num_chips
         if self.decode is not None:
@@ -290,7 +313,12 @@ def _column(one: Iteration) -> dict[str, str]:
         )
     column |= {f"seconds of {part}": f"{value:.1f}" for part, value in one.seconds.items()}
     if not one.refused:
+        step = one.result.step
         column["seconds an iteration"] = f"{one.total:.1f}"
+        column["  between"] = " to ".join(f"{end:.1f}" for end in one.between)
+        column |= {f"tokens/s of {name}": f"{rate:,.0f}" for name, rate in one.rates.items()}
+        column["  MFU, visible attention counted"] = f"{step.mfu:.1%}"
+        column["  MFU, attention counted whole"] = f"{step.whole_mfu:.1%}"
         column["  share of decoding"] = f"{one.share:.1%}"
         column["iterations"] = f"{one.iterations:,}"
         column["hours"] = f"{one.hours:.2f}"

@@ -86,10 +86,13 @@ class Result:
             "wire_bytes": {f"{k} over {a}": v for (k, a), v in step.cost.wire.items()},
             "model_flops": step.model_flops,
             "executed_flops": step.executed_flops,
+            "whole_flops": step.whole_flops,
             "mfu": step.mfu,
             "mfu_counts": "visible attention",
-            "tokens_per_second": step.positions / seconds,
-            "tokens_per_second_per_chip": step.positions / seconds / self.topology.num_chips,
+            "mfu_whole_attention": step.whole_mfu,
+            "tokens_per_second": step.tokens_per_second,
+            "tokens_per_second_per_chip": step.tokens_per_second / self.topology.num_chips,
+            "band": step.band.as_dict(),
             "examples_per_second": step.examples / seconds,
             "hours": self.hours,
             "chip_hours": self.hours * self.topology.num_chips,
@@ -373,9 +376,11 @@ def fragment(result: Result) -> str:
     millions = config.model.num_params / 1e6
     size = f"{millions / 1e3:.0f}B" if millions >= 1e3 else f"{millions:.0f}M"
     whole = config.micro_batch_size == config.batch_size
+    low, high = step.band.of(step.cost.seconds)
     lines = [
         f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
-        f"an update, MFU {step.mfu:.0%} (visible attention counted), "
+        f"an update ({low:.2f} to {high:.2f}), {step.tokens_per_second:,.0f} tokens/s, MFU "
+        f"{step.mfu:.0%} (visible attention) or {step.whole_mfu:.0%} (whole),\n# "
         f"{step.memory.spare:.0%} of HBM to spare.",
         "# Written by python -m tulu_jax.dryrun --plan: include it after the complete file, in one",
         "# of your own. To give the slice a name, add the mesh to tulu_jax/parallel/slices.py.",

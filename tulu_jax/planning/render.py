@@ -3,7 +3,7 @@
 from etils import epath
 
 from tulu_jax import atomic
-from tulu_jax.planning import plan
+from tulu_jax.planning import calibration, plan
 
 GIB = 2**30
 
@@ -18,7 +18,11 @@ def table(results: list[plan.Result]) -> str:
         if not result.fits:
             lines.append(f"{result.topology.name} does not fit: {result.refused or 'HBM is full'}")
             lines.append(f"  To change: {plan.advice(result)}")
-        faults = result.step.faults if result.step else []
+        if result.step is None:
+            continue
+        if result.step.band.extrapolated:
+            lines.append(beyond(result.topology.name, result.step.band))
+        faults = result.step.faults
         lines += [f"{result.topology.name} loses to its layout: {fault}" for fault in faults]
     return "\n".join(lines)
 
@@ -70,6 +74,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "model PFLOP an update": f"{step.model_flops / 1e15:,.2f}",
         "executed": f"{step.executed_flops / 1e15:,.2f}",
         "seconds an update": f"{cost.seconds:.3f}",
+        "  between, by calibration": between(step.band, cost.seconds, 3),
         "  matrix units": f"{cost.matrix:.3f}",
         "  attention": f"{cost.attention:.3f}",
         "  HBM": f"{cost.memory:.3f}",
@@ -78,12 +83,14 @@ def _column(result: plan.Result) -> dict[str, str]:
         "binds": cost.binding,
         **({"kernels not counted": ", ".join(cost.unknown)} if cost.unknown else {}),
         **wire,
-        "MFU (visible attention counted)": f"{step.mfu:.1%}",
-        "tokens/s": f"{step.positions / cost.seconds:,.0f}",
-        "  a chip": f"{step.positions / cost.seconds / result.topology.num_chips:,.0f}",
+        "tokens/s": f"{step.tokens_per_second:,.0f}",
+        "  a chip": f"{step.tokens_per_second / result.topology.num_chips:,.0f}",
+        "MFU, visible attention counted": f"{step.mfu:.1%}",
+        "  attention counted whole": f"{step.whole_mfu:.1%}",
         "examples/s": f"{step.examples / cost.seconds:,.1f}",
         "updates": f"{result.updates:,}",
         "hours": f"{result.hours:.2f}",
+        "  between": between(step.band, result.hours, 2),
         "  reference pass": f"{result.reference_seconds / 3600:.2f}",
         "chip-hours": f"{result.hours * result.topology.num_chips:,.0f}",
         "compiled in, s": f"{step.compile_seconds:.0f}",
@@ -92,6 +99,19 @@ def _column(result: plan.Result) -> dict[str, str]:
             for block, milliseconds in result.attention_milliseconds.items()
         },
     }
+
+
+def between(band: calibration.Band, value: float, digits: int) -> str:
+    """The least and the most of what is in proportion to a predicted time: '0.70 to 0.91'."""
+    return " to ".join(f"{end:,.{digits}f}" for end in band.of(value))
+
+
+def beyond(name: str, band: calibration.Band) -> str:
+    """A line on a prediction that waits more than what was calibrated."""
+    return (
+        f"{name} waits for the interconnect during {band.share:.0%} of the time; the calibration "
+        f"ends at {calibration.MOST:.0%}, so the range is extrapolated: take it as a ranking"
+    )
 
 
 def gib(size: int) -> str:
@@ -143,7 +163,10 @@ def draw(results: list[plan.Result], path: epath.Path) -> None:
 
 
 def _name(result: plan.Result) -> str:
-    return f"{result.topology.name}\nMFU {result.step.mfu:.0%}, visible attention"
+    step = result.step
+    rate = f"{step.tokens_per_second / result.topology.num_chips:,.0f} tokens/s a chip"
+    mfu = f"MFU {step.mfu:.0%} visible, {step.whole_mfu:.0%} whole attention"
+    return f"{result.topology.name}\n{rate}\n{mfu}"
 
 
 def _bars(axes, names: list[str], parts: dict[str, list[float]], label: str) -> None:

@@ -33,21 +33,24 @@ class Documents:
         """Mean over rows of the sum of squared lengths: twice the visible (query, key) pairs."""
         return float(np.mean([sum(n * n for n in row) for row in self.rows(length)]))
 
-    def pairs(self, length: int, *, block: int, shards: int) -> float:
-        """Pairs of blocks of a row that the most loaded of `shards` devices, each with an equal run
-        of queries, has to work; the mean over rows."""
-        return _pairs(self, length, block, shards)
+    def pairs(self, length: int, *, block: int, shards: int, balanced: bool = False) -> float:
+        """Pairs of blocks of a row that the most loaded of `shards` devices has to work, the mean
+        over rows. Each has an equal run of queries, or `balanced` two chunks, an early and a late
+        one (`parallel/balance.py`)."""
+        return _pairs(self, length, block, shards, balanced)
 
 
 @functools.cache
-def _pairs(documents: Documents, length: int, block: int, shards: int) -> float:
+def _pairs(documents: Documents, length: int, block: int, shards: int, balanced: bool) -> float:
     counts = []
     for row in documents.rows(length):
         segment = np.repeat(np.arange(len(row)), row)
         first, last = segment[::block], segment[block - 1 :: block]
         queries, keys = np.arange(len(first))[:, None], np.arange(len(first))[None]
         seen = (keys <= queries) & (last[keys] >= first[queries])
-        counts.append(seen.sum(axis=1).reshape(shards, -1).sum(axis=1).max())
+        of_runs = seen.sum(axis=1).reshape((1 + balanced) * shards, -1).sum(axis=1)
+        of_shards = of_runs[:shards] + of_runs[: shards - 1 : -1] if balanced else of_runs
+        counts.append(of_shards.max())
     return float(np.mean(counts))
 
 

@@ -66,6 +66,12 @@ class Suite:
         return sum(one.seconds for one in self.of.values()) / 3600
 
     @property
+    def hours_between(self) -> tuple[float, float]:
+        """The least and the most hours, all benchmarks off the same way."""
+        low, high = zip(*(one.between for one in self.of.values()), strict=True)
+        return sum(low) / 3600, sum(high) / 3600
+
+    @property
     def fits(self) -> bool:
         return all(one.fits for one in self.of.values())
 
@@ -75,6 +81,7 @@ class Suite:
             "topology": self.topology.name,
             "chips": self.topology.num_chips,
             "hours": self.hours,
+            "hours_between": self.hours_between,
             "chip_hours": self.hours * self.topology.num_chips,
             "fits": self.fits,
             "benchmarks": {name: one.as_dict() for name, one in self.of.items()},
@@ -105,6 +112,8 @@ def table(suites: Sequence[Suite]) -> str:
     rows = [["minutes", *(f"{suite.topology.name}" for suite in suites)]]
     rows += [[name, *(f"{suite.of[name].seconds / 60:.1f}" for suite in suites)] for name in names]
     rows.append(["hours in all", *(f"{suite.hours:.2f}" for suite in suites)])
+    ends = [[f"{end:.2f}" for end in suite.hours_between] for suite in suites]
+    rows.append(["  between", *(" to ".join(end) for end in ends)])
     chip_hours = [math.ceil(10 * suite.hours * suite.topology.num_chips) / 10 for suite in suites]
     rows.append(["chip-hours", *(f"{hours:.1f}" for hours in chip_hours)])
     rows.append(["rows at once", *(f"{suite.of[names[0]].rows}" for suite in suites)])

@@ -20,7 +20,7 @@ MISSING, UNFINISHED, OTHER, DONE = "missing", "unfinished", "of another config",
 _NOT_COMPARED = (
     "workdir", "reference_dir", "logging", "checkpoint", "mesh", "micro_batch_size", "eval_every",
     "data.workers", "data.cache_dir", "data.data_root", "execution.adapter",
-    "execution.remat_policy", "execution.row_parts",
+    "execution.remat_policy", "execution.row_parts", "execution.balanced",
 )  # fmt: skip
 _PATHS = (
     "base",

@@ -1,0 +1,211 @@
+"""What the estimate takes to run beside what, held against programs that the compiler scheduled.
+
+Each program is a loop of four layers over four devices, of two products or one and what moves for
+them, compiled with the options of a run. What its schedule must say is worked out by hand from the
+seconds of one product and of one transfer.
+"""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tulu_jax.parallel import compiler, sharding
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.planning import aot, cost, hlo, topology
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
+)
+
+LAYERS, DEVICES, ROWS, WIDTH = 4, 4, 2048, 4096
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ACTIVATION, WEIGHT = 2.0 * ROWS * WIDTH, 2.0 * WIDTH * WIDTH  # bytes: of a device, and whole
+RING = [(n, (n + 1) % DEVICES) for n in range(DEVICES)]
+SHARD, WHOLE = jax.P("fsdp"), jax.P()
+SHARDS = jax.P(None, "fsdp")
+
+
+def gathers(x, a, b):
+    """Two weights a layer, each gathered where it is used."""
+
+    def layer(x, weights):
+        for weight in weights:
+            x = jnp.tanh(x @ sharding.gather(weight, 0, "embed"))
+        return x, None
+
+    return jax.lax.scan(layer, x, (a, b))[0]
+
+
+def scatters(x, g):
+    """Two gradients a layer, each summed over the devices and scattered."""
+
+    def layer(x, g):
+        pairs = ((x, g), (g, x))
+        sums = [sharding.scatter_sum(jnp.einsum("bd,bf->df", *pair), 0, "embed") for pair in pairs]
+        return jnp.tanh(x + g), sums
+
+    return jax.lax.scan(layer, x, g)[1]
+
+
+def sums(x, g):
+    """A gradient a layer, summed whole."""
+
+    def layer(x, g):
+        return jnp.tanh(x + g), jax.lax.psum(jnp.einsum("bd,bf->df", x, g), "fsdp")
+
+    return jax.lax.scan(layer, x, g)[1]
+
+
+def permutes(x, a, b):
+    """A permute that nothing needs before the second product."""
+
+    def layer(x, weights):
+        moved = jax.lax.ppermute(x, "fsdp", RING)
+        return jnp.tanh(moved @ weights[1] + jnp.tanh(x @ weights[0])), None
+
+    return jax.lax.scan(layer, x, (a, b))[0]
+
+
+ROW, STACK, WEIGHTS = (
+    (DEVICES * ROWS, WIDTH),
+    (LAYERS, DEVICES * ROWS, WIDTH),
+    (LAYERS, WIDTH, WIDTH),
+)
+PROGRAMS = {
+    gathers: ([(ROW, SHARD), (WEIGHTS, SHARDS), (WEIGHTS, SHARDS)], SHARD),
+    scatters: ([(ROW, SHARD), (STACK, SHARDS)], [SHARDS, SHARDS]),
+    sums: ([(ROW, SHARD), (STACK, SHARDS)], WHOLE),
+    permutes: ([(ROW, SHARD), (WEIGHTS, WHOLE), (WEIGHTS, WHOLE)], SHARD),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """A compiled program and its cost; `product` and `moved` are seconds of one of each."""
+
+    module: hlo.Module
+    cost: cost.Cost
+    product: float
+    moved: float
+
+    def loop(self) -> list[hlo.Instruction]:
+        """The body of the loop over layers, in its schedule."""
+        (loop,) = (i for i in self.module.computations[self.module.entry] if i.operation == "while")
+        return self.module.computations[loop.attribute(r"body=%([\w.\-]+)")]
+
+    @property
+    def starts(self) -> list[hlo.Instruction]:
+        """Of transfers of a megabyte or more that run beside what follows."""
+        local = ("custom-call", "copy-start", "slice-start")
+        return [
+            i
+            for i in self.loop()
+            if cost._starts(i) and i.operation not in local and max(hlo.shape_bytes(i.shape)) > 1e6
+        ]
+
+    @property
+    def beside(self) -> list[hlo.Instruction]:
+        """The products that have a transfer begun before them and waited for behind them."""
+        under_way, found, starts = 0, [], self.starts
+        for i in self.loop():
+            local = i.operation in ("custom-call", "copy-done", "slice-done")
+            under_way += (i in starts) - (cost._ends(i) and not local)
+            inner = (i, *self.module.inside(i))
+            product = any(one.operation in ("dot", "convolution") for one in inner)
+            found += [i] * (under_way > 0 and product)
+        return found
+
+
+def priced(chip, program, kind, size) -> Priced:
+    slice_ = topology.parse(SLICES[chip])
+    devices = slice_.devices()
+    mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=DEVICES), devices)
+    arguments, out = PROGRAMS[program]
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            program, in_specs=tuple(s for _, s in arguments), out_specs=out, check_vma=False
+        )
+        abstract = [
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+            for shape, spec in arguments
+        ]
+        lowered = jax.jit(run).trace(*abstract).lower(lowering_platforms=("tpu",))
+        options = compiler.options(devices[0].device_kind)
+        made = aot.compiled_for(lowered, slice_, mesh, options)
+    module, places = hlo.parse(made["hlo"]), aot.places(mesh, slice_)
+    axes = cost.mesh_axes(dict(mesh.shape))
+    found = cost.Estimator(module, slice_, places, axes, lambda name, text: None, 1.0).estimate()
+    seconds = [s / runs for s, runs, _, what in found.top if what == "matrix product"]
+    if kind == "collective-permute":
+        moved, _ = cost.permute_seconds(size, RING, places, slice_)
+    else:
+        moved, _ = cost.link_seconds(kind, size, range(DEVICES), places, slice_)
+    return Priced(module, found, min(seconds), moved)
+
+
+def of_chips(*fast, slow=()):
+    return pytest.mark.parametrize(
+        "chip", [*fast, *(pytest.param(chip, marks=pytest.mark.slow) for chip in slow)]
+    )
+
+
+@of_chips("v5e", slow=["v4"])
+def test_a_gather_is_cut_into_the_product_before_its_own(absent_slices, chip):
+    """Where no SparseCore moves data: of a layer's two gathers the first is waited for."""
+    found = priced(chip, gathers, "all-gather", WEIGHT)
+    assert any(map(cost._beside, found.beside))
+    assert found.product > found.moved  # so it hides
+    assert found.cost.interconnect == pytest.approx(LAYERS * found.moved, rel=0.02)
+    assert found.cost.hidden == pytest.approx(LAYERS * found.moved, rel=0.02)
+
+
+@of_chips(slow=["v6e"])
+def test_sparse_cores_gather_beside_a_product(absent_slices, chip):
+    """Both gathers of a layer start before its first product; on the same links they follow one
+    another. So products hide what they take of the second."""
+    found = priced(chip, gathers, "all-gather", WEIGHT)
+    assert len(found.starts) == 2 and all(i.cores for i in found.starts) and found.beside
+    total = 2 * LAYERS * found.moved
+    assert found.cost.interconnect + found.cost.hidden == pytest.approx(total, rel=0.02)
+    hides = LAYERS * found.product
+    assert hides * 0.95 < found.cost.hidden < hides + found.cost.memory
+
+
+@of_chips("v5e", slow=["v4"])
+def test_a_scattered_sum_stops_compute(absent_slices, chip):
+    """Where no SparseCore moves data."""
+    found = priced(chip, scatters, "reduce-scatter", WEIGHT)
+    assert not found.starts
+    assert found.cost.interconnect == pytest.approx(2 * LAYERS * found.moved, rel=0.02)
+
+
+@of_chips(slow=["v5p", "v6e"])
+def test_sparse_cores_scatter_beside_the_next_product(absent_slices, chip):
+    found = priced(chip, scatters, "reduce-scatter", WEIGHT)
+    assert len(found.starts) == 2 and all(i.cores for i in found.starts) and found.beside
+    total = 2 * LAYERS * found.moved
+    assert found.cost.interconnect + found.cost.hidden == pytest.approx(total, rel=0.05)
+    assert found.cost.hidden > 0.9 * LAYERS * min(found.product, found.moved)
+
+
+@of_chips("v5e", slow=["v4", "v5p", "v6e"])
+def test_a_sum_that_stays_whole_stops_compute(absent_slices, chip):
+    found = priced(chip, sums, "all-reduce", WEIGHT)
+    assert not found.starts
+    assert found.cost.interconnect == pytest.approx(LAYERS * found.moved, rel=0.02)
+    assert found.cost.hidden == 0
+
+
+@of_chips("v5e", slow=["v4", "v5p", "v6e"])
+def test_a_permute_runs_beside_a_product(absent_slices, chip):
+    """What it takes longer than the product is waited for."""
+    found = priced(chip, permutes, "collective-permute", ACTIVATION)
+    assert found.starts and found.beside
+    assert found.cost.interconnect + found.cost.hidden == pytest.approx(
+        LAYERS * found.moved, rel=0.02
+    )
+    over = max(0.0, found.moved - found.product)
+    assert found.cost.interconnect == pytest.approx(LAYERS * over, abs=0.05 * LAYERS * found.moved)
