@@ -32,13 +32,15 @@ def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Param
 def _headed(config: TrainConfig) -> TrainConfig:
     """`config` with the model that lies in its base: where a score head trains, that may have one
     already."""
-    if config.objective.head != SCORE or config.base is None or not _has_score(config.base):
+    if config.objective.head != SCORE or not has_score(config):
         return config
     return dataclasses.replace(config, model=config.trained_model)
 
 
-def _has_score(base: str) -> bool:
-    if not epath.Path(base).exists():
+def has_score(config: TrainConfig) -> bool:
+    """Whether the base of `config` is a reward model."""
+    base = config.base
+    if base is None or not epath.Path(base).exists():
         return False  # which `problems` tells
     if sources.is_published(base):
         with validation.reading():
@@ -62,9 +64,14 @@ def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params
     params = _initial_params(_headed(config), mesh)
     if (folder := config.objective.reward_from) is None:
         return params
+    return {**params, REWARD: reward_params(config, folder, mesh)}
+
+
+def reward_params(config: TrainConfig, folder: str, mesh: jax.sharding.Mesh) -> llama.Params:
+    """Parameters of the reward model in `folder`, of the policy's shape, on `mesh`."""
     scored = config.model.with_head(SCORE)
     abstract = _placed(llama.abstract_params(scored, config.param_dtype), mesh)
-    return {**params, REWARD: load(folder, scored, abstract)}
+    return load(folder, scored, abstract)
 
 
 def _initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:

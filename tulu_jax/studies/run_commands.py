@@ -24,10 +24,22 @@ def train(placed: Placed) -> list[str]:
 
 def evaluate(placed: Placed, design: Design, benchmarks: Sequence[str]) -> list[str]:
     """Evaluates the last step of a run, or goes on with that."""
+    workdir = placed.workdir if placed.drawn_by is None else placed.drawn_by.workdir
     return [
-        "tulu_jax.evaluate", f"--gin_file={placed.gin_file}", f"--workdir={placed.workdir}",
-        f"--benchmarks={','.join(benchmarks)}", *design.asked,
+        "tulu_jax.evaluate", f"--gin_file={placed.gin_file}", f"--workdir={workdir}",
+        f"--benchmarks={','.join(benchmarks)}", *design.asked, *_scored(placed, ""),
     ]  # fmt: skip
+
+
+def _scored(placed: Placed, prefix: str) -> list[str]:
+    """Flags of what scores the answers of a run, below `prefix`, and of what is chosen of them."""
+    if placed.scored_by is None:
+        return []
+    flags = [f"--reward_from={prefix}{placed.scored_by}"]
+    if placed.drawn_by is not None:
+        out = run_states.evals_folder(placed, None)
+        flags += [f"--best_of={placed.run.best_of}", f"--out={out}"]
+    return flags
 
 
 def dry_run(placed: Placed, folder: str) -> str:
@@ -36,9 +48,9 @@ def dry_run(placed: Placed, folder: str) -> str:
     return shlex.join([*command, f"--out={folder}/{placed.run.name}"])
 
 
-def lacking(state: run_states.State, design: Design) -> list[str]:
+def lacking(placed: Placed, state: run_states.State, design: Design) -> list[str]:
     """The benchmarks that a trained run was not evaluated on."""
-    if state.card is not None:
+    if state.card is not None or not placed.run.is_evaluated:
         return []
     there = {one.benchmark for one in state.scored}
     return [name for name in design.benchmarks if name not in there]
@@ -53,8 +65,9 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     failed: set[str] = set()
     for one in placed:
-        if {one.base, one.reward} & failed:
-            name = one.run.base if one.base in failed else one.run.reward
+        needs = {one.base: one.run.base, one.reward: one.run.reward}
+        needs[one.scored_by] = one.run.scored_by
+        if name := next((name for workdir, name in needs.items() if workdir in failed), None):
             failed.add(os.path.abspath(one.workdir))
             yield one, f"{one.name}: not started, since {name} failed"
             continue
@@ -69,12 +82,14 @@ def _carry_out(one: Placed, design: Design, folder: pathlib.Path) -> str:
     if state.kind == run_states.OTHER:
         return state.says
     if state.kind != run_states.DONE:
+        if one.drawn_by is not None:
+            return state.says
         if problem := _run(train(one), one, folder):
             return problem
         state = run_states.state(one)
         if state.kind != run_states.DONE:
             return state.says
-    if names := lacking(state, design):
+    if names := lacking(one, state, design):
         return _run(evaluate(one, design, names), one, folder)
     return ""
 
@@ -126,21 +141,23 @@ def launch_script(placed: Sequence[Placed], slices: Mapping[str, str], design: D
         slice_ = slices[one.name]
         chip, _, count = slice_.partition("_")
         type_ = f"{_TYPES.get(chip, chip)}-{count}"
-        stem = pathlib.PurePath(one.workdir).name
+        stem = pathlib.PurePath((one.drawn_by or one).workdir).name
         label = stem.replace("_", "-").replace(".", "-")
         workdir = f'"--workdir=$BUCKET/runs/{stem}"'
         config = f'--gin_file={shlex.quote(one.gin_file)} "$BUCKET_FLAG" {workdir}'
         asked = f'--benchmarks={",".join(design.benchmarks)} --eval_data="$EVAL_DATA"'
         flags = " ".join(map(shlex.quote, design.asked))
+        flags += "".join(f' "{flag}"' for flag in _scored(one, "$BUCKET/"))
         lines += ["", f"# {one.name}"]
         if one.run.only_prepared:
             lines.append(f"python -m tulu_jax.prepare {config}")
             continue
-        lines += [
-            f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
-            f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
-        ]
-        if design.benchmarks:
+        if one.drawn_by is None:
+            lines += [
+                f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
+                f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
+            ]
+        if design.benchmarks and one.run.is_evaluated:
             lines += [
                 f"python -m tulu_jax.evaluate {config} \\",
                 f"  {asked} ${{JUDGE:-}} {flags}".rstrip(),
