@@ -21,7 +21,6 @@ from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.data.sources import tiny_instructions
 from tulu_jax.models import llama
-from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives import ppo, ppo_feed, ppo_rewards, reward, sft
 from tulu_jax.objectives import rollouts as rollouts_lib
 from tulu_jax.parallel.mesh import MeshConfig
@@ -478,7 +477,6 @@ def test_what_is_no_reward_model(home, config, tmp_path):
 def test_settings_that_do_not_go_with_ppo(home, tmp_path):
     for changes, said in (
         ({"reference_dir": "x"}, "answers are new in each iteration"),
-        ({"adapter": LoRAConfig(rank=4)}, "PPO trains whole networks only"),
         ({"eval_every": 2}, "PPO has no evaluation within a run"),
         ({"batch_size": 5, "mesh": MeshConfig()}, "are not a multiple of batch_size = 5"),
         ({"num_steps": 3}, "num_steps = 3 is not a multiple of the 2 updates of an iteration"),

@@ -105,7 +105,7 @@ def export(
         mesh, params = trained.load(config, step=step)
         with jax.set_mesh(mesh):
             if config.adapter is not None and merge is None:
-                _write_adapter(config, params, out, about["weights"])
+                _write_adapter(config, params, out, base_lib.fingerprint(about))
                 return
             if config.adapter is not None:
                 params = adapted.merged(config, params, merge, mesh)

@@ -49,9 +49,9 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     mesh = _mesh_here(config)
     with jax.set_mesh(mesh):
         if step is None:
-            base = base_lib.initial_params(config, mesh)
+            base = base_lib.policy_params(config, mesh)
             if config.adapter_from is None:
-                return mesh, llama.own(base)
+                return mesh, base
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
             return mesh, Frozen(base=base).whole(adapters)
         checkpoints = checkpoint_lib.Checkpoints(config.workdir)
@@ -60,8 +60,8 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
         state, frozen = step_lib.abstract_state(config, mesh)
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:
-            base = base_lib.initial_params(config, mesh)
-            base_lib.require_same(config, state_lib.fingerprint(base), about["weights"])
+            base = base_lib.policy_params(config, mesh)
+            base_lib.require_same(config, state_lib.fingerprint(base), base_lib.fingerprint(about))
             frozen = step_lib.split(config, base)[1]
             params = frozen.whole(params)
         return mesh, llama.own(params)

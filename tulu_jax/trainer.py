@@ -34,7 +34,7 @@ MEANS = {
     "data": " (other rows, tokenizer, template, length, or versions of tasks)",
     "tokenizer": " (digests; another text has the same ids)",
 }
-OF_BASE = ("base_dtype", "generation_config")
+OF_BASE = ("base_dtype", "generation_config", base_lib.OF_POLICY)
 BEFORE = {"optimizer": {"end_learning_rate": 0.0}}  # what checkpoints of before do not say
 
 
@@ -236,7 +236,7 @@ class Run:
             return state, frozen
         validation.raise_if(trained.reward_problems(self.config))
         params = base_lib.initial_params(self.config, self.mesh)
-        self.of_base = base_lib.about(self.config)
+        self.of_base = base_lib.about(self.config, params)
         self.weights = state_lib.fingerprint(params)
         params, frozen = self._split(params)
         if (adapters := base_lib.initial_adapters(self.config, self.weights)) is not None:
