@@ -29,6 +29,7 @@ ADAPTERS = [run for run in RUNS if "lora" in run]
 WHOLE = [run for run in RUNS if "lora" not in run]
 REWARD = [run for run in RUNS if run.startswith("rm_")]
 PPO = [run for run in RUNS if run.startswith("ppo_")]
+ADAPTED_PPO = [run for run in RUNS if run.startswith("qlora_ppo_")]
 
 # Facts of the data: rows and mean tokens (arXiv 2311.10702 §2), pairs, and pairs in a packed row
 # of 8,192 as benchmarks/dpo_packing.py measures them.
@@ -67,10 +68,24 @@ def test_the_published_runs_are_there():
     assert set(WHOLE) == {*sft_runs, "dpo_7b", "dpo_13b", "dpo_70b", *ablations, *REWARD, *PPO}
     assert set(PPO) == {f"ppo_{size}" for size in sizes}
     of_sft = {f"{kind}_{size}" for kind in ("lora", "qlora") for size in sizes}
-    assert set(ADAPTERS) == of_sft | {"qlora_dpo_7b", "qlora_dpo_70b"}
+    assert set(ADAPTERS) == of_sft | {"qlora_dpo_7b", "qlora_dpo_70b", "qlora_ppo_7b"}
 
 
-@pytest.mark.parametrize("run", ADAPTERS)
+@pytest.mark.parametrize("run", ADAPTED_PPO)
+def test_recipe_values_of_ppo_with_adapters(run):
+    """Ours, as the file says: prompts and iterations of the whole one, the paper's QLoRA without
+    dropout."""
+    config, whole = load(run), load(run.removeprefix("qlora_"))
+    assert "ours, not the paper's" in (CONFIGS / f"{run}.gin").read_text()
+    for name in ("model", "base", "data", "batch_size", "num_epochs"):
+        assert getattr(config, name) == getattr(whole, name), name
+    slots = {"slots": config.objective.slots}
+    assert config.objective == dataclasses.replace(whole.objective, **slots)
+    assert config.adapter == lora.LoRAConfig(rank=64, alpha=16.0, dropout=0.0, targets="all")
+    assert config.quant == nf4.QuantConfig() and config.param_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("run", [run for run in ADAPTERS if run not in ADAPTED_PPO])
 def test_recipe_values_of_adapters(run):
     """arXiv 2311.10702, appendix B: QLoRA. DPO's are ours, as the file says."""
     config, (kind, *_, size) = load(run), run.split("_")

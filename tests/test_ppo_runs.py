@@ -21,7 +21,6 @@ from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader, tulu_tiny
 from tulu_jax.data.sources import tiny_instructions
 from tulu_jax.models import llama
-from tulu_jax.models.lora import LoRAConfig
 from tulu_jax.objectives import ppo, ppo_feed, ppo_rewards, reward, sft
 from tulu_jax.objectives import rollouts as rollouts_lib
 from tulu_jax.parallel.mesh import MeshConfig
@@ -55,9 +54,7 @@ def home(tmp_path_factory, put_tokenizer):
         data__packing="best_fit",
         data__max_length=128,
     )
-    run = trainer.Run(scored)
-    run.open()  # a checkpoint then tells template and tokenizer
-    run.save_initial()  # with a head that is drawn
+    trainer.Run(scored).save_initial()  # with a head that is drawn
     return folder
 
 
@@ -407,6 +404,67 @@ def test_a_reward_model_of_another_tokenizer_or_template(home, tmp_path, put_tok
     )
 
 
+def template_in(folder, text):
+    """Puts a chat template into a folder, None for none."""
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": text}
+        )
+    )
+
+
+def test_a_folder_is_judged_by_what_its_template_writes(home, tmp_path, config):
+    """One that is not ours by its text; none at all is refused."""
+    out = tmp_path / "rm_hf"
+    conversion.export(run_rm(home).config, str(out), step=None, dtype=None, overwrite=False)
+    onto = builders.replace(config, objective__reward_from=str(out))
+    theirs = (  # as the released folders have it
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    template_in(out, theirs)
+    assert refused(onto) == ""
+    template_in(out, theirs.replace("<|", "[["))
+    assert "its chat template writes '[[user|>" in refused(onto)
+    template_in(out, "{{ raise_exception('never') }}")
+    assert "its chat template fails (never)" in refused(onto)
+    template_in(out, None)
+    assert "it has no chat template, so nobody knows what text it was taught" in refused(onto)
+
+
+def test_a_reward_model_that_was_converted_says_what_it_reads(home, tmp_path, config):
+    """Step 0 of a folder with a score head, streamed; and the run of one."""
+    out, scored = tmp_path / "rm_hf", run_rm(home).config
+    conversion.export(scored, str(out), step=None, dtype=None, overwrite=False)
+    for base in (str(out), scored.workdir):
+        inward = builders.replace(scored, base=base, workdir=str(tmp_path / f"of_{len(base)}"))
+        other = builders.replace(inward, data__chat="paper")
+        with pytest.raises(validation.UsageError, match=r"spec.*this run has .?paper"):
+            conversion.write_first_step(other, "")
+        conversion.write_first_step(inward, "")
+        recorded = checkpoint_lib.Checkpoints(inward.workdir).about(0)["must_match"]
+        assert recorded["chat"] == "spec"
+        assert recorded["tokenizer"] == trained.tokenizer_digest(config.data.tokenizer)
+        onto = builders.replace(config, objective__reward_from=inward.workdir)
+        assert refused(onto) == ""
+        assert "was trained with chat = spec" in refused(builders.replace(onto, data__chat="paper"))
+
+
+def test_a_reward_model_that_does_not_say_what_it_reads(home, tmp_path, config):
+    """As checkpoints of step 0 were before."""
+    scored = builders.replace(run_rm(home).config, workdir=str(tmp_path / "rm"))
+    run = trainer.Run(scored)
+    with jax.set_mesh(run.mesh):
+        state, _ = run._start()
+        told = run._about()
+        for name in ("chat", "tokenizer"):
+            del told["must_match"][name]
+        run.checkpoints.save(0, state, told, {})
+        run.checkpoints.close()
+    onto = builders.replace(config, objective__reward_from=scored.workdir)
+    assert "of step 0 does not record its chat and tokenizer" in refused(onto)
+
+
 def test_what_is_no_reward_model(home, config, tmp_path):
     def of(path):
         return refused(builders.replace(config, objective__reward_from=str(path)))
@@ -419,7 +477,6 @@ def test_what_is_no_reward_model(home, config, tmp_path):
 def test_settings_that_do_not_go_with_ppo(home, tmp_path):
     for changes, said in (
         ({"reference_dir": "x"}, "answers are new in each iteration"),
-        ({"adapter": LoRAConfig(rank=4)}, "PPO trains whole networks only"),
         ({"eval_every": 2}, "PPO has no evaluation within a run"),
         ({"batch_size": 5, "mesh": MeshConfig()}, "are not a multiple of batch_size = 5"),
         ({"num_steps": 3}, "num_steps = 3 is not a multiple of the 2 updates of an iteration"),

@@ -222,8 +222,9 @@ def test_a_run_whose_scores_are_not_finite_names_its_pairs(config, tmp_path):
 
 
 def test_scores_that_are_not_finite_are_named(scorer, monkeypatch):
-    head = {"kernel": scorer.params["score"]["kernel"] * np.float32(np.inf)}
-    monkeypatch.setattr(scorer, "params", {**scorer.params, "score": head})
+    model = scorer.model
+    head = {"kernel": model.params["score"]["kernel"] * np.float32(np.inf)}
+    monkeypatch.setattr(model, "params", {**model.params, "score": head})
     with pytest.raises(validation.UsageError, match=r"scores of rows \[0, 1\] are not finite"):
         scorer.scores(CHATS[:2])
 

@@ -35,7 +35,7 @@ def merged(config: TrainConfig, params: llama.Params, into: str, mesh) -> llama.
     trains = lora.only(params) | {name: params[name] for name in (SCORE,) if name in params}
     if into == "full" and config.quant is not None:
         logging.info("Loading base = %r in full precision", config.base)
-        params = base_lib.initial_params(dataclasses.replace(config, quant=None), mesh)
+        params = base_lib.policy_params(dataclasses.replace(config, quant=None), mesh)
         params = step_lib.split(config, params)[1].base
     like = llama.abstract_params(config.trained_model, config.param_dtype)
     shardings = sharding.param_shardings(mesh, like)

@@ -22,6 +22,7 @@ from tulu_jax.training import state as state_lib
 from tulu_jax.training.state import REWARD
 
 SHOWN = 8  # weights named in a message
+OF_POLICY = "policy_weights"  # in what a checkpoint says of its base, where a reward model is too
 
 
 def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
@@ -32,13 +33,15 @@ def abstract_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Param
 def _headed(config: TrainConfig) -> TrainConfig:
     """`config` with the model that lies in its base: where a score head trains, that may have one
     already."""
-    if config.objective.head != SCORE or config.base is None or not _has_score(config.base):
+    if config.objective.head != SCORE or not has_score(config):
         return config
     return dataclasses.replace(config, model=config.trained_model)
 
 
-def _has_score(base: str) -> bool:
-    if not epath.Path(base).exists():
+def has_score(config: TrainConfig) -> bool:
+    """Whether the base of `config` is a reward model."""
+    base = config.base
+    if base is None or not epath.Path(base).exists():
         return False  # which `problems` tells
     if sources.is_published(base):
         with validation.reading():
@@ -59,20 +62,25 @@ def _placed(params: llama.Params, mesh: jax.sharding.Mesh) -> llama.Params:
 def initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
     """Parameters of `config.base` on `mesh`, or random ones from `config.seed`; beside them those
     of the reward model, if the objective has one."""
-    params = _initial_params(_headed(config), mesh)
+    params = policy_params(config, mesh)
     if (folder := config.objective.reward_from) is None:
         return params
-    scored = config.model.with_head(SCORE)
-    abstract = _placed(llama.abstract_params(scored, config.param_dtype), mesh)
-    return {**params, REWARD: load(folder, scored, abstract)}
+    return {**params, REWARD: reward_params(config, folder, mesh)}
 
 
-def _initial_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
+def reward_params(config: TrainConfig, folder: str, mesh: jax.sharding.Mesh) -> llama.Params:
+    """Parameters of the reward model in `folder`, of the policy's shape, on `mesh`; quantised as
+    the base is."""
+    scored = dataclasses.replace(config, model=config.model.with_head(SCORE), base=folder)
+    return _loaded(scored, _placed(step_lib.abstract_base(scored), mesh), mesh)
+
+
+def policy_params(config: TrainConfig, mesh: jax.sharding.Mesh) -> llama.Params:
+    """Parameters of `config.base` on `mesh`, or random ones from `config.seed`."""
+    config = _headed(config)
     abstract = abstract_params(config, mesh)
     if config.base is not None:
-        if config.quant is None:
-            return load(config.base, config.model, abstract)
-        return _load_quantised(config, abstract, mesh)
+        return _loaded(config, abstract, mesh)
     logging.info("Random parameters from seed %d", config.seed)
 
     def init(key):
@@ -98,6 +106,11 @@ def initial_adapters(config: TrainConfig, weights: str) -> dict | None:
             "quant and param_dtype"
         )
     return peft.load(folder, config.adapter, config.model)
+
+
+def fingerprint(about: dict) -> str:
+    """That of the base of a checkpoint that says `about` of itself, without the reward model's."""
+    return about.get(OF_POLICY, about["weights"])
 
 
 def require_same(config: TrainConfig, found: str, expected: str) -> None:
@@ -174,9 +187,17 @@ def first_step_problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def about(config: TrainConfig) -> dict:
+def about(config: TrainConfig, params: llama.Params | None = None) -> dict:
     """What exports need to know of the base, kept with each checkpoint: `base_dtype`, that of the
-    weights where they were published or made, and its `generation_config`."""
+    weights where they were published or made, and its `generation_config`; of a frozen base with a
+    reward model beside it, both in `params`, the fingerprint of the base alone."""
+    found = _about(config)
+    if config.adapter is not None and config.objective.reward_from is not None:
+        found[OF_POLICY] = state_lib.fingerprint(llama.own(params))
+    return found
+
+
+def _about(config: TrainConfig) -> dict:
     if config.base is None or sources.is_published(config.base):
         return {
             "base_dtype": _weights_dtype(config),
@@ -201,10 +222,10 @@ def _weights_dtype(config: TrainConfig) -> str:
         return hf.weights_dtype(config.base, config.model) if config.base else config.param_dtype
 
 
-def _load_quantised(config: TrainConfig, abstract, mesh) -> llama.Params:
-    """The base in few bits. A published one is quantised weight by weight as it is read; that of a
-    run lies on the devices whole, and is quantised stack by stack."""
-    if sources.is_published(config.base):
+def _loaded(config: TrainConfig, abstract, mesh) -> llama.Params:
+    """The base, in few bits if the run has it so. A published one is quantised weight by weight as
+    it is read; that of a run lies on the devices whole, and is quantised stack by stack."""
+    if config.quant is None or sources.is_published(config.base):
         return load(config.base, config.model, abstract, config.quant)
     whole = llama.abstract_params(config.model, config.param_dtype)
     params = load(config.base, config.model, _placed(whole, mesh))

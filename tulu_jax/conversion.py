@@ -105,7 +105,7 @@ def export(
         mesh, params = trained.load(config, step=step)
         with jax.set_mesh(mesh):
             if config.adapter is not None and merge is None:
-                _write_adapter(config, params, out, about["weights"])
+                _write_adapter(config, params, out, base_lib.fingerprint(about))
                 return
             if config.adapter is not None:
                 params = adapted.merged(config, params, merge, mesh)
@@ -156,12 +156,15 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
     One layer of a parameter is in memory at a time. `train` goes on from it. Raises `UsageError`
     if the base does not fit the model, or has weights that are not finite.
     """
+    validation.raise_if(trained.base_problems(config))
     trains, frozen = step_lib.abstract_split(config)
     if jax.tree.leaves(frozen.base) or agreement.param_shapes(trains) != _shapes(config):
         trainer.Run(config, config_text).save_initial()
         return
     with lease_lib.held(config.workdir), validation.reading():
-        of_base = base_lib.about(config)
+        of_base, tokenizer = base_lib.about(config), None
+        if config.objective.head == SCORE:
+            tokenizer = trained.tokenizer_digest(config.data.tokenizer)
         num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trains))
         with tqdm.tqdm(total=num_bytes, unit="B", unit_scale=True, desc="read") as bar:
             params, check = _streamed_base(config, trains, bar)
@@ -175,7 +178,12 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
                 check()
                 sums = jax.tree.map(lambda leaf: tuple(map(np.uint32, leaf.weights)), params)
                 weights = state_lib.fingerprint_of(sums)
-                return trainer.about(config, trains, frozen, weights=weights, of_base=of_base)
+                return trainer.about(
+                    *(config, trains, frozen),
+                    weights=weights,
+                    of_base=of_base,
+                    tokenizer=tokenizer,
+                )
 
             checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
             try:

@@ -80,6 +80,18 @@ _OUT = flags.DEFINE_string(
 _PAPER_ROW = flags.DEFINE_string(
     "paper_row", None, 'Row of the paper to show beside, such as "Tulu 2 7B". Default: by name.'
 )
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Of all answers that are generated. Default: as each benchmark has it.",
+    lower_bound=0.0,
+)  # fmt: skip
+_REWARD_FROM = flags.DEFINE_string(
+    "reward_from", None, "Reward model that scores the answers of a run: a workdir or a folder."
+)
+_BEST_OF = flags.DEFINE_integer(
+    "best_of",
+    None,
+    "Of so many answers drawn to each prompt the one that --reward_from likes most.",
+)
 _GROUPS = flags.DEFINE_bool(
     "groups", False, "Also show each language, group, task and subject, and lengths of answers."
 )
@@ -160,6 +172,7 @@ def _problems(config):
         yield "--tokenizer is that of --model_folder; a run has its own"
     if _BENCHMARKS.value is not None:
         yield from _benchmark_problems()
+    yield from _reward_problems(is_ours)
 
 
 def _benchmark_problems():
@@ -187,6 +200,25 @@ def _benchmark_problems():
             yield f"--paper_row: {error}"
     if _OUT.value and "://" in _OUT.value:
         yield f"--out={_OUT.value}: answers are added line by line; expected a local folder"
+
+
+def _reward_problems(is_ours: bool):
+    from tulu_jax.serving import best_of
+
+    given = {"--reward_from": _REWARD_FROM, "--best_of": _BEST_OF, "--temperature": _TEMPERATURE}
+    given = [name for name, flag in given.items() if flag.value is not None]
+    if given and _BENCHMARKS.value is None:
+        yield f"{given[0]} is of answers to --benchmarks; name some, such as tulu_tiny"
+    if _REWARD_FROM.value and (_MODEL_FOLDER.value or not is_ours):
+        yield "--reward_from scores answers of a run by our decoder; give --gin_file, and no server"
+    if _BEST_OF.value is None:
+        return
+    if _REWARD_FROM.value is None:
+        yield "--best_of chooses by a reward model; give --reward_from"
+    if _TEMPERATURE.value is None:
+        yield "--best_of draws answers; give the --temperature at which, such as 1"
+    for problem in best_of.problems(_BEST_OF.value, _TEMPERATURE.value):
+        yield f"--{problem}"
 
 
 def _is_price(given: list[str]) -> bool:
@@ -227,9 +259,7 @@ def _of_run(config):
     """A run as the subject; names by which the paper may know it; the folder for its answers."""
     from tulu_jax import trained
     from tulu_jax.data import chat as chat_lib
-    from tulu_jax.decode import decoder as decoder_lib
-    from tulu_jax.evals import evaluation
-    from tulu_jax.serving import engine as engine_lib
+    from tulu_jax.evals import evaluation, run_models
 
     step = None if _INITIAL.value else trained.saved_step(config, _STEP.value)
     run_name = pathlib.Path(config.workdir).name
@@ -237,21 +267,27 @@ def _of_run(config):
     with validation.reading():
         tokenizer = chat_lib.load_tokenizer(trained.tokenizer_path(config))
 
-    def own():
-        model = trained.Generator(config, step=step, initial=step is None, max_new_tokens=1)
-        decoder = decoder_lib.Decoder(
-            config.model, config.execution, slots=_SLOTS.value, page=model.decoder.page
-        )
-        return engine_lib.OwnEngine(decoder, model.params, tokenizer, mesh=model.mesh)
-
     chat = _CHAT.value or config.data.chat
-    engine, max_length = _engine(own, config.model.max_positions)
+    reward_from = _REWARD_FROM.value and validation.expanded(_REWARD_FROM.value)
+    models = run_models.RunModels(
+        config=config, step=step, tokenizer=tokenizer, slots=_SLOTS.value, reward_from=reward_from,
+        best_of=_BEST_OF.value, is_drawn=_TEMPERATURE.value == 1,
+    )  # fmt: skip
+    cli.stop_if(models.problems())
+    engine, max_length = _engine(models.engine, config.model.max_positions)
+    chosen = "" if _BEST_OF.value is None else f", best of {_BEST_OF.value} by {_last(reward_from)}"
     subject = evaluation.Subject(
-        name=f"{run_name}, {at}", tokenizer=tokenizer, chat=chat, max_length=max_length,
-        engine=engine,
+        name=f"{run_name}, {at}{chosen}", tokenizer=tokenizer, chat=chat, max_length=max_length,
+        engine=engine, temperature=_TEMPERATURE.value,
+        measures=models.measures if _ENGINE.value == "own" else dict,
     )  # fmt: skip
     parent = f"evals/{run_name}" if "://" in config.workdir else f"{config.workdir}/evals"
+    at += "" if _BEST_OF.value is None else f"_best_of_{_BEST_OF.value}"
     return subject, (cli.gin_file(), run_name), f"{parent}/{at}"
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _of_folder():
@@ -266,12 +302,12 @@ def _of_folder():
     def own():
         return model_folder.load(folder, tokenizer, slots=_SLOTS.value, weights=_WEIGHTS.value)
 
-    name = folder.rstrip("/").rpartition("/")[2]
+    name = _last(folder)
     kept = name if _WEIGHTS.value is None else f"{name}_{_WEIGHTS.value}"
     engine, max_length = _engine(own, model_folder.max_length_of(folder))
     subject = evaluation.Subject(
         name=kept, tokenizer=tokenizer, chat=_CHAT.value or "spec", max_length=max_length,
-        engine=engine,
+        engine=engine, temperature=_TEMPERATURE.value,
     )  # fmt: skip
     return subject, (name,), f"evals/{kept}"
 

@@ -46,7 +46,9 @@ def to_start(config: TrainConfig, num_devices: int) -> list[str]:
     del num_devices
     away = _away(config, "workdir", "base")
     return away or _all(
-        config, not_writable, base_lib.first_step_problems, base_lib.problems, _disk
+        config,
+        *(not_writable, base_lib.first_step_problems, base_lib.problems, trained.base_problems),
+        _disk,
     )
 
 

@@ -19,9 +19,10 @@ from tulu_jax.parallel import sharding
 from tulu_jax.quant import nf4
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training import optim, watch
-from tulu_jax.training.state import REWARD, Frozen, TrainState
+from tulu_jax.training.state import REWARD, VALUE, Frozen, TrainState
 
 Bound = float | jax.Array  # float32 []
+OF_VALUE = 0x76616C  # folded into the key of new adapters, for those of a value network
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +143,8 @@ def keys(config: TrainConfig) -> jax.Array:
 
 def split(config: TrainConfig, params: llama.Params) -> tuple[llama.Params, Frozen]:
     """Of the parameters of the base, (what trains, what is frozen). With an adapter the base is
-    frozen, and the reference too: it is the base without adapters."""
+    frozen, and the reference too: it is the base without adapters. A reward model beside the base
+    stays frozen; the value network that it is for gets its score head."""
     key, head = keys(config)[0], {}
     if config.adapter is None:
         return config.objective.split(params, key)
@@ -150,7 +152,13 @@ def split(config: TrainConfig, params: llama.Params) -> tuple[llama.Params, Froz
         whole, _ = config.objective.split(params, key)
         params, head = {"model": whole["model"]}, {SCORE: whole[SCORE]}
     shapes, layers = config.model.projections, config.model.num_layers
-    return lora.init(config.adapter, shapes, layers, key) | head, Frozen(base=params)
+    new, reference = functools.partial(lora.init, config.adapter, shapes, layers), None
+    if REWARD in params:  # a value network with adapters of its own and its head on the same base
+        reward = params[REWARD]
+        reward = {**reward, SCORE: jax.tree.map(lambda x: x.astype(jnp.float32), reward[SCORE])}
+        head = {VALUE: new(jax.random.fold_in(key, OF_VALUE)) | {SCORE: reward[SCORE]}}
+        params, reference = llama.own(params), {REWARD: reward}
+    return new(key) | head, Frozen(base=params, reference=reference)
 
 
 def abstract_base(config: TrainConfig) -> llama.Params:
@@ -165,7 +173,8 @@ def abstract_split(config: TrainConfig) -> tuple[llama.Params, Frozen]:
     """Shapes and dtypes of what trains and of what is frozen."""
     base = abstract_base(config)
     if config.objective.reward_from is not None:
-        base[REWARD] = llama.abstract_params(config.model.with_head(SCORE), config.param_dtype)
+        scored = config.model.with_head(SCORE)
+        base[REWARD] = abstract_base(dataclasses.replace(config, model=scored))
     return jax.eval_shape(functools.partial(split, config), base)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tulu_jax import atomic, digests, strict_json, validation
+from tulu_jax import atomic, digests, validation
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
@@ -15,7 +15,7 @@ from tulu_jax.data import tokenizer_files
 from tulu_jax.decode import decoder as decoder_lib
 from tulu_jax.decode import results as results_lib
 from tulu_jax.decode.sampling import Sampling
-from tulu_jax.interop import sources, tokenizer_export
+from tulu_jax.interop import chat_template, sources
 from tulu_jax.models import llama, paged_attention
 from tulu_jax.models.config import SCORE
 from tulu_jax.parallel import mesh as mesh_lib
@@ -29,6 +29,12 @@ from tulu_jax.training.state import Frozen
 Messages = list[dict[str, str]]
 KEPT_TOKENIZER = "tokenizer.json"  # in the workdir
 FEWEST = 64  # positions of a row that is scored
+_PROBE = [
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
 
 
 def saved_step(config: TrainConfig, step: int | None) -> int:
@@ -40,13 +46,12 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
     """A mesh of the devices that are here and on it the parameters of `step`, or with None those
     that training starts from. Raises `UsageError` if there is no such checkpoint, or if its adapter
     or its base is another than that of `config`."""
-    laid = slices.resident if jax.default_backend() == "tpu" else slices.anywhere
-    mesh = mesh_lib.make(laid(jax.device_count(), config.axis_sizes))
+    mesh = _mesh_here(config)
     with jax.set_mesh(mesh):
         if step is None:
-            base = base_lib.initial_params(config, mesh)
+            base = base_lib.policy_params(config, mesh)
             if config.adapter_from is None:
-                return mesh, llama.own(base)
+                return mesh, base
             adapters = base_lib.initial_adapters(config, state_lib.fingerprint(base))
             return mesh, Frozen(base=base).whole(adapters)
         checkpoints = checkpoint_lib.Checkpoints(config.workdir)
@@ -55,11 +60,17 @@ def load(config: TrainConfig, *, step: int | None) -> tuple[jax.sharding.Mesh, l
         state, frozen = step_lib.abstract_state(config, mesh)
         params = checkpoint_lib.load_params(config.workdir, config.model, state.params, step)
         if frozen.base:
-            base = base_lib.initial_params(config, mesh)
-            base_lib.require_same(config, state_lib.fingerprint(base), about["weights"])
+            base = base_lib.policy_params(config, mesh)
+            base_lib.require_same(config, state_lib.fingerprint(base), base_lib.fingerprint(about))
             frozen = step_lib.split(config, base)[1]
             params = frozen.whole(params)
         return mesh, llama.own(params)
+
+
+def _mesh_here(config: TrainConfig) -> jax.sharding.Mesh:
+    """A mesh of the devices that are here, for reading a model."""
+    laid = slices.resident if jax.default_backend() == "tpu" else slices.anywhere
+    return mesh_lib.make(laid(jax.device_count(), config.axis_sizes))
 
 
 def tokenizer_path(config: TrainConfig) -> str:
@@ -92,10 +103,10 @@ def keep_tokenizer(config: TrainConfig, *, replace: bool) -> None:
         atomic.write_text(kept, text)
 
 
-def reward_problems(config: TrainConfig) -> list[str]:
-    """Why the reward model of the objective cannot score what the policy of `config` says, one line
-    each: what it is, its shapes, its tokenizer, its template."""
-    folder = config.objective.reward_from
+def reward_problems(config: TrainConfig, folder: str | None = None) -> list[str]:
+    """Why the reward model in `folder`, by default that of the objective, cannot score what the
+    policy of `config` says, one line each: what it is, its shapes, its tokenizer, its template."""
+    folder = folder or config.objective.reward_from
     if folder is None:
         return []
     scored = config.model.with_head(SCORE)
@@ -108,8 +119,15 @@ def reward_problems(config: TrainConfig) -> list[str]:
 
 def _told_by_run(config: TrainConfig, folder: str) -> Iterator[str]:
     checkpoints = checkpoint_lib.Checkpoints(folder)
-    recorded = checkpoints.about(checkpoints.require(None))["must_match"]
+    step = checkpoints.require(None)
+    recorded = checkpoints.about(step)["must_match"]
     now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(config.data.tokenizer)}
+    if lacks := [name for name in now if name not in recorded]:
+        yield (
+            f"its checkpoint of step {step} does not record its {' and '.join(lacks)}, so nobody "
+            "knows what text it was taught; another version wrote it. Train it further, or convert "
+            "its folder again"
+        )
     for name, before, value in agreement.differences(recorded, now):
         yield (
             f"it was trained with {name} = {before}; this run has {value}, and would score other "
@@ -128,70 +146,63 @@ def _told_by_folder(config: TrainConfig, folder: str) -> Iterator[str]:
             f"another tokenizer lies there, with the digest {theirs}; this run has {ours}, so the "
             "same ids are other text. Give one trained on these"
         )
-    file = epath.Path(folder) / "tokenizer_config.json"
-    template = strict_json.loads(file.read_bytes()).get("chat_template") if file.exists() else None
-    named = [mode for mode, text in tokenizer_export.TEMPLATES.items() if text == template]
-    if named and config.data.chat not in named:
+    yield from _template_problems(config, folder)
+
+
+def _template_problems(config: TrainConfig, folder: str) -> Iterator[str]:
+    """Why a folder's model was not taught chats as the run writes them, if so."""
+    chat, advice = config.data.chat, "Set loader.DataConfig.chat, or give one trained on that"
+    if (template := chat_template.read(folder)) is None:
         yield (
-            f"it has the chat template of {named[0]!r}; this run has {config.data.chat!r}. Set "
-            "loader.DataConfig.chat, or give one trained on that"
+            "it has no chat template, so nobody knows what text it was taught; expected that of "
+            f"{chat!r}. Put its own into {chat_template.FILE} there"
+        )
+        return
+    if named := chat_template.modes(template):
+        if chat not in named:
+            yield f"it has the chat template of {named[0]!r}; this run has {chat!r}. {advice}"
+        return
+    try:
+        said = chat_template.written(folder, _PROBE)
+    except validation.UsageError as error:
+        yield str(error)
+        return
+    expected = chat_lib.render(_PROBE, chat=chat).text
+    if said.removeprefix(chat_lib.BOS).strip() not in (
+        expected,
+        expected.replace("</s>\n", "</s>"),
+    ):
+        yield (
+            f"its chat template writes {said[:80]!r}; this run writes {expected[:80]!r} "
+            f"(chat = {chat!r}). {advice}"
         )
 
 
-class Scorer:
-    """Scores of conversations by the reward model that a run trained, at their last token.
+def base_problems(config: TrainConfig) -> list[str]:
+    """Why a base that is a reward model already cannot become one of `config` as it is, one line
+    each: its tokenizer, its template."""
+    if config.objective.head != SCORE or not base_lib.has_score(config):
+        return []
+    told = _told_by_folder if sources.is_published(config.base) else _told_by_run
+    return [f"base = {config.base!r}: {problem}" for problem in told(config, config.base)]
 
-    `step` as in `Generator`; with `initial` a base that has a score head. A score depends on its
-    conversation alone, to the bit: a device computes one at a time, in a row whose length is that
-    of the conversation rounded up to a power of two. Raises `UsageError` if the run trains no
-    reward model, or if its checkpoint was made with another tokenizer or template.
+
+class RewardModel:
+    """Parameters with a score head, of the shape of `config.model`, that score rows of ids on
+    `mesh`.
+
+    A score depends on its row alone, to the bit: a device computes one at a time, in a row whose
+    length is that of its ids rounded up to a power of two.
     """
 
-    def __init__(self, config: TrainConfig, *, step: int | None = None, initial: bool = False):
-        if config.objective.head != SCORE:
-            raise validation.UsageError(
-                f"{config.workdir} is no run of a reward model, and has no scores; expected one "
-                "whose objective is reward.RewardConfig"
-            )
-        self.config = config
-        self.step = None if initial else saved_step(config, step)
-        with validation.reading():
-            self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
-        if self.step is not None:
-            recorded = checkpoint_lib.Checkpoints(config.workdir).about(self.step)["must_match"]
-            now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(tokenizer_path(config))}
-            validation.raise_if(
-                f"the checkpoint of step {self.step} in {config.workdir} was made with {name} = "
-                f"{before}; this config has {found}. Give the config.gin of that run"
-                for name, before, found in agreement.differences(recorded, now)
-            )
-        self.mesh, self.params = load(config, step=self.step)
-        if SCORE not in self.params:
-            raise validation.UsageError(
-                f"base = {config.base!r} has no score head, and a new one says nothing; give a "
-                "reward model, or train this run and leave `initial` out"
-            )
+    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, params: llama.Params):
+        self.mesh, self.params = mesh, params
         forward = llama.forward(config.model, config.execution)
         self._at_ends = jax.jit(
             lambda params, rows, ends: sharding.replicate(
                 jnp.take_along_axis(llama.scores(forward(params, rows), params), ends, axis=1)
             )
         )
-
-    def scores(self, conversations: list[Messages]) -> list[float]:
-        """The score of each conversation, which ends with the assistant's turn."""
-        names = [f"conversation {number}" for number in range(len(conversations))]
-        validation.raise_if(
-            f"{name} ends with {messages[-1]['role'] if messages else 'nothing'}; expected the "
-            "assistant's turn, which is scored"
-            for name, messages in zip(names, conversations, strict=True)
-            if not messages or messages[-1]["role"] != "assistant"
-        )
-        with validation.reading():
-            encoded = chat_lib.tokenize(
-                conversations, names=names, tokenizer=self.tokenizer, chat=self.config.data.chat
-            )
-        return self.of_ids([[int(i) for i in found.ids] for found in encoded])
 
     def of_ids(self, rows: list[list[int]]) -> list[float]:
         """The score at the last of each row's ids, which are one or more. Raises `UsageError` for
@@ -217,6 +228,70 @@ class Scorer:
                 "overflows on them, or its weights are damaged"
             )
         return found.tolist()
+
+
+def reward_model(config: TrainConfig, folder: str) -> RewardModel:
+    """The reward model in `folder`, a run's workdir or a Hugging Face folder, on the devices that
+    are here. Raises `UsageError` if it cannot score what the policy of `config` says
+    (`reward_problems`)."""
+    validation.raise_if(reward_problems(config, folder))
+    mesh = _mesh_here(config)
+    with jax.set_mesh(mesh):
+        return RewardModel(config, mesh, base_lib.reward_params(config, folder, mesh))
+
+
+class Scorer:
+    """Scores of conversations by the reward model that a run trained, at their last token.
+
+    `step` as in `Generator`; with `initial` a base that has a score head. Raises
+    `UsageError` if the run trains no reward model, or if its checkpoint was made with another
+    tokenizer or template.
+    """
+
+    def __init__(self, config: TrainConfig, *, step: int | None = None, initial: bool = False):
+        if config.objective.head != SCORE:
+            raise validation.UsageError(
+                f"{config.workdir} is no run of a reward model, and has no scores; expected one "
+                "whose objective is reward.RewardConfig"
+            )
+        self.config = config
+        self.step = None if initial else saved_step(config, step)
+        with validation.reading():
+            self.tokenizer = chat_lib.load_tokenizer(tokenizer_path(config))
+        if self.step is not None:
+            recorded = checkpoint_lib.Checkpoints(config.workdir).about(self.step)["must_match"]
+            now = {"chat": config.data.chat, "tokenizer": tokenizer_digest(tokenizer_path(config))}
+            validation.raise_if(
+                f"the checkpoint of step {self.step} in {config.workdir} was made with {name} = "
+                f"{before}; this config has {found}. Give the config.gin of that run"
+                for name, before, found in agreement.differences(recorded, now)
+            )
+        mesh, params = load(config, step=self.step)
+        if SCORE not in params:
+            raise validation.UsageError(
+                f"base = {config.base!r} has no score head, and a new one says nothing; give a "
+                "reward model, or train this run and leave `initial` out"
+            )
+        self.model = RewardModel(config, mesh, params)
+
+    def scores(self, conversations: list[Messages]) -> list[float]:
+        """The score of each conversation, which ends with the assistant's turn."""
+        names = [f"conversation {number}" for number in range(len(conversations))]
+        validation.raise_if(
+            f"{name} ends with {messages[-1]['role'] if messages else 'nothing'}; expected the "
+            "assistant's turn, which is scored"
+            for name, messages in zip(names, conversations, strict=True)
+            if not messages or messages[-1]["role"] != "assistant"
+        )
+        with validation.reading():
+            encoded = chat_lib.tokenize(
+                conversations, names=names, tokenizer=self.tokenizer, chat=self.config.data.chat
+            )
+        return self.of_ids([[int(i) for i in found.ids] for found in encoded])
+
+    def of_ids(self, rows: list[list[int]]) -> list[float]:
+        """As `RewardModel` has it."""
+        return self.model.of_ids(rows)
 
 
 def _one_each(rows: list[list[int]], count: int, length: int):

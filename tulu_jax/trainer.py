@@ -15,6 +15,7 @@ from tulu_jax import base as base_lib
 from tulu_jax import meter as meter_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data.fields import Fields
+from tulu_jax.models.config import SCORE
 from tulu_jax.models.llama import Params
 from tulu_jax.objectives.objective import Batch, Feed
 from tulu_jax.parallel import compiler, preemption, sharding, stall
@@ -33,21 +34,31 @@ MEANS = {
     "data": " (other rows, tokenizer, template, length, or versions of tasks)",
     "tokenizer": " (digests; another text has the same ids)",
 }
-OF_BASE = ("base_dtype", "generation_config")
+OF_BASE = ("base_dtype", "generation_config", base_lib.OF_POLICY)
 BEFORE = {"optimizer": {"end_learning_rate": 0.0}}  # what checkpoints of before do not say
 
 
 def about(
-    config: TrainConfig, params: Params, frozen: Frozen, *, weights: str, of_base: dict[str, Any]
+    config: TrainConfig,
+    params: Params,
+    frozen: Frozen,
+    *,
+    weights: str,
+    of_base: dict[str, Any],
+    tokenizer: str | None,
 ) -> dict[str, Any]:
     """What a checkpoint says of any run of `config`, `params` being what trains of the model that
-    began with `weights`, `of_base` what exports need to know of the base."""
+    began with `weights`, `of_base` what exports need to know of the base. Of a reward model
+    `tokenizer`, the digest, is always told, with the template: who trains against it must know what
+    text it reads. None elsewhere, until there are data."""
     must_match = {
         "model": dataclasses.asdict(config.model),
         "objective": config.objective.identity(),
         "optimizer": dataclasses.asdict(config.optimizer),
         "param_dtype": config.param_dtype,
     }
+    if tokenizer is not None:
+        must_match |= {"tokenizer": tokenizer, "chat": config.data.chat}
     if config.adapter is not None:
         must_match["adapter"] = dataclasses.asdict(config.adapter)
         must_match["quant"] = config.quant and dataclasses.asdict(config.quant)
@@ -89,7 +100,8 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> str:
         """The digest of the tokenizer (`trained.tokenizer_digest`)."""
-        return trained.tokenizer_digest(self.config.data.tokenizer)
+        with validation.reading():
+            return trained.tokenizer_digest(self.config.data.tokenizer)
 
     def open(self) -> None:
         """Opens the data, encoding what is not yet encoded, and counts the updates."""
@@ -224,7 +236,7 @@ class Run:
             return state, frozen
         validation.raise_if(trained.reward_problems(self.config))
         params = base_lib.initial_params(self.config, self.mesh)
-        self.of_base = base_lib.about(self.config)
+        self.of_base = base_lib.about(self.config, params)
         self.weights = state_lib.fingerprint(params)
         params, frozen = self._split(params)
         if (adapters := base_lib.initial_adapters(self.config, self.weights)) is not None:
@@ -290,6 +302,7 @@ class Run:
             self.abstract_frozen,
             weights=self.weights,
             of_base=self.of_base,
+            tokenizer=self.tokenizer if self.config.objective.head == SCORE else None,
         )
         if self.feed is not None:
             found["must_match"] |= {

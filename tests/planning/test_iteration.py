@@ -9,6 +9,9 @@ import commands
 import pytest
 
 from tulu_jax import cli
+from tulu_jax import step as step_lib
+from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.parallel.mesh import MeshConfig
 from tulu_jax.planning import aot, calibration, cost, decoding, iteration, plan, topology
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +38,35 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("iteration") / "small.gin"
     path.write_text(SMALL)
     return path
+
+
+ADAPTED = """from __gin__ import dynamic_registration
+from tulu_jax.models import lora
+include 'small.gin'
+include 'recipes/qlora.gin'
+lora.LoRAConfig.dropout = 0.0
+lora.LoRAConfig.rank = 16
+"""
+
+
+def test_one_base_is_counted_once(small):
+    """Of three networks on one base: its bytes, those of both adapters, and their moments."""
+    file = small.parent / "adapted.gin"
+    file.write_text(ADAPTED)
+    config = cli.load(str(file), workdir="unused")
+    place = topology.parse("v5e:2x2")
+    mesh = mesh_lib.make(MeshConfig(fsdp=4), place.devices())
+    kept = iteration._models(*step_lib.abstract_state(config, mesh))
+    assert list(kept) == [
+        "base of three models", "adapters of policy", "adapters and head of value model",
+        "moments of both", "reward model",
+    ]  # fmt: skip
+    adapters, value = kept["adapters of policy"], kept["adapters and head of value model"]
+    assert adapters < value < adapters + 4 * config.model.embed_dim + 1  # a float32 head
+    assert kept["moments of both"] == pytest.approx(2 * (adapters + value), abs=64)
+    weights = config.model.num_params / 4  # in four bits, but for the embedding and the head
+    assert weights / 2 < kept["base of three models"] < 2 * weights
+    assert kept["reward model"] < kept["base of three models"]
 
 
 @pytest.mark.slow

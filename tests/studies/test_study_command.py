@@ -54,8 +54,9 @@ def test_every_run_of_every_study_is_a_config_that_builds(name, folder, request)
             assert config.num_steps or config.num_epochs
             if scale == "tiny":
                 assert one.seed is None or config.seed == config.data.seed == one.seed
-                base = pathlib.Path(config.base).name if one.run.base else ""
-                assert base.startswith(one.run.base or "")
+                is_trained = one.run.best_of is None
+                base = pathlib.Path(config.base).name if one.run.base and is_trained else ""
+                assert base.startswith((is_trained and one.run.base) or "")
         if scale == "tiny":
             assert design.expected
 

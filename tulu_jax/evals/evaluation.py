@@ -7,31 +7,35 @@ and prompts that are too long. Each is then answered, judged and saved before th
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import logging
 from etils import epath
 
 from tulu_jax import atomic, validation
 from tulu_jax.data import chat as chat_lib
-from tulu_jax.evals import catalogue, paper_tables, run, scores
-from tulu_jax.evals.benchmark import Answer, Benchmark, Question, Request, Verdicts
+from tulu_jax.evals import catalogue, measures, paper_tables, run, scores
+from tulu_jax.evals.benchmark import Answer, Benchmark, Metric, Question, Request, Verdicts
 from tulu_jax.serving import engine as engine_lib
 from tulu_jax.training import lease as lease_lib
 
 Judge = Callable[[Sequence[Question]], Verdicts]  # of as many questions as it can judge
+Measures = Callable[[], Mapping[str, measures.Measure]]  # by the names of their metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     """What is evaluated: a name that its results bear, its tokenizer, `chat` as `run.encode` has
-    it, the positions of its model (None: not told), and what loads it."""
+    it, the positions of its model (None: not told), and what loads it. Answers are generated at
+    `temperature` (None: that of their benchmark); `measures` makes what is measured of them."""
 
     name: str
     tokenizer: chat_lib.ChatTokenizer
     chat: str
     max_length: int | None
     engine: Callable[[], engine_lib.Engine]
+    temperature: float | None = None
+    measures: Measures = dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ def evaluate(
     prepared = _prepare(subject, benchmarks, data)
     with lease_lib.held(str(out)):
         out.mkdir(parents=True, exist_ok=True)
-        engine, found = subject.engine(), []
+        engine, measured, found = subject.engine(), subject.measures(), []
         for one in prepared:
             answers = run.answers(
                 engine, one.prompts, out / f"{one.prompts.name}.jsonl",
@@ -64,7 +68,8 @@ def evaluate(
                 shows=shows,
             )  # fmt: skip
             _for_other_tools(one, answers, out, subject.name)
-            found = scores.save(out, subject.name, [_scored(one, answers, judge)])
+            added = measures.metrics(measured, one.prompts, answers)
+            found = scores.save(out, subject.name, [_scored(one, answers, judge, added)])
     return found
 
 
@@ -86,6 +91,8 @@ def _prepare(subject: Subject, benchmarks: Sequence[Benchmark], data) -> list[_P
 def _prepared(subject: Subject, benchmark: Benchmark, data: epath.Path) -> _Prepared:
     is_chat = subject.chat != run.NO_CHAT
     requests = benchmark.requests(data, subject.tokenizer, is_chat=is_chat)
+    if subject.temperature is not None:
+        requests = [_drawn(request, subject.temperature) for request in requests]
     prompts = run.encode(
         f"{benchmark.name}.{benchmark.subset}", requests, subject.tokenizer,
         chat=subject.chat, is_cap=benchmark.name in catalogue.CAPPED,
@@ -114,13 +121,23 @@ def _for_other_tools(
         atomic.write_text(out / "model_answer.jsonl", text)
 
 
-def _scored(one: _Prepared, answers: Sequence[Answer], judge: Judge) -> scores.Scored:
+def _drawn(request: Request, temperature: float) -> Request:
+    """`request`, its answer generated at `temperature` if it is generated."""
+    if request.sampling is None:
+        return request
+    sampling = dataclasses.replace(request.sampling, temperature=temperature)
+    return dataclasses.replace(request, sampling=sampling)
+
+
+def _scored(
+    one: _Prepared, answers: Sequence[Answer], judge: Judge, added: Sequence[Metric]
+) -> scores.Scored:
     benchmark, requests = one.benchmark, one.requests
     verdicts = None
     if benchmark.judges and (questions := benchmark.questions(requests, answers)):
         verdicts = judge(questions) or None
         logging.info("%s: judged %d of %d", one.prompts.name, len(verdicts or ()), len(questions))
-    metrics = benchmark.score(requests, answers, verdicts)
+    metrics = [*benchmark.score(requests, answers, verdicts), *added]
     switches = catalogue.switches(benchmark)
     return scores.scored(benchmark.name, switches, requests, answers, metrics, notes=one.notes)
 

@@ -115,6 +115,20 @@ def _encoder(request: Request, replies: Sequence[str], tokenizer, chat: str):
     )
 
 
+def in_ids(of: Prompts, asked: Asked, answer: Answer) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of each sample of a generated answer, its text encoded as in training, with
+    the end token where it came to an end by itself."""
+    request = asked.request
+    encode, found = _encoder(request, [], of.tokenizer, of.chat), []
+    for text, ended in zip(answer.texts, answer.ended, strict=True):
+        prompt, ids = asked.prompt, []
+        if text:
+            ((prompt, ids),) = engine_lib.continuations(encode, [text], prefix=request.prefix)
+        is_whole = ended == "stop" and not request.sampling.stop
+        found.append((prompt, [*ids, of.tokenizer.eos_id] if is_whole else ids))
+    return found
+
+
 def length_problems(of: Prompts, max_length: int | None) -> Iterator[str]:
     """Why a model of `max_length` positions cannot be asked, in one line; and what is asked less of
     it, in the log. An engine that does not tell (None) has to say so itself."""

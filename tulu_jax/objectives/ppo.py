@@ -1,7 +1,9 @@
 """Proximal policy optimisation against a reward model, as Tülu 2.5 did it or as it should be.
 
 Two networks train, the policy and a value model that starts as the reward model; the reference,
-which is the policy as the run began, and the reward model are frozen. An update is one mini-batch;
+which is the policy as the run began, and the reward model are frozen. With an adapter policy, value
+model and reference share one frozen base: the policy has adapters on it, the value model others and
+the reward model's score head (`step.split`). An update is one mini-batch;
 `ppo_feed` makes the rollouts of an iteration of several updates before the first of them.
 (Ouyang et al. 2022; Ivison et al. 2024, "Unpacking DPO and PPO".)
 
@@ -154,8 +156,15 @@ class PPOConfig:
             "answers are new in each iteration",
         )
         yield (
-            config.adapter is None,
-            "adapter is set, and PPO trains whole networks only; remove it, or train with DPO",
+            config.adapter is None or config.adapter.dropout == 0,
+            "adapter.dropout is above 0, so an update's policy would be another than the one that "
+            "drew its answers; set lora.LoRAConfig.dropout = 0.0",
+        )
+        yield (
+            config.adapter_from is None,
+            f"adapter_from = {config.adapter_from!r}: the reference is the base without adapters, "
+            "so a run that begins with some would begin far from it; merge them into a base "
+            "(tulu_jax.convert --merge), or remove it",
         )
         yield (
             config.eval_every is None and config.checkpoint.best is None,
@@ -229,10 +238,9 @@ class PPOConfig:
     def compute(self, forward, params, frozen, batch):
         """Policy loss + value_coef · value loss, means over the update's answers' tokens; in
         `examples` the share that each row has of it, [B]."""
-        del frozen
         mask, weights = batch["loss_mask"], batch["weights"]
         logps = jnp.where(mask, self.token_logps(forward, params, batch), 0.0)
-        values = jnp.where(mask, token_values(forward, params[VALUE], batch), 0.0)
+        values = jnp.where(mask, token_values(forward, frozen.value(params), batch), 0.0)
         old_logps, old_values = batch["old_logps"], batch["old_values"]
         of_policy, ratios = advantages.policy_losses(
             logps, old_logps, batch["advantages"], clip=self.clip

@@ -28,7 +28,7 @@ from tulu_jax.objectives.rollouts import Rollouts
 from tulu_jax.parallel import compiler, sharding, slices
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.training import watch
-from tulu_jax.training.state import REWARD, VALUE
+from tulu_jax.training.state import REWARD
 
 Batch = dict[str, np.ndarray]
 DRAWS = 0x70706F  # folded into the key of the run, whose other keys begin with other numbers
@@ -180,7 +180,7 @@ class PPOFeed:
         prompts = [self.rows.prompt(i)[0 if objective.bos else 1 :] for i in examples]
         run.watchdog.expect(f"the rollouts of iteration {iteration}")
         key = jax.random.fold_in(jax.random.key(run.config.seed), DRAWS)
-        policy = llama.own(params)
+        policy = llama.own(run.frozen.whole(params))
         if self._mesh is not run.mesh:
             policy = programs.in_compute_dtype(policy, run.config.execution)  # half moves
             policy = jax.device_put(policy, sharding.param_shardings(self._mesh, policy))
@@ -226,12 +226,12 @@ class PPOFeed:
         run, rows = self._run, rollouts.rows()
         part, parts = run.row_share
         size = run.config.micro_batch_size or run.config.batch_size
-        reference = run.frozen.reference if scored else None
+        frozen = run.frozen if scored else dataclasses.replace(run.frozen, reference=None)
         found = []
         for start in range(0, len(rollouts), size):
             own = slice(start + part * size // parts, start + (part + 1) * size // parts)
             batch = run.put({name: value[own] for name, value in rows.items()})
-            found.append(jax.tree.map(np.asarray, self._measure(params, reference, batch)))
+            found.append(jax.tree.map(np.asarray, self._measure(params, frozen, batch)))
         whole = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
         if scored:
             per_token = whole.pop("scores")
@@ -306,21 +306,21 @@ class PPOFeed:
 
 
 def make_measures(config):
-    """The function of (params, reference, rows) to be jitted: float32 [B, T] `logps` and `values`,
-    and with a reference `ref_logps` and `scores`."""
+    """The function of (params, frozen, rows) to be jitted: float32 [B, T] `logps` and `values`,
+    and with a reward model among the frozen `ref_logps` and `scores`."""
     objective, forward = config.objective, llama.forward(config.model, config.execution)
 
-    def measures(params, reference, batch):
+    def measures(params, frozen, batch):
         def scores(network):
             return llama.scores(forward(network, batch), network)
 
         found = {
-            "logps": objective.token_logps(forward, params, batch),
-            "values": scores(params[VALUE]),
+            "logps": objective.token_logps(forward, frozen.whole(params), batch),
+            "values": scores(frozen.value(params)),
         }
-        if reference is not None:
-            found["ref_logps"] = objective.token_logps(forward, reference, batch)
-            found["scores"] = scores(reference[REWARD])
+        if frozen.reference is not None:
+            found["ref_logps"] = objective.token_logps(forward, frozen.first, batch)
+            found["scores"] = scores(frozen.reference[REWARD])
         return jax.tree.map(jnp.float32, found)
 
     return measures

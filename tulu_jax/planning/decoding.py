@@ -21,7 +21,7 @@ from tulu_jax import chips
 from tulu_jax import step as step_lib
 from tulu_jax.decode import call, decoder, programs
 from tulu_jax.kernels import decode_attention
-from tulu_jax.models import paged_attention
+from tulu_jax.models import llama, paged_attention
 from tulu_jax.models.config import SCORE, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding, slices
@@ -374,10 +374,13 @@ def price(config: TrainConfig, topology: Topology, asked: Asked) -> Decoding:
 
 
 def _weights(config: TrainConfig, mesh) -> dict[str, Any]:
-    """Abstract parameters as a decoder has them, placed."""
+    """Abstract parameters as a decoder has them, placed; with adapters those too."""
+    params = step_lib.abstract_base(config)
+    if config.adapter is not None:
+        trains, frozen = step_lib.abstract_split(config)
+        params = llama.own(frozen.whole(llama.own(trains)))
     params = jax.eval_shape(
-        functools.partial(programs.in_compute_dtype, execution=config.execution),
-        step_lib.abstract_base(config),
+        functools.partial(programs.in_compute_dtype, execution=config.execution), params
     )
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),

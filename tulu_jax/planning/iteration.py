@@ -215,13 +215,12 @@ def _asked(config: TrainConfig) -> decoding.Asked:
 
 def _models(state: TrainState, frozen: Frozen) -> dict[str, int]:
     """Bytes a device of what a run holds from its start to its end."""
-    kept = {
-        "policy": llama.own(state.params),
-        "value model": state.params[VALUE],
-        "moments of both": state.opt_state,
-        "reference": llama.own(frozen.reference),
-        "reward model": frozen.reference[REWARD],
-    }
+    policy, value = llama.own(state.params), state.params[VALUE]
+    kept = {"policy": policy, "value model": value, "reference": llama.own(frozen.reference)}
+    if frozen.base:
+        kept = {"base of three models": frozen.base, "adapters of policy": policy}
+        kept["adapters and head of value model"] = value
+    kept |= {"moments of both": state.opt_state, "reward model": frozen.reference[REWARD]}
     return {name: aot.bytes_per_device(tree) for name, tree in kept.items()}
 
 
@@ -244,7 +243,7 @@ def _measuring(
         }
         traced = jax.jit(
             ppo_feed.make_measures(config), out_shardings=jax.NamedSharding(mesh, jax.P())
-        ).trace(state.params, frozen.reference, batch)
+        ).trace(state.params, frozen, batch)
         lowered = traced.lower(lowering_platforms=("tpu",))
         options = compiler.options(topology.devices()[0].device_kind)
         made = aot.compiled_for(lowered, topology, mesh, options)

@@ -1,7 +1,8 @@
 """What evaluates takes an `Engine`: something that continues prompts and scores continuations.
 
 There are two: `OwnEngine`, parameters and our decoder, and `openai_engine.OpenAIEngine`, any server
-that speaks OpenAI's protocol. Both are given ids, so that both see the same ones.
+that speaks OpenAI's protocol. Both are given ids, so that both see the same ones. Over the first of
+them, `best_of.BestOfEngine` chooses among several answers.
 """
 
 import contextlib

@@ -26,7 +26,12 @@ class Run:
     text that begins with @ or % is a reference of gin. It is trained once for each of `seeds`;
     without any, once as it is. `base` names the run of this study that it starts from, with the
     same seed where that has it, `reward` likewise that of its reward model. Of a run that is
-    `only_prepared` the rows are wanted, no update."""
+    `only_prepared` the rows are wanted, no update.
+
+    The answers of an evaluated run are scored by the reward model that `scored_by` names, if it
+    names one. One with `best_of` n is not trained, only evaluated: the weights of its `base`, and
+    of n answers drawn to each prompt the one that `scored_by` likes most. One that is not
+    `is_evaluated` has no answers, as a reward model."""
 
     name: str
     gin_file: str
@@ -35,11 +40,14 @@ class Run:
     base: str | None = None
     reward: str | None = None
     only_prepared: bool = False
+    scored_by: str | None = None
+    best_of: int | None = None
+    is_evaluated: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The names of the runs whose weights it takes."""
-        return tuple(name for name in (self.base, self.reward) if name)
+        return tuple(name for name in (self.base, self.reward, self.scored_by) if name)
 
     @property
     def tries(self) -> tuple[int | None, ...]:
@@ -89,11 +97,21 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Against:
+    """A picture and a table: of each of `runs` its scores `ys` against its score `x`."""
+
+    title: str
+    runs: tuple[str, ...]
+    x: Score
+    ys: tuple[Score, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
     """A study at one scale. `varies` are the fields of a config that may differ between its runs,
     or what begins so, such as 'adapter'; `curves` are metrics of training that are drawn. With
     `stability` the page says of each run whether and when it went wrong. `asked` are further flags
-    of `evaluate`."""
+    of `evaluate`. `against` shows what scores cost each other."""
 
     runs: tuple[Run, ...]
     benchmarks: tuple[str, ...]
@@ -103,6 +121,7 @@ class Design:
     curves: tuple[str, ...] = ("train/loss", "eval/loss")
     stability: bool = False
     asked: tuple[str, ...] = ()
+    against: tuple[Against, ...] = ()
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -111,11 +130,18 @@ class Design:
         names = [run.name for run in self.runs]
         yield len(set(names)) == len(names), f"runs = {names}: expected each name once"
         used = {name for run in self.runs for name in run.needs}
+        used |= {name for one in self.against for name in one.runs}
         cells = [*self.cells, *(one.cell for one in self.expected)]
         used |= {name for cell in cells for name in (cell.run, cell.minus) if name}
         yield used <= set(names), f"no run is named {', '.join(sorted(used - set(names)))}"
         for place, run in enumerate(self.runs):
-            for kind, name in (("base", run.base), ("reward", run.reward)):
+            yield (
+                run.best_of is None or bool(run.base and run.scored_by and not run.overrides),
+                f"{run.name}: best_of = {run.best_of} is the base, evaluated; expected base and "
+                "scored_by, and no overrides",
+            )
+            for kind in ("base", "reward", "scored_by"):
+                name = getattr(run, kind)
                 yield (
                     name is None or name in names[:place],
                     f"{run.name}: {kind} = {name!r} comes later; expected the {kind} first",

@@ -116,6 +116,14 @@ def line(cell: Cell, design: Design, states: Mapping[str, State]) -> Line:
     )  # fmt: skip
 
 
+def point(run: str, score: Score, design: Design, states: Mapping[str, State]) -> Estimate | None:
+    """A score of a run over seeds; None where there is none."""
+    try:
+        return estimate(Cell(run=run, score=score), design, states)
+    except Hole:
+        return None
+
+
 def held(expected: Expected, design: Design, states: Mapping[str, State]) -> Held:
     """In which seeds an expected direction holds."""
     try:
@@ -224,7 +232,8 @@ def _of_metric(score: Score, scored: Scored, metric: Metric) -> Value:
             items={id_: metric.items[id_] for id_ in ids},
         )  # fmt: skip
     error = metric.standard_error
-    if len(metric.items) > 1 and set(metric.items.values()) in ({0.0}, {1.0}):
+    alike = metric.is_percent and set(metric.items.values()) in ({0.0}, {1.0})
+    if len(metric.items) > 1 and alike:
         error = NONE_SEEN / len(metric.items) / Z95
     elif error is None and len(metric.items) > 1:
         error = bootstrap_error(list(metric.items.values()))

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 
-from tulu_jax.studies.estimates import Line
+from tulu_jax.studies.estimates import Estimate, Line
 
 MOST_LINES = 40  # of a picture of cells
 _WIDTH = 9.0  # inches
@@ -33,6 +33,39 @@ def cells(lines: Sequence[Line]) -> bytes | None:
         axis.axvline(0, color="#888888", linewidth=0.8)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8, loc="best")
+    return _png(pyplot, figure)
+
+
+def against(
+    points: Mapping[str, Mapping[str, Estimate | None]], x: str, ys: Sequence[str]
+) -> bytes | None:
+    """A panel for each of `ys`, against `x`: of each run its estimates with their 95 % intervals,
+    and its seeds as dots. `points` has the estimates by run and score; None without any."""
+    shown = {
+        run: its for run, its in points.items() if its[x] and any(its[y] for y in ys)
+    }  # fmt: skip
+    if not shown:
+        return None
+    pyplot = _pyplot()
+    rows = -(-len(ys) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(_WIDTH, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(ys) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, ys, strict=False):
+        for number, (run, its) in enumerate(shown.items()):
+            if (y := its[name]) is None:
+                continue
+            color = f"C{number % 10}"
+            axis.errorbar(
+                its[x].value, y.value, xerr=its[x].half, yerr=y.half, fmt="o", color=color,
+                capsize=2, label=run,
+            )  # fmt: skip
+            for seed in its[x].by_seed.keys() & y.by_seed.keys():
+                axis.plot(its[x].by_seed[seed], y.by_seed[seed], ".", color=color, alpha=0.5)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(x, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     return _png(pyplot, figure)
 
 

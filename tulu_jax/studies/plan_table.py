@@ -47,12 +47,12 @@ def lines(
         if on_slices and (found := hours(dry_runs, one)):
             cells = [f"{value:.2f}" if value < 10 else f"{value:,.0f}" for value in found]
             total = [a + b for a, b in zip(total, found, strict=True)]
-        elif on_slices:
+        elif on_slices and one.drawn_by is None:
             cells = ["?", "?"]
             unknown.append(run_commands.dry_run(one, dry_runs))
         rows.append([
             one.name, one.gin_file, slice_of(one) if on_slices else "here", *cells,
-            there(state, design),
+            there(one, state, design),
         ])  # fmt: skip
     found = list(scores.columns(rows))
     if on_slices:
@@ -63,10 +63,10 @@ def lines(
     return found
 
 
-def there(state: State, design: Design) -> str:
+def there(placed: Placed, state: State, design: Design) -> str:
     """What there is of a run, in some words."""
     if state.kind != run_states.DONE:
         reached = f" at step {state.step:,}" if state.kind == run_states.UNFINISHED else ""
         return f"{state.kind}{reached}"
-    lack = run_commands.lacking(state, design)
+    lack = run_commands.lacking(placed, state, design)
     return f"trained, not evaluated on {', '.join(lack)}" if lack else "trained and evaluated"

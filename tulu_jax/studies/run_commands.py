@@ -23,12 +23,26 @@ def train(placed: Placed) -> list[str]:
     return [module, f"--gin_file={placed.gin_file}", f"--workdir={placed.workdir}"]
 
 
-def evaluate(placed: Placed, design: Design, benchmarks: Sequence[str]) -> list[str]:
-    """Evaluates the last step of a run, or goes on with that."""
+def evaluate(
+    placed: Placed, design: Design, benchmarks: Sequence[str], folder: pathlib.Path
+) -> list[str]:
+    """Evaluates the last step of a run, or goes on with that; the scores go to `folder`."""
+    workdir = placed.workdir if placed.drawn_by is None else placed.drawn_by.workdir
     return [
-        "tulu_jax.evaluate", f"--gin_file={placed.gin_file}", f"--workdir={placed.workdir}",
-        f"--benchmarks={','.join(benchmarks)}", *design.asked,
+        "tulu_jax.evaluate", f"--gin_file={placed.gin_file}", f"--workdir={workdir}",
+        f"--benchmarks={','.join(benchmarks)}", *design.asked, *_scored(placed, ""),
+        f"--out={folder}",
     ]  # fmt: skip
+
+
+def _scored(placed: Placed, prefix: str) -> list[str]:
+    """Flags of what scores the answers of a run, below `prefix`, and of what is chosen of them."""
+    if placed.scored_by is None:
+        return []
+    flags = [f"--reward_from={prefix}{placed.scored_by}"]
+    if placed.drawn_by is not None:
+        flags.append(f"--best_of={placed.run.best_of}")
+    return flags
 
 
 def dry_run(placed: Placed, folder: str) -> str:
@@ -37,9 +51,9 @@ def dry_run(placed: Placed, folder: str) -> str:
     return shlex.join([*command, f"--out={folder}/{placed.run.name}"])
 
 
-def lacking(state: run_states.State, design: Design) -> list[str]:
+def lacking(placed: Placed, state: run_states.State, design: Design) -> list[str]:
     """The benchmarks that a trained run was not evaluated on."""
-    if state.card is not None:
+    if state.card is not None or not placed.run.is_evaluated:
         return []
     there = {one.benchmark for one in state.scored}
     return [name for name in design.benchmarks if name not in there]
@@ -75,12 +89,11 @@ def run_all(
             unfinished = {_key(one.workdir) for one in (*waiting, *begun)}
             ready = []
             for one in list(waiting):
-                needs = {_key(workdir) for workdir in (one.base, one.reward) if workdir}
-                if needs & failed:
+                needs = {_key(w): name for w, name in one.needs.items()}
+                if lost := [name for workdir, name in needs.items() if workdir in failed]:
                     waiting.remove(one)
-                    name = one.run.base if _key(one.base or "") in failed else one.run.reward
-                    ended.append((one, f"{one.name}: not started, since {name} failed"))
-                elif not needs & unfinished:
+                    ended.append((one, f"{one.name}: not started, since {lost[0]} failed"))
+                elif not needs.keys() & unfinished:
                     ready.append(one)
             free = [core for core in cores if not any(core in one.cores for one in running)]
             alone = len(ready) == 1 and not running
@@ -115,10 +128,12 @@ def _go_on(
     """Starts what is next of a run, or says in `ended` that it is done, or why it cannot be."""
     state = run_states.state(one)
     if state.kind == run_states.DONE:
-        command = evaluate(one, design, names) if (names := lacking(state, design)) else ()
+        names = lacking(one, state, design)
+        command = evaluate(one, design, names, state.folder) if names else ()
     else:
         command = train(one)
-    if state.kind == run_states.OTHER or (command and command == after):
+    stuck = one.drawn_by is not None and state.kind != run_states.DONE
+    if stuck or state.kind == run_states.OTHER or (command and command == after):
         ended.append((one, state.says or f"{one.name}: {command[0]} left no scores"))
     elif not command:
         ended.append((one, ""))
@@ -181,21 +196,25 @@ def launch_script(placed: Sequence[Placed], slices: Mapping[str, str], design: D
         slice_ = slices[one.name]
         chip, _, count = slice_.partition("_")
         type_ = f"{_TYPES.get(chip, chip)}-{count}"
-        stem = pathlib.PurePath(one.workdir).name
+        stem = pathlib.PurePath((one.drawn_by or one).workdir).name
         label = stem.replace("_", "-").replace(".", "-")
         workdir = f'"--workdir=$BUCKET/runs/{stem}"'
         config = f'--gin_file={shlex.quote(one.gin_file)} "$BUCKET_FLAG" {workdir}'
         asked = f'--benchmarks={",".join(design.benchmarks)} --eval_data="$EVAL_DATA"'
         flags = " ".join(map(shlex.quote, design.asked))
+        flags += "".join(f' "{flag}"' for flag in _scored(one, "$BUCKET/"))
+        if one.drawn_by is not None:
+            flags += f" --out={shlex.quote(str(run_states.evals_folder(one, None)))}"
         lines += ["", f"# {one.name}"]
         if one.run.only_prepared:
             lines.append(f"python -m tulu_jax.prepare {config}")
             continue
-        lines += [
-            f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
-            f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
-        ]
-        if design.benchmarks:
+        if one.drawn_by is None:
+            lines += [
+                f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
+                f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
+            ]
+        if design.benchmarks and one.run.is_evaluated:
             lines += [
                 f"python -m tulu_jax.evaluate {config} \\",
                 f"  {asked} ${{JUDGE:-}} {flags}".rstrip(),

@@ -34,7 +34,7 @@ _OF_SEEDS = ("seed", "data.seed", "base", "objective.reward_from")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
     """A run with one seed: its gin file, a name or a path, its workdir, and those of its base and
-    of its reward model."""
+    of its reward model, of what scores its answers, and with `best_of` the run that draws them."""
 
     run: Run
     seed: int | None
@@ -42,6 +42,18 @@ class Placed:
     workdir: str
     base: str | None = None
     reward: str | None = None
+    scored_by: str | None = None
+    drawn_by: "Placed | None" = None
+    asked: tuple[str, ...] = ()  # flags of its evaluation, whose scores lie apart from others
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """The names of the runs whose weights it takes, by their workdirs."""
+        found = {
+            self.base: self.run.base, self.reward: self.run.reward,
+            self.scored_by: self.run.scored_by,
+        }  # fmt: skip
+        return {workdir: name for workdir, name in found.items() if workdir and name}
 
     @property
     def name(self) -> str:
@@ -78,17 +90,23 @@ def place(
         for run in (run for run in runs if number < len(run.tries)):
             seed, gin_file = run.tries[number], run.gin_file
             where = "runs" if below_bucket else os.path.abspath(root)
-            base, reward = (
-                _workdir_of(design, name, seed, where) for name in (run.base, run.reward)
+            base, reward, scored_by = (
+                _workdir_of(design, name, seed, where)
+                for name in (run.base, run.reward, run.scored_by)
             )
-            if run.overrides or seed is not AS_FILE or (base and not below_bucket):
+            drawn_by = None
+            if run.best_of is not None:
+                drawn_by = next(p for p in found if _workdir(where, p.run, p.seed) == base)
+                gin_file = drawn_by.gin_file
+            elif run.overrides or seed is not AS_FILE or (base and not below_bucket):
                 file = configs / f"{_stem(run, seed)}.gin"
                 configs.mkdir(parents=True, exist_ok=True)
                 _write(file, gin_text(run, seed, base, reward))
                 gin_file = str(file)
             one = Placed(
                 run=run, seed=seed, gin_file=gin_file, workdir=_workdir(root, run, seed),
-                base=base, reward=reward,
+                base=base, reward=reward, scored_by=scored_by, drawn_by=drawn_by,
+                asked=() if below_bucket else design.asked,
             )  # fmt: skip
             found.append(one)
     return found
@@ -137,6 +155,8 @@ def config(placed: Placed) -> TrainConfig:
 def state(placed: Placed) -> State:
     """What lies in the workdir of a run, compared with what the study declares."""
     workdir = epath.Path(placed.workdir)
+    if placed.drawn_by is not None:
+        return _drawn(placed, placed.drawn_by)
     if placed.run.only_prepared:
         return _prepared(placed, workdir / "data" / "card.json")
     saved = workdir / "config.gin"
@@ -157,11 +177,26 @@ def state(placed: Placed) -> State:
         says = f"{placed.name}: unfinished, at step {step:,} of {last:,}"
         return State(kind=UNFINISHED, says=says, **about)
     folder = evals_folder(placed, step)
+    return State(kind=DONE, says="", folder=folder, scored=_scores(folder), **about)
+
+
+def _scores(folder: pathlib.Path) -> list[scores.Scored]:
     try:
-        scored = scores.load(folder)[1]
+        return scores.load(folder)[1]
     except validation.UsageError:
-        scored = []
-    return State(kind=DONE, says="", folder=folder, scored=scored, **about)
+        return []
+
+
+def _drawn(placed: Placed, of: Placed) -> State:
+    """The state of a run that is only evaluated, with the weights of another."""
+    weights = state(of)
+    if weights.kind != DONE:
+        return State(kind=weights.kind, says=f"{placed.name}: of {weights.says}")
+    folder = evals_folder(placed, weights.step)
+    return State(
+        kind=DONE, says="", step=weights.step, config=weights.config, tries=weights.tries,
+        folder=folder, scored=_scores(folder), workdir=placed.workdir,
+    )  # fmt: skip
 
 
 def _prepared(placed: Placed, file: epath.Path) -> State:
@@ -187,11 +222,13 @@ def num_steps(workdir: str, step: int) -> int:
     return int(about["must_match"].get("num_steps", 0))
 
 
-def evals_folder(placed: Placed, step: int) -> pathlib.Path:
-    """Where `evaluate` leaves what it finds of a step."""
+def evals_folder(placed: Placed, step: int | None) -> pathlib.Path:
+    """Where `evaluate` leaves what it finds of a step; of the best of n, which has one, in a folder
+    of its own."""
     workdir = placed.workdir.rstrip("/")
     parent = f"evals/{epath.Path(workdir).name}" if "://" in workdir else f"{workdir}/evals"
-    return pathlib.Path(parent) / f"step_{step}"
+    apart = "".join(f",{flag.lstrip('-')}" for flag in placed.asked)
+    return pathlib.Path(parent) / ("" if placed.drawn_by is not None else f"step_{step}{apart}")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

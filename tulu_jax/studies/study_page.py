@@ -9,7 +9,7 @@ import jinja2
 
 from tulu_jax import atomic, strict_json, validation
 from tulu_jax.studies import estimates, origins, pictures, run_commands, run_states, stability
-from tulu_jax.studies.declared import AS_FILE, Design, Study
+from tulu_jax.studies.declared import AS_FILE, Against, Design, Study
 from tulu_jax.studies.run_states import Placed, State
 from tulu_jax.training import metrics
 
@@ -35,6 +35,7 @@ def found(
         "scale": scale,
         "cells": [_cell(line) for line in lines],
         "expected": [_held(one) for one in held],
+        "against": [_against(one, design, states) for one in design.against],
         "holes": list(dict.fromkeys(_holes(lines, held, placed, states, design))),
         "differences": list(origins.differences(placed, states, design)),
         "runs": [origins.row(one, states[one.name]) for one in placed],
@@ -57,6 +58,9 @@ def write(
         "Curves of training; a band is the range over seeds":
             pictures.curves(_curves(placed, states), design.curves),
     }  # fmt: skip
+    for one in design.against:
+        points = _points(one, design, states)
+        drawn[one.title] = pictures.against(points, str(one.x), [str(y) for y in one.ys])
     folder.mkdir(parents=True, exist_ok=True)
     json_name, markdown_name, html_name = NAMES
     atomic.write_text(folder / json_name, strict_json.dumps(content, indent=1) + "\n")
@@ -98,6 +102,8 @@ def _tables(content: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str] | N
     marks = dict.fromkeys(cell["mark"] for cell in content["cells"] if cell["mark"])
     if marks:
         yield "Where the paper contradicts itself", None, list(marks)
+    for one in content["against"]:
+        yield one["title"], one["header"], one["rows"]
     if content["expected"]:
         rows = [
             [one["says"], one["values"], f"{one['holds']} of {one['seeds']}"]
@@ -160,6 +166,29 @@ def _cell(line: estimates.Line) -> dict[str, Any]:
     }
 
 
+def _points(
+    one: Against, design: Design, states: Mapping[str, State]
+) -> dict[str, dict[str, estimates.Estimate | None]]:
+    """The estimates of a picture, by run and score."""
+    return {
+        run: {str(score): estimates.point(run, score, design, states) for score in (one.x, *one.ys)}
+        for run in one.runs
+    }
+
+
+def _against(one: Against, design: Design, states: Mapping[str, State]) -> dict[str, Any]:
+    """The table of a picture."""
+    points = _points(one, design, states)
+    return {
+        "title": one.title,
+        "header": ["run", str(one.x), *map(str, one.ys)],
+        "rows": [
+            [run, *("—" if e is None else _with(e.value, e.half) for e in its.values())]
+            for run, its in points.items()
+        ],
+    }
+
+
 def _held(one: estimates.Held) -> dict[str, Any]:
     values = [f"{_seed(seed)}: {_number(v, signed=True)}" for seed, v in one.by_seed.items()]
     return {
@@ -179,7 +208,7 @@ def _holes(lines, held, placed, states: Mapping[str, State], design: Design) -> 
         state = states[one.name]
         if state.kind != run_states.DONE:
             yield state.says
-        elif lack := run_commands.lacking(state, design):
+        elif lack := run_commands.lacking(one, state, design):
             yield f"{one.name}: evaluation pending on {', '.join(lack)}"
     for line in lines:
         if line.hole and line.ours is None:

@@ -24,7 +24,8 @@ _MODEL = {
 
 def run(
     name: str, gin_file: str, *, updates: int, seeds: tuple[int, ...] = SEEDS,
-    base: str | None = None, reward: str | None = None, **overrides: Any,
+    base: str | None = None, reward: str | None = None, scored_by: str | None = None,
+    is_evaluated: bool = True, **overrides: Any,
 ) -> Run:  # fmt: skip
     """A run of so many updates, evaluated on its held-out rows at both ends and half-way;
     `overrides` are macros."""
@@ -36,7 +37,7 @@ def run(
     }
     return Run(
         name=name, gin_file=gin_file, overrides={**fields, **overrides}, seeds=seeds, base=base,
-        reward=reward,
+        reward=reward, scored_by=scored_by, is_evaluated=is_evaluated,
     )  # fmt: skip
 
 

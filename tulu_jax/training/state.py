@@ -32,8 +32,8 @@ class Frozen:
     checkpoint, and not donated.
 
     `base` is a nested dict of the policy's leaves that do not train; `reference` are the parameters
-    of a whole model beside it, and below `REWARD` those of a reward model if there is one; or None:
-    then `base`, if that is a whole model.
+    of a whole model beside it, and below `REWARD` those of a reward model if there is one. Without
+    such a model, or with None, the reference is `base`, if that is a whole model.
     """
 
     base: Any = dataclasses.field(default_factory=dict)
@@ -42,6 +42,18 @@ class Frozen:
     def whole(self, params: dict) -> dict:
         """The parameters of the policy: `params`, which train, and those of `base`."""
         return _joined(self.base, params)
+
+    def value(self, params: dict) -> dict:
+        """The parameters of the value network among `params`: whole, or beside a frozen `base`, on
+        whose trunk it stands with adapters of its own."""
+        trunk = {name: self.base[name] for name in ("model",) if name in self.base}
+        return _joined(trunk, params[VALUE])
+
+    @property
+    def first(self) -> dict:
+        """The parameters of the reference, which is the policy as the run began."""
+        found = {name: part for name, part in (self.reference or {}).items() if name != REWARD}
+        return found or self.base
 
 
 def _joined(one: dict, other: dict) -> dict:
