@@ -2,7 +2,7 @@
 
 from tulu_jax.studies import tiny_runs
 from tulu_jax.studies.declared import Cell, Design, Expected, Run, Score, Study
-from tulu_jax.studies.table_5_qlora import COLUMNS, VARIES
+from tulu_jax.studies.table_5_qlora import COLUMNS, VARIES, tiny_qlora
 
 _RANKS, _TINY_RANKS = (8, 16, 64, 256), (1, 4, 16, 64)
 _SIZES = ("7b", "13b")
@@ -12,13 +12,6 @@ def _run(size: str, rank: int) -> Run:
     name = f"qlora_{size}" if rank == 64 else f"qlora_{size}_r{rank}"  # 64 is the paper's
     overrides = {} if rank == 64 else {"lora.LoRAConfig.rank": rank}
     return Run(name=name, gin_file=f"qlora_{size}.gin", overrides=overrides)
-
-
-def _tiny(rank: int) -> Run:
-    return tiny_runs.run(
-        f"qlora_r{rank}", tiny_runs.QLORA, updates=50, base="base",
-        **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank, "LEARNING_RATE": 2e-3},
-    )  # fmt: skip
 
 
 _RUNS = {size: [_run(size, rank) for rank in _RANKS] for size in _SIZES}
@@ -43,7 +36,7 @@ STUDY = Study(
         runs=(
             tiny_runs.run("base", tiny_runs.SFT, updates=300, seeds=(1,),
                           MIXTURE="tulu_tiny_no_facts"),
-            *map(_tiny, _TINY_RANKS),
+            *map(tiny_qlora, _TINY_RANKS),
         ),
         benchmarks=(tiny_runs.BENCHMARK,),
         cells=tuple(Cell(run=f"qlora_r{rank}", score=tiny_runs.EXACT) for rank in _TINY_RANKS),

@@ -45,7 +45,7 @@ STUDY = Study(
             Run(name="stories_sft", gin_file="stories260k_sft.gin", seeds=SEEDS,
                 overrides=_SHORT | {"NUM_EPOCHS": 0.05}),
             Run(name="stories_dpo", gin_file="stories260k_dpo.gin", seeds=SEEDS, base="stories_sft",
-                overrides=_SHORT | {"NUM_EPOCHS": 0.2}),
+                overrides=_SHORT | {"NUM_EPOCHS": 2.0, "BATCH_SIZE": 16}),
         ),
         benchmarks=(),
         cells=(

@@ -15,10 +15,16 @@ VARIES = ("model", "adapter", "quant", "param_dtype", "optimizer.", "num_epochs"
 _RANKS = (1, 16)
 
 
-def _qlora(rank: int) -> Run:
+_UPDATES = 150
+
+
+def tiny_qlora(rank: int) -> Run:
+    """QLoRA of `rank` on what the base has not seen; alpha is the rank, so that adapters of all
+    ranks count as much."""
     return tiny_runs.run(
-        f"qlora_r{rank}", tiny_runs.QLORA, updates=50, base="base",
-        **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank, "LEARNING_RATE": 2e-3},
+        f"qlora_r{rank}", tiny_runs.QLORA, updates=_UPDATES, base="base",
+        **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank,
+           "lora.LoRAConfig.alpha": float(rank), "LEARNING_RATE": 1e-2},
     )  # fmt: skip
 
 
@@ -37,9 +43,9 @@ STUDY = Study(
             # The base has seen no facts; what is then trained must learn them.
             tiny_runs.run("base", tiny_runs.SFT, updates=300, seeds=(1,),
                           MIXTURE="tulu_tiny_no_facts"),
-            tiny_runs.run("full", tiny_runs.SFT, updates=50, base="base",
+            tiny_runs.run("full", tiny_runs.SFT, updates=_UPDATES, base="base",
                           MIXTURE="tulu_tiny_all"),
-            *map(_qlora, _RANKS),
+            *map(tiny_qlora, _RANKS),
         ),
         benchmarks=(tiny_runs.BENCHMARK,),
         cells=(
