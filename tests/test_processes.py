@@ -61,8 +61,9 @@ def home(tmp_path_factory, put_tokenizer):
     return folder
 
 
-def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=()):
-    """`count` processes of one run; `of_one[i]` are flags of process i alone."""
+def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=(), devices=DEVICES):
+    """`count` processes of one run on so many devices together; `of_one[i]` are flags of process i
+    alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -73,7 +74,7 @@ def start(home, workdir, *, count, stage="tulu_tiny_sft", options=(), of_one=())
     ]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
     }
     return [
         subprocess.Popen(
