@@ -54,15 +54,16 @@ STUDY = Study(
             Cell(run="qlora_r1", minus="full", score=tiny_runs.EXACT),
             Cell(run="qlora_r16", minus="full", score=tiny_runs.EXACT),
             Cell(run="qlora_r16", minus="qlora_r1", score=tiny_runs.EXACT),
-            *(Cell(run=run, score=tiny_runs.exact("kind"))
-              for run in ("full", "qlora_r1", "qlora_r16")),
+            *(Cell(run=run, score=score)
+              for run in ("full", "qlora_r1", "qlora_r16")
+              for score in (tiny_runs.LOSS, tiny_runs.exact("kind"))),
         ),
         expected=(
-            Expected(says="QLoRA of rank 1 trails full fine-tuning",
-                     cell=Cell(run="qlora_r1", minus="full", score=tiny_runs.EXACT), below=0.0),
-            Expected(says="Rank 16 is ahead of rank 1",
-                     cell=Cell(run="qlora_r16", minus="qlora_r1", score=tiny_runs.EXACT),
-                     above=0.0),
+            Expected(says="QLoRA of rank 1 trails full fine-tuning, by the held-out loss",
+                     cell=Cell(run="qlora_r1", minus="full", score=tiny_runs.LOSS), above=0.0),
+            Expected(says="Rank 16 is ahead of rank 1, by the held-out loss",
+                     cell=Cell(run="qlora_r16", minus="qlora_r1", score=tiny_runs.LOSS),
+                     below=0.0),
             Expected(says="Full fine-tuning is ahead of its base",
                      cell=Cell(run="full", minus="base", score=tiny_runs.EXACT), above=0.0),
         ),

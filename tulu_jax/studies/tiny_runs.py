@@ -6,13 +6,14 @@ A run is some seconds on two cores, most of which go into starting its process.
 from collections.abc import Mapping
 from typing import Any
 
-from tulu_jax.studies.declared import SEEDS, Run, Score
+from tulu_jax.studies.declared import SEEDS, TRAINING, Run, Score
 
 SFT, DPO, QLORA = "tulu_tiny_sft.gin", "tulu_tiny_dpo.gin", "tulu_tiny_qlora.gin"
 RM, PPO = "tulu_tiny_rm.gin", "tulu_tiny_ppo.gin"
 BENCHMARK, GERMAN = "tulu_tiny", "tulu_tiny_german"
 EXACT = Score(benchmark=BENCHMARK, metric="exact_match")
 POLITE = Score(benchmark=BENCHMARK, metric="polite")
+LOSS = Score(benchmark=TRAINING, metric="eval/loss")
 _MODEL = {
     "config.LlamaConfig.num_layers": 3,
     "config.LlamaConfig.embed_dim": 128,
