@@ -42,7 +42,7 @@ class Decoder:
         config: LlamaConfig,
         execution: ExecutionConfig,
         *,
-        slots: int = 8,
+        slots: int = 16,
         steps: int = 16,
         page: int = 64,
         row_length: int = 1024,
