@@ -44,7 +44,7 @@ class Worker:
         environment["JAX_PLATFORMS"] = "cpu"
         if name != "ours":
             environment.pop("PYTHONPATH", None)
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, `close` does
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- `close` does
         self._process = subprocess.Popen(
             [python, str(WORKERS / f"{name}_worker.py"), stage, *["--tiny"] * tiny],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
