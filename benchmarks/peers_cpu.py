@@ -197,6 +197,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help=f"turns of {UPDATES} updates")
     parser.add_argument("--tiny", action="store_true", help="whether it works, not how fast it is")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds={arguments.rounds}: expected a positive number")
     peers, ours = dict(arguments.peer), ("ours", sys.executable)
     stages = {}
     for stage in ("sft", "dpo"):
