@@ -1,6 +1,7 @@
 """EasyDeL's update for `peers_cpu.py`: the step of `SFTTrainer` and of `DPOTrainer` with what their
 loops do to a batch before it, on its Llama without rematerialisation."""
 
+import functools
 import os
 import tempfile
 
@@ -78,7 +79,7 @@ def masked(**fields: np.ndarray) -> dict[str, np.ndarray]:
     return batch | {f"{name}_attention_mask": np.ones_like(ids) for name, ids in fields.items()}
 
 
-def build(stage: str, size: protocol.Size):
+def build(folder: str, stage: str, size: protocol.Size):
     if stage == "sft":
         tokens = protocol.sft_tokens(size)
         batch = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": tokens}
@@ -88,7 +89,7 @@ def build(stage: str, size: protocol.Size):
         batch = masked(prompt=prompts, chosen=chosen, rejected=rejected)
         make = easydel.DPOTrainer
     trainer = make(
-        arguments=arguments(stage, size, tempfile.mkdtemp()),
+        arguments=arguments(stage, size, folder),
         model=make_model(size),
         processing_class=tokenizer(size),
         train_dataset=datasets.Dataset.from_dict({k: v.tolist() for k, v in batch.items()}),
@@ -108,4 +109,5 @@ def build(stage: str, size: protocol.Size):
 
 
 if __name__ == "__main__":
-    protocol.serve(build, ["easydel"])
+    with tempfile.TemporaryDirectory() as folder:
+        protocol.serve(functools.partial(build, folder), ["easydel"])

@@ -65,6 +65,8 @@ def configured(stage: str, size: protocol.Size, folder: str):
         adam_eps=protocol.EPS,
         adam_weight_decay=protocol.WEIGHT_DECAY,
     )
+    if stage == "dpo":
+        settings["dpo.dpo_beta"] = protocol.BETA
     path = os.path.join(os.path.dirname(maxtext.__file__), "configs", "post_train", f"{stage}.yml")
     return pyconfig.initialize_pydantic(["", path, *(f"{k}={v}" for k, v in settings.items())])
 
