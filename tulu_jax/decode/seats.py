@@ -13,9 +13,9 @@ class Seats:
     There are places for 1, 2, 4, ... rows: with few rows left they move together.
     """
 
-    def __init__(self, page: int):
+    def __init__(self, page: int, longest: int):
         self.arrays: row_attention.Rows = ()
-        self.page = page
+        self.page, self.pages = page, row_attention.pages_of_group(page, longest)
         self.rows: list[Row | None] = []
 
     def place(self, cache: paged_attention.Cache, rows: list[Row], steps: int) -> dict[int, Row]:
@@ -24,8 +24,7 @@ class Seats:
         had = {id(row) for row in rows}
         kept = [n for n, row in enumerate(self.rows) if id(row) in had]
         last = max(row.position + min(steps, row.most - len(row.ids)) for row in rows)
-        of_group = row_attention.pages_of_group(self.page)
-        count = -(-last // (self.page * of_group))
+        count = _rounded(-(-last // (self.page * self.pages)))
         if size == len(self.rows):
             count = max(count, row_attention.groups(self.arrays))
             self.rows = [row if n in kept else None for n, row in enumerate(self.rows)]
@@ -34,14 +33,20 @@ class Seats:
             slots[: len(kept)] = kept
             self.arrays = programs.seat(self.arrays, slots) if kept else ()
             self.rows = [self.rows[n] for n in kept] + [None] * (size - len(kept))
-        self.arrays = row_attention.widened(self.arrays, cache, count, size=size)
+        self.arrays = row_attention.widened(self.arrays, cache, count, size=size, pages=self.pages)
         seated = {id(row) for row in self.rows}
         for row in rows:
             if id(row) not in seated:
                 slot = next(n for n, there in enumerate(self.rows) if there is None)
-                pages = np.full(count * of_group, paged_attention.NOBODYS, np.int32)
+                pages = np.full(count * self.pages, paged_attention.NOBODYS, np.int32)
                 own = row.pages[: -(-row.position // self.page)]
                 pages[: len(own)] = own
                 self.arrays = programs.begin(self.arrays, cache, np.int32(slot), pages)
                 self.rows[slot] = row
         return {n: row for n, row in enumerate(self.rows) if row is not None}
+
+
+def _rounded(count: int) -> int:
+    """`count` or up to half as much again: 1, 2, 3, 4, 6, 8, 12 and so on, for few programs."""
+    size = 1 << max(count - 1, 0).bit_length()
+    return size if count > size * 3 // 4 or size < 4 else size * 3 // 4

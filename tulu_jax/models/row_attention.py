@@ -24,7 +24,7 @@ from tulu_jax.models.xla_attention import MASKED
 from tulu_jax.parallel import sharding
 
 Rows = tuple[dict[str, tuple[jax.Array, ...]], ...]  # of each layer
-POSITIONS, MOST_PAGES = 256, 8  # of a group, at most
+POSITIONS, MOST_GROUPS, MOST_PAGES = 256, 8, 16  # least of a group, of a row, of a group
 
 MOST_LAYERS = 24  # which are compiled one by one
 MOST_WEIGHTS = 1 << 31  # bytes of the layers, of which a program has a copy
@@ -37,9 +37,9 @@ def suits(config: LlamaConfig, layers) -> bool:
     return target.platform() == "cpu" and sharding.num_devices() == 1 and small
 
 
-def pages_of_group(page: int) -> int:
-    """Of so many positions."""
-    return max(1, min(MOST_PAGES, POSITIONS // page))
+def pages_of_group(page: int, longest: int) -> int:
+    """Of rows of at most `longest` positions, which have few groups."""
+    return max(1, min(MOST_PAGES, max(POSITIONS, -(-longest // MOST_GROUPS)) // page))
 
 
 def groups(rows: Rows) -> int:
@@ -47,17 +47,16 @@ def groups(rows: Rows) -> int:
     return len(rows[0]["k"])
 
 
-def widened(rows: Rows, cache: paged_attention.Cache, count: int, *, size: int) -> Rows:
-    """`count` groups of `size` rows, those of `rows` and behind them zeros; without any rows, all
-    are."""
+def widened(rows: Rows, cache: paged_attention.Cache, count: int, *, size: int, pages: int) -> Rows:
+    """`count` groups of `pages` of `size` rows, those of `rows` and behind them zeros; without any
+    rows, all are."""
     (L, _, K, page, H) = cache["k"].shape
     had = groups(rows) if rows else 0
 
     def more(n, name):
         own = rows[n][name] if rows else ()
         empty = [
-            jnp.zeros((size, K, pages_of_group(page), page, H), cache[name].dtype)
-            for _ in range(count - had)
+            jnp.zeros((size, K, pages, page, H), cache[name].dtype) for _ in range(count - had)
         ]
         return (*own[:count], *empty)
 
@@ -145,17 +144,17 @@ def _written(own, new, positions):
     """A layer's rows with `new` [B, K, H] at `positions`, in place."""
     M, page = own["k"][0].shape[2:4]
 
-    def group(x, new, g):
-        page_of = positions // page - g * M
-        inside = (page_of >= 0) & (page_of < M)
-        page_of = jnp.clip(page_of, 0, M - 1)
-
-        def write(b, x):
-            at = (b, 0, page_of[b], positions[b] % page, 0)
-            one = new[b][None, :, None, None]
+    def write(b, own):
+        def group(x, one, g):
+            page_of = positions[b] // page - g * M
+            at = (b, 0, jnp.clip(page_of, 0, M - 1), positions[b] % page, 0)
             there = jax.lax.dynamic_slice(x, at, one.shape)
-            return jax.lax.dynamic_update_slice(x, jnp.where(inside[b], one, there), at)
+            inside = (page_of >= 0) & (page_of < M)
+            return jax.lax.dynamic_update_slice(x, jnp.where(inside, one, there), at)
 
-        return jax.lax.fori_loop(0, positions.shape[0], write, x)
+        one = {name: x[b][None, :, None, None] for name, x in new.items()}
+        return {
+            name: tuple(group(x, one[name], g) for g, x in enumerate(own[name])) for name in own
+        }
 
-    return {name: tuple(group(x, new[name], g) for g, x in enumerate(own[name])) for name in own}
+    return jax.lax.fori_loop(0, positions.shape[0], write, own)
