@@ -16,6 +16,8 @@ from tulu_jax.data import chat, tokenizer_files
 from tulu_jax.evals import catalogue, scores
 from tulu_jax.interop import tokenizer_export
 
+PARTS = (("mmlu", "bbh"), ("codex_eval", "gsm8k"), ("tydiqa", "mt_bench"))
+SAMPLES = "--set=codex_eval.samples=5"
 POSITIONS = 3072  # its 512 pieces make long prompts
 FIRST_LINES = {  # of each file below eval/, how many
     "mmlu/dev/anatomy_dev.csv": 5,
@@ -87,7 +89,7 @@ def command(stories, data, out, *more: str) -> str:
         [
             *(sys.executable, "-m", "tulu_jax.evaluate", f"--model_folder={stories}"),
             *("--benchmarks=all", f"--eval_data={data}", "--allow_altered_data", f"--out={out}"),
-            *("--slots=4", "--set=codex_eval.samples=5", *more),
+            *("--slots=2", *more),
         ],
         env=os.environ | {"XLA_FLAGS": "", "OPENAI_API_KEY": "none"},
         capture_output=True, text=True,
@@ -97,10 +99,22 @@ def command(stories, data, out, *more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def answered(data, stories, tmp_path_factory):
-    """The folder of an evaluation without judges, and what it printed."""
-    out = tmp_path_factory.mktemp("evaluated")
-    return out, command(stories, data, out)
+def out(tmp_path_factory):
+    """The folder of an evaluation."""
+    return tmp_path_factory.mktemp("evaluated")
+
+
+@pytest.mark.parametrize("part", PARTS, ids="+".join)
+def test_some_are_evaluated_before_the_others(part, data, stories, out):
+    samples = (SAMPLES,) if "codex_eval" in part else ()
+    command(stories, data, out, f"--benchmarks={','.join(part)}", *samples)
+    assert set(part) <= {one.benchmark for one in scores.load(out)[1]}
+
+
+@pytest.fixture(scope="module")
+def answered(data, stories, out):
+    """The same folder after that of all, without judges, and what it printed."""
+    return out, command(stories, data, out, SAMPLES)
 
 
 def test_without_judges_four_are_pending(answered):
@@ -121,7 +135,7 @@ def test_with_judges_all_have_scores_and_nothing_is_asked_again(answered, data, 
         stories, data, out,
         *(f"--judge_url={server.url}", f"--truth_judge={stories}", f"--info_judge={stories}"),
         f"--toxicity_classifier={small_classifier.save(str(tmp_path / 'classifier'))}",
-        *("--paper_row=Tulu 2 7B", "--groups"),
+        *("--paper_row=Tulu 2 7B", "--groups", SAMPLES),
     )  # fmt: skip
     server.shutdown()
     server.server_close()
