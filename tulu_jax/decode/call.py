@@ -85,7 +85,7 @@ class Call:
             dtype=decoder.execution.compute_dtype,
         )  # fmt: skip
         by_row = parts == 1 and programs.goes_by_row(decoder.config, params, decoder.attend)
-        self.seats = seats.Seats(decoder.page, decoder.max_length) if by_row else None
+        self.seats = seats.Seats(decoder.page) if by_row else None
         self.each: dict[int, Sampling] = {}
         self.words: dict[tuple[int, int], np.ndarray] = {}
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters

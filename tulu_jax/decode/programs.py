@@ -88,7 +88,7 @@ def goes_by_row(config, params, attend) -> bool:
 
 
 begin = functools.partial(jax.jit, donate_argnums=0)(row_attention.begun)
-seat = jax.jit(row_attention.seated)
+seat = functools.partial(jax.jit, static_argnames="pages")(row_attention.seated)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

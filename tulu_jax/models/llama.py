@@ -28,7 +28,7 @@ from tulu_jax.parallel import balance, sharding
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # keys and values, `k` and `v`
-Cached = Cache | tuple[dict[str, tuple], ...]  # of all layers, or of each (`row_attention.Rows`)
+Cached = Cache | tuple[Cache, ...]  # of all layers, or of each
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cached, Any], tuple[jax.Array, Cached]]
 
 NOISE = "noise"  # the field of a batch that `lora.noise` makes
