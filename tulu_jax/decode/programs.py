@@ -14,8 +14,9 @@ from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
 # On a CPU XLA gives large sums and exponentials to a library and small ones not, whose bits differ:
-# a row would depend on how many are beside it. Elsewhere this says nothing.
-SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# a row would depend on how many are beside it. Products alone stay with it. Elsewhere this says
+# nothing.
+SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def rounded(count: int) -> int:

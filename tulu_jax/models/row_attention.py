@@ -118,4 +118,6 @@ def _written(own, new, positions):
             for name, x in own.items()
         }
 
-    return jax.lax.fori_loop(0, positions.shape[0], write, own)
+    # The number of rows as XLA cannot know it: a loop of one turn would be undone, and what it
+    # writes into copied at each step.
+    return jax.lax.fori_loop(0, (positions >= 0).sum(), write, own)
