@@ -27,8 +27,10 @@ if [ "${1:-}" = --slow ]; then
   MARK="slow"
   shift
 fi
-# In the order of collection, which has the longest files first.
-"$VENV/bin/python" -m pytest -m "$MARK" -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
+# In the order of collection, which has the longest files first. A worker that dies ends the run:
+# with another in its place xdist waits forever for files that are done.
+"$VENV/bin/python" -m pytest -m "$MARK" -n 2 --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart 0 tests "$@"
 if [ $# -eq 0 ] && [ "$MARK" != slow ]; then  # alone: TensorFlow and torch's Triton crash in one
   "$VENV/bin/python" -m pytest tests/data/test_seqio_bridge.py
 fi

@@ -16,7 +16,16 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from tulu_jax import adapted, digests, model_card, trained, trainer, validation, verification
+from tulu_jax import (
+    adapted,
+    atomic,
+    digests,
+    model_card,
+    trained,
+    trainer,
+    validation,
+    verification,
+)
 from tulu_jax import base as base_lib
 from tulu_jax import step as step_lib
 from tulu_jax.data import chat as chat_lib
@@ -135,9 +144,7 @@ class StoredSource:
         self.params = jax.tree.map_with_path(
             lambda path, _: self._arrays[sharding.path_name(path)], abstract
         )
-        file = folder / checkpoint_digests.FILE
-        saved = digests.of_file(file) if file.exists() else "without digests"
-        self.made_of = f"step {step} of {checkpoints.folder}, {saved}"
+        self.made_of = _saved(checkpoints, step)
 
     def learnt(self) -> dict[str, Any]:
         return {path: dict(array.sums) for path, array in self._arrays.items()}
@@ -150,11 +157,20 @@ class StoredSource:
         self._checkpoints.check_stored(self._step, self._arrays)
 
 
+def _saved(checkpoints: checkpoint_lib.Checkpoints, step: int) -> str:
+    """What a checkpoint is, by its digests."""
+    file = checkpoints.folder / str(step) / checkpoint_digests.FILE
+    saved = digests.of_file(file) if file.exists() else "without digests"
+    return f"step {step} of {checkpoints.folder}, {saved}"
+
+
 def write_first_step(config: TrainConfig, config_text: str) -> None:
     """Writes the checkpoint of step 0: the parameters of `base` and a new optimizer state.
 
-    One layer of a parameter is in memory at a time. `train` goes on from it. Raises `UsageError`
-    if the base does not fit the model, or has weights that are not finite.
+    One layer of a parameter is in memory at a time. `train` goes on from it. After a kill it goes
+    on behind the layers that were written, if the base and the dtype are the same and the workdir
+    is on a disk. Raises `UsageError` if the base does not fit the model, or has weights that are
+    not finite.
     """
     validation.raise_if(trained.base_problems(config))
     trains, frozen = step_lib.abstract_split(config)
@@ -167,7 +183,7 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
             tokenizer = trained.tokenizer_digest(config.data.tokenizer)
         num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trains))
         with tqdm.tqdm(total=num_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            params, check = _streamed_base(config, trains, bar)
+            params, check, made_of = _streamed_base(config, trains, bar)
             state = TrainState(
                 step=Streamed.filled((), np.zeros((), np.int32), stacked=False),
                 params=params,
@@ -185,9 +201,10 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
                     tokenizer=tokenizer,
                 )
 
+            before = checkpoint_lib.left_of_first_step(config.workdir, made_of)
             checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
             try:
-                checkpoints.save_streamed(0, state, about)
+                checkpoints.save_streamed(0, state, about, before)
             except checkpoint_lib.CheckpointError as error:
                 raise _usage_error(error) or error from None
             finally:
@@ -224,7 +241,8 @@ def _usage_error(error: BaseException) -> validation.UsageError | None:
 
 
 def _streamed_base(config: TrainConfig, trains: llama.Params, bar):
-    """The parameters of the base as `Streamed` arrays, and what raises if they were damaged."""
+    """The parameters of the base as `Streamed` arrays, what raises if they were damaged, and what
+    they are made of."""
     if not sources.is_published(config.base):
         other = checkpoint_lib.Checkpoints(config.base)
         step = other.require(None)
@@ -234,27 +252,32 @@ def _streamed_base(config: TrainConfig, trains: llama.Params, bar):
             array = stored[layout.path]
             return array[layer] if layout.stacked else np.asarray(array)
 
-        return _streamed(config, trains, of_run, None, bar), lambda: other.check_stored(
-            step, stored
-        )
+        params = _streamed(config, trains, of_run, None, bar)
+        made_of = f"{_saved(other, step)}, {config.param_dtype}"
+        return params, lambda: other.check_stored(step, stored), made_of
     files = hf.opened(config.base, config.model)
 
     def of_files(layout, layer):
         weight = files.rows(layout.names[layer], slice(None))
         return layout.host_to_ours(weight, np.dtype(config.param_dtype))
 
-    return _streamed(config, trains, of_files, files, bar), lambda: None
+    place = epath.Path(config.base).expanduser()
+    paths = [place] if sources.is_easylm(place) else [place / name for name in files.files]
+    known = {str(path): atomic.file_system(path).ukey(str(path)) for path in paths}
+    made_of = f"{known}, {config.param_dtype}"
+    return _streamed(config, trains, of_files, files, bar), lambda: None, made_of
 
 
 def _streamed(config: TrainConfig, trains: llama.Params, read, files, bar) -> llama.Params:
     dtype, lock = np.dtype(config.param_dtype), threading.Lock()
 
+    def done(num_bytes: int) -> None:
+        with lock:
+            bar.update(num_bytes)
+
     def streamed(layout: layout_lib.Layout, abstract) -> Streamed:
         def make(layer: int) -> np.ndarray:
-            piece = read(layout, layer).astype(dtype, copy=False)
-            with lock:
-                bar.update(piece.nbytes)
-            return piece
+            return read(layout, layer).astype(dtype, copy=False)
 
         def pieces() -> Iterator:
             for layer in range(len(layout.names)):
@@ -265,7 +288,7 @@ def _streamed(config: TrainConfig, trains: llama.Params, read, files, bar) -> ll
             where = f"{weight} in {files.headers[weight].file}" if files else layout.path
             return f"base = {config.base!r}: {where}"
 
-        return Streamed.of(abstract.shape, dtype, pieces, named)
+        return Streamed.of(abstract.shape, dtype, pieces, named, done)
 
     return jax.tree.map(streamed, layout_lib.layouts(config.model), trains)
 

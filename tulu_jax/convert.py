@@ -9,7 +9,7 @@ Examples:
 
 It takes one host without accelerators, whatever the size of the model: a layer of a parameter is in
 memory at a time. BASE may also be a folder with pytorch_model.bin, one of Meta's, or a streamed
-file of EasyLM. An export that was killed goes on when the same command is given again.
+file of EasyLM. What was killed goes on when the same command is given again.
 """
 
 from absl import flags, logging

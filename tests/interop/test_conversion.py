@@ -18,7 +18,7 @@ from hf_models import assert_equal_trees, one_device, random_params
 from tulu_jax import conversion, step, trained, trainer, validation
 from tulu_jax.interop import folder, hf, shards
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.training import checkpoint, checkpoint_arrays, state
+from tulu_jax.training import checkpoint, checkpoint_arrays, state, unfinished
 from tulu_jax.training.state import TrainState
 
 MODEL = builders.MODEL
@@ -203,6 +203,93 @@ def test_a_killed_export_goes_on_behind_its_last_whole_file(run, tmp_path, monke
         assert (tmp_path / "out" / file.name).stat().st_mtime_ns == times[file.name]
     exported = hf.load(tmp_path / "out", MODEL, shardings=one_device(), dtype="float32")
     assert_equal_trees(exported, params)
+
+
+KILLED_INWARD = """
+import os, pickle, signal, sys
+from tulu_jax import conversion
+from tulu_jax.training import unfinished
+add, count = unfinished.Unfinished.add, 0
+def adding(*arguments):
+    global count
+    add(*arguments)
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+unfinished.Unfinished.add = adding
+conversion.write_first_step(pickle.loads(bytes.fromhex(sys.argv[1])), "")
+"""
+
+
+def killed_inward(config, pieces: int) -> None:
+    command = [sys.executable, "-c", KILLED_INWARD, pickle.dumps(config).hex(), str(pieces)]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+@pytest.fixture
+def inward(run, tmp_path):
+    """A config whose step 0 was being written when its process was killed, with 7 pieces there."""
+    config = builders.replace(run[0], workdir=str(tmp_path / "killed"))
+    killed_inward(config, 7)
+    assert os.listdir(tmp_path / "killed" / "checkpoints") == ["0.orbax-checkpoint-tmp"]
+    return config
+
+
+def written_now(monkeypatch) -> list[tuple[str, int]]:
+    """The pieces that this process writes."""
+    names, add = [], unfinished.Unfinished.add
+
+    def adding(self, array, layer, digest):
+        names.append((array, layer))
+        add(self, array, layer, digest)
+
+    monkeypatch.setattr(unfinished.Unfinished, "add", adding)
+    return names
+
+
+def begun_again(config, params):
+    """Converts, and compares what a run would restore."""
+    conversion.write_first_step(config, "")
+    workdir = pathlib.Path(config.workdir)
+    assert not (workdir / unfinished.FOLDER).exists()
+    checkpoints = checkpoint.Checkpoints(config.workdir)
+    assert checkpoints.steps() == [0]
+    assert_equal_trees(restored(config).params, params)
+
+
+def test_a_killed_conversion_goes_on_behind_what_it_wrote(run, inward, monkeypatch):
+    """Twice killed, a piece damaged meanwhile."""
+    killed_inward(inward, 5)
+    journal = pathlib.Path(inward.workdir) / unfinished.FOLDER / "written.jsonl"
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 1 + 12
+    line = json.loads(lines[3])
+    line["digest"][0] ^= 1
+    journal.write_text("\n".join([*lines[:3], json.dumps(line), *lines[4:], '{"cut']))
+    names = written_now(monkeypatch)
+    begun_again(inward, run[1])
+    pieces = sum(
+        len(leaf) if "layers" in jax.tree_util.keystr(path) else 1
+        for path, leaf in jax.tree.leaves_with_path(run[1])
+    )
+    assert (line["array"], line["layer"]) in names and len(names) == pieces - 11
+
+
+def test_what_was_written_of_another_base_is_left_behind(run, inward, tmp_path, monkeypatch):
+    """The weights' file was written anew; and the index of the arrays is gone."""
+    base = shutil.copytree(inward.base, tmp_path / "base")
+    other = builders.replace(inward, base=str(base))
+    names = written_now(monkeypatch)
+    begun_again(other, run[1])
+    before = len(names)
+    shutil.rmtree(inward.workdir)
+    killed_inward(inward, 7)
+    (index,) = pathlib.Path(inward.workdir).glob("checkpoints/*/state*/*/manifest.ocdbt")
+    index.write_bytes(index.read_bytes()[:20])
+    begun_again(inward, run[1])
+    assert len(names) == 2 * before
 
 
 def test_logits_are_compared_layer_by_layer(run, tmp_path):

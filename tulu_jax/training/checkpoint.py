@@ -17,7 +17,13 @@ from jax.experimental import multihost_utils
 from tulu_jax import validation
 from tulu_jax.models.config import LlamaConfig
 from tulu_jax.parallel import sharding
-from tulu_jax.training import agreement, checkpoint_arrays, checkpoint_digests, checkpoint_folders
+from tulu_jax.training import (
+    agreement,
+    checkpoint_arrays,
+    checkpoint_digests,
+    checkpoint_folders,
+    unfinished,
+)
 from tulu_jax.training.state import TrainState
 
 FOLDER = checkpoint_folders.FOLDER
@@ -61,6 +67,18 @@ class CheckpointError(RuntimeError):
 
 class DamagedError(validation.UsageError):
     """A checkpoint cannot be read, or is not what was saved; the message names what of it."""
+
+
+def left_of_first_step(workdir: str, made_of: str) -> unfinished.Unfinished | None:
+    """What a `save_streamed` of step 0 that was killed left of itself; None for a bucket. To be
+    asked for before there are `Checkpoints` with a config, which remove it."""
+    import orbax.checkpoint as ocp
+
+    if "://" in workdir:
+        return None
+    root = epath.Path(workdir).absolute()
+    unnamed = root / FOLDER / f"0{ocp.path.step.TMP_DIR_SUFFIX}"
+    return unfinished.Unfinished(root, unnamed, made_of, checkpoint_arrays.opens)
 
 
 class Checkpoints:
@@ -124,13 +142,19 @@ class Checkpoints:
         self._save(step, state, lambda: about, metrics, checkpoint_digests.of_arrays)
 
     def save_streamed(
-        self, step: int, state: TrainState, about: Callable[[], Mapping[str, Any]]
+        self,
+        step: int,
+        state: TrainState,
+        about: Callable[[], Mapping[str, Any]],
+        before: unfinished.Unfinished | None = None,
     ) -> None:
-        """Writes a `state` of `checkpoint_arrays.Streamed` leaves, a piece at a time. `about` is
-        asked when all are written. Raises `CheckpointError`."""
-        checkpoint_arrays.write_streamed(self._ocp)
+        """Writes a `state` of `checkpoint_arrays.Streamed` leaves, a piece at a time, but for those
+        written `before`. `about` is asked when all are written. Raises `CheckpointError`."""
+        checkpoint_arrays.write_streamed(self._ocp, before)
         self._save(step, state, about, {}, checkpoint_arrays.of_streamed)
         self.wait()
+        if before is not None:
+            before.remove()
 
     def _save(self, step, state, about, metrics, digests) -> None:
         args = self._ocp.args

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from tulu_jax import validation
 from tulu_jax.parallel import sharding
-from tulu_jax.training import checkpoint_digests, host_sums, state
+from tulu_jax.training import checkpoint_digests, host_sums, state, unfinished
 
 BLOCKS = 4_000_000_000  # bytes of layers that are kept where chunks reach over many of them
 CHUNK = 64 << 20  # bytes of a chunk that is written, at most
@@ -104,16 +105,17 @@ class Streamed(np.ndarray):
     """Stands in a tree that is saved for an array that is made while it is written.
 
     `pieces` gives the index of each piece and a function that makes it: layers of a stacked array,
-    or all of it under the index (); `named` tells what a piece is, in a refusal. `sums` add up, and
-    `weights`, as those of `checkpoint_digests.sums` and `state.leaf_sums`.
+    or all of it under the index (); `named` tells what a piece is, in a refusal, and `done` is told
+    how many bytes are. `sums` add up, and `weights`, as those of `checkpoint_digests.sums` and
+    `state.leaf_sums`.
     """
 
     pieces: Callable[[], Iterator[tuple[tuple[int, ...], Callable[[], np.ndarray]]]]
 
     @staticmethod
-    def of(shape: Sequence[int], dtype, pieces, named) -> "Streamed":
+    def of(shape: Sequence[int], dtype, pieces, named, done=lambda num_bytes: None) -> "Streamed":
         array = np.broadcast_to(np.zeros((), dtype), shape).view(Streamed)
-        array.pieces, array.named, array.constant = pieces, named, False
+        array.pieces, array.named, array.done, array.constant = pieces, named, done, False
         array.sums, array.weights = [0, 0], [0, 0]
         return array
 
@@ -127,14 +129,19 @@ class Streamed(np.ndarray):
         array.constant = True
         return array
 
-    def note(self, index: tuple[int, ...], piece: np.ndarray) -> None:
-        """Adds a piece to the sums. Raises `UsageError` for one that is not finite."""
+    def note(
+        self, index: tuple[int, ...], piece: np.ndarray, digest: Sequence[int] | None = None
+    ) -> tuple[int, int] | None:
+        """Adds a piece to the sums, and returns its digest. One that does not have `digest`, where
+        that is given, is not added. Raises `UsageError` for one that is not finite."""
         layer = index[0] if index else 0
         if self.constant:
             value = piece[(0,) * piece.ndim].item()
             found = host_sums.of_constant(piece.dtype, value, piece.size, layer)
         else:
             found = host_sums.of(piece, layer)
+        if digest is not None and found.digest != tuple(digest):
+            return None
         if not found.finite:
             raise validation.UsageError(
                 f"{self.named(index)} is not finite; expected numbers. Get these files again, or "
@@ -142,6 +149,8 @@ class Streamed(np.ndarray):
             )
         for total, part in ((self.sums, found.digest), (self.weights, found.weights)):
             total[:] = [(a + b) % 2**32 for a, b in zip(total, part, strict=True)]
+        self.done(piece.nbytes)
+        return found.digest
 
 
 def of_streamed(tree: Any) -> dict[str, tuple[str, list[int]]]:
@@ -179,8 +188,24 @@ async def _fill(store, value: np.ndarray) -> None:
     await asyncio.gather(*(store.kvstore.write(key(at), content) for at in np.ndindex(*grid)))
 
 
-def write_streamed(ocp) -> None:
-    """Makes Orbax write `Streamed` arrays piece by piece, of which few are in memory at a time.
+def opens(arrays: epath.Path) -> bool:
+    """Whether there are arrays in this folder of Orbax's whose index can be read; a host that lost
+    its power may have lost it."""
+    import tensorstore as ts
+
+    if not arrays.exists():
+        return False
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}
+    try:
+        return bool(ts.KvStore.open(store).result().list().result())
+    except ValueError as error:
+        logging.warning("%s cannot be read, and is written again: %s", arrays, error)
+        return False
+
+
+def write_streamed(ocp, before: unfinished.Unfinished | None) -> None:
+    """Makes Orbax write `Streamed` arrays piece by piece, of which few are in memory at a time, and
+    none that was written `before`.
 
     Weights are written as they are: zstd would take off a fifth, in three times the time.
     """
@@ -192,6 +217,9 @@ def write_streamed(ocp) -> None:
 
         async def _background_serialize(self, values, infos, args=None):
             self._slots = asyncio.Semaphore(_AT_A_TIME)  # of the event loop of this save
+            if before is not None:
+                await infos[0].await_path_creation()
+                before.put_back(infos[0].parent_dir)
             await super()._background_serialize(values, infos, args)
 
         async def _open_and_write(self, value, tspec, ts_context):
@@ -210,10 +238,27 @@ def write_streamed(ocp) -> None:
                         await asyncio.to_thread(value.note, index, make())
                     await _fill(store, make().reshape(-1)[:1])
                 return
+            name = tspec["kvstore"]["path"]
             for index, make in value.pieces():
                 async with self._slots:
-                    piece = await asyncio.to_thread(make)
-                    await asyncio.to_thread(value.note, index, piece)
-                    await store[index].write(piece, can_reference_source_data_indefinitely=True)
+                    if not await self._is_there(store, value, name, index):
+                        await self._write(store, value, name, index, make)
+
+        async def _is_there(self, store, value, name, index) -> bool:
+            digest = before and before.digest(name, *index or (0,))
+            if digest is None:
+                return False
+            try:
+                piece = await store[index].read()
+            except ValueError:  # it is damaged
+                return False
+            return await asyncio.to_thread(value.note, index, piece, digest) is not None
+
+        async def _write(self, store, value, name, index, make) -> None:
+            piece = await asyncio.to_thread(make)
+            digest = await asyncio.to_thread(value.note, index, piece)
+            await store[index].write(piece, can_reference_source_data_indefinitely=True)
+            if before is not None:
+                before.add(name, *index or (0,), digest)
 
     ocp.type_handlers.register_type_handler(np.ndarray, Handler(), override=True)
