@@ -5,6 +5,7 @@ Compiled programs are kept from one session to the next (`caches`), also by the 
 start. A test that is not `slow` and takes over `limit_seconds` fails the run (`time_limit`).
 """
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -34,12 +35,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # took a tenth of the suite's CPU time, of some files a third.
 gc.set_threshold(50_000, 20, 1_000)
 
+MOST_BYTES = 2_000_000_000  # of a worker between two files
 REPO = pathlib.Path(__file__).resolve().parents[1]
 LONGEST = (
     "test_recipe.py", "test_trainer.py", "test_step.py", "test_processes.py", "test_qlora.py",
     "test_rehearse.py", "test_buckets.py", "test_reward_runs.py", "test_watch.py",
     "test_dryrun.py", "test_flash_attention.py",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go():
+    """Behind a file, once there are many: two workers that keep all of theirs fill a machine."""
+    yield
+    if resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """The memory of this process, where Linux tells it."""
+    told = pathlib.Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
 
 
 def pytest_addoption(parser):

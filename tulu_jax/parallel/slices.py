@@ -63,8 +63,15 @@ def _few(chips: int) -> Layout:
     return Layout(chips, 1, 1, micro_batch_size=chips, remat_policy="nothing_saveable")
 
 
+def _pieces(chips: int) -> Layout:
+    """Two rows at a time, each divided over half of the chips: 80 layers keep less than of a row a
+    chip."""
+    return dataclasses.replace(_few(chips), fsdp=2, context=chips // 2, micro_batch_size=2)
+
+
 _ALONE, _8 = _few(1), _few(8)
 _OF_8 = {f"{kind}_{stage}": _8 for kind in ("lora", "qlora") for stage in ("sft", "dpo")}
+_OF_8 |= {"qlora_sft_70b": _pieces(8), "qlora_dpo_70b": _pieces(8)}
 
 SLICES = {
     "v3_256": Slice(
@@ -94,7 +101,9 @@ SLICES = {
     "v5e_8": Slice("v5e:2x4", ALL, _OF_8),
     "v5p_2": Slice("v5p:1x1x1", ALL, {"qlora_sft": _ALONE, "lora_sft_7b": _ALONE}),
     "v6e_1": Slice("v6e:1x1", SMALL, {"qlora_sft": _ALONE, "lora_sft_7b": _ALONE}),
-    "v6e_4": Slice("v6e:2x2", ALL, {"qlora_sft": _few(4), "qlora_dpo": _few(4)}),
+    "v6e_4": Slice(
+        "v6e:2x2", ALL, {"qlora_sft": _few(4), "qlora_dpo": _few(4), "qlora_sft_70b": _pieces(4)}
+    ),
     "v6e_8": Slice("v6e:2x4", ALL, _OF_8),
     # For many rows an update, as the benchmarks have: weights are gathered ring by ring. On v5p
     # products bind then, and halves of them are 1.4 % slower.
