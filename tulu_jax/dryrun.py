@@ -97,7 +97,7 @@ def _iterations(results, out: epath.Path) -> bool:
 
 def _asked(config: TrainConfig):
     """What --decode is to price. Raises `UsageError` for what no decoder takes."""
-    from tulu_jax.planning import decoding
+    from tulu_jax.planning import decoding_times
 
     given = {
         "prompts": _PROMPTS,
@@ -108,7 +108,7 @@ def _asked(config: TrainConfig):
     problems = [
         f"--{name}={size}: expected a positive number" for name, size in sizes.items() if size < 1
     ]
-    asked, most = decoding.Asked(**sizes), config.model.max_positions
+    asked, most = decoding_times.Asked(**sizes), config.model.max_positions
     if asked.length > most:
         problems.append(
             f"--prompt_length={asked.prompt_length} and --new_tokens={asked.new_tokens} are longer "
@@ -119,12 +119,12 @@ def _asked(config: TrainConfig):
 
 
 def _decode(config: TrainConfig, slices, asked, out: epath.Path) -> None:
-    from tulu_jax.planning import decoding
+    from tulu_jax.planning import decoding, decoding_times
 
     results, refused = _priced(config, slices, lambda slice_: decoding.price(config, slice_, asked))
     out.mkdir(parents=True, exist_ok=True)
     if results:
-        print(decoding.table(results))
+        print(decoding_times.table(results))
         for name, text in results[0].texts.items():
             atomic.write_text(out / f"{name}.hlo.txt", text)
     _finish(results, refused, out / "decode.json")

@@ -10,7 +10,7 @@ import pytest
 from absent_slices import folder
 
 from tulu_jax import cli
-from tulu_jax.planning import compiled, decoding, hlo, suite, topology
+from tulu_jax.planning import compiled, decoding, decoding_faults, hlo, suite, topology
 from tulu_jax.planning.cycles import decode_cycles, schedule
 
 pytestmark = pytest.mark.skipif(
@@ -107,7 +107,7 @@ def test_what_a_step_should_not_have_is_found():
 """
     )
     sizes = dict(zip(devices.axis_names, devices.axis_sizes, strict=True))
-    assert decoding.faults(module, sizes, weights, cache) == [
+    assert decoding_faults.faults(module, sizes, weights, cache) == [
         "moved copies k [2,9,1,16,128]",
         "big moves 134 MB over tensor",
         "whole holds model/layers/w [64,128] whole",

@@ -12,7 +12,7 @@ from tulu_jax import cli
 from tulu_jax import step as step_lib
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel.mesh import MeshConfig
-from tulu_jax.planning import aot, calibration, cost, decoding, iteration, plan, topology
+from tulu_jax.planning import aot, calibration, cost, decoding_times, iteration, plan, topology
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
@@ -108,7 +108,7 @@ def made(config, *, cache: int, code: int, refused: dict[str, str]) -> iteration
             peak=0, hbm=place.hardware.hbm,
         ),
     )  # fmt: skip
-    decode = decoding.Decoding(
+    decode = decoding_times.Decoding(
         topology=place, model=config.model, asked=iteration._asked(config), mesh={"tensor": 4},
         rows=32, per_fill=16, weights=2**29, cache=cache, temporaries=2**29, code=code, relaid=0,
         step=cost.Cost(memory=0.25), least=0.2, most=0.5, limit=0.2, fill=cost.Cost(matrix=0.5),

@@ -22,7 +22,7 @@ from tulu_jax.models import llama
 from tulu_jax.objectives import ppo_feed
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, calibration, cost, decoding, hlo, plan, render
+from tulu_jax.planning import aot, calibration, cost, decoding, decoding_times, hlo, plan, render
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training.state import REWARD, VALUE, Frozen, TrainState
@@ -49,7 +49,7 @@ class Iteration:
 
     result: plan.Result
     models: dict[str, int]
-    decode: decoding.Decoding | None
+    decode: decoding_times.Decoding | None
     measure: Pass | None
     refused: dict[str, str]
 
@@ -204,9 +204,9 @@ def price(result: plan.Result) -> Iteration:
     )
 
 
-def _asked(config: TrainConfig) -> decoding.Asked:
+def _asked(config: TrainConfig) -> decoding_times.Asked:
     objective = config.objective
-    return decoding.Asked(
+    return decoding_times.Asked(
         prompts=objective.prompts,
         prompt_length=config.data.max_length - objective.response_length,
         new_tokens=objective.response_length,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tulu_jax.planning import decoding
+from tulu_jax.planning import decoding, decoding_times
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
@@ -27,8 +27,8 @@ class Load:
     samples: int = 1
 
     @property
-    def asked(self) -> decoding.Asked:
-        return decoding.Asked(
+    def asked(self) -> decoding_times.Asked:
+        return decoding_times.Asked(
             prompts=self.requests,
             prompt_length=self.prompt_length,
             new_tokens=self.new_tokens,
@@ -59,7 +59,7 @@ class Suite:
     """The benchmarks on one slice, each as `decoding` prices it."""
 
     topology: Topology
-    of: dict[str, decoding.Decoding]
+    of: dict[str, decoding_times.Decoding]
 
     @property
     def hours(self) -> float:
@@ -99,7 +99,7 @@ def price(config: TrainConfig, topology: Topology, loads: Sequence[Load] = LOADS
     made = decoding.compiled(
         config,
         topology,
-        decoding.Asked(
+        decoding_times.Asked(
             prompts=decoding.MOST_ROWS, prompt_length=prompt, new_tokens=longest(loads) - prompt
         ),
     )
