@@ -11,7 +11,7 @@ from tulu_jax import validation
 from tulu_jax.evals import scores
 from tulu_jax.evals.benchmark import Metric
 from tulu_jax.studies import known_studies, run_commands, run_states, study_page
-from tulu_jax.studies.declared import Against, Cell, Design, Run, Score
+from tulu_jax.studies.declared import TRAINING, Against, Cell, Design, Run, Score
 
 KL = Score(benchmark="tulu_tiny", metric="kl")
 SEEDS = (1, 2)
@@ -37,7 +37,12 @@ def design() -> Design:
         cells=(Cell(run="best_of_4", score=made_studies.EXACT),),
         expected=(),
         against=(
-            Against(title="Costs", runs=("best_of_4",), x=KL, ys=(made_studies.EXACT,)),
+            Against(
+                title="Costs",
+                runs=("best_of_4",),
+                x=KL,
+                ys=(made_studies.EXACT, Score(benchmark=TRAINING, metric="train/loss")),
+            ),
         ),
         asked=("--temperature=1",),
     )  # fmt: skip
@@ -90,8 +95,9 @@ def test_the_page_has_scores_against_the_divergence(folder):
     study_page.write(made_studies.study(of), "tiny", placed, states, folder / "page")
     content = json.loads((folder / "page/study.json").read_text())
     (table,) = content["against"]
-    assert table["header"] == ["run", "tulu_tiny, kl", "tulu_tiny, exact_match"]
-    ((run, kl, exact),) = table["rows"]
+    assert table["header"][:3] == ["run", "tulu_tiny, kl", "tulu_tiny, exact_match"]
+    ((run, kl, exact, loss),) = table["rows"]
+    assert loss == "—"  # it has not trained
     assert run == "best_of_4" and kl == "0.64 ± 0.00" and exact.startswith("78.8 ± ")
     assert "## Costs" in (folder / "page/study.md").read_text()
     assert (folder / "page/study.html").read_text().count("data:image/png;base64") == 3

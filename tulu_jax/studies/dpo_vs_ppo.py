@@ -29,7 +29,8 @@ _KL = Score(benchmark=tiny_runs.BENCHMARK, metric=measures.KL)
 _REWARD = Score(benchmark=tiny_runs.BENCHMARK, metric=measures.REWARD)
 _PROGRAM = Score(benchmark=TRAINING, metric="train/rollout/score")
 _LENGTH = Score(benchmark=tiny_runs.BENCHMARK, metric=CHARACTERS)
-_LONG = {"ppo.PPOConfig.reward": "right_or_long", "RESPONSE_LENGTH": 32, "MAX_LENGTH": 80}
+_LONG = {"ppo.PPOConfig.reward": "right_or_long", "RESPONSE_LENGTH": 32, "MAX_LENGTH": 80,
+         "LEARNING_RATE": 1.5e-3}  # fmt: skip
 _TRAPS = {"trap_held": 0.5, "trap": 0.05, "trap_free": 0.0}  # KL coefficients
 _VARIES = ("model", "objective", "data.", "optimizer.", "batch_size", "num_epochs", "num_steps",
            "base", "micro_batch_size", "mesh", "execution.")  # fmt: skip
@@ -37,10 +38,10 @@ _CURVES = ("train/loss", "train/rollout/score", "train/rollout/kl", "train/rollo
            "train/policy/clipped", "train/value/explained")  # fmt: skip
 
 
-def _ppo(name: str, **overrides) -> Run:
+def _ppo(name: str, updates: int, **overrides) -> Run:
     return tiny_runs.run(
-        name, tiny_runs.PPO, updates=40, base="sft", reward="rm", scored_by="rm", EVAL_EVERY=None,
-        **overrides,
+        name, tiny_runs.PPO, updates=updates, base="sft", reward="rm", scored_by="rm",
+        EVAL_EVERY=None, **overrides,
     )  # fmt: skip
 
 
@@ -88,11 +89,8 @@ STUDY = Study(
             tiny_runs.run("rm", tiny_runs.RM, updates=40, base="sft", is_evaluated=False),
             *(_best_of(_SFT, count, "rm") for count in _BEST_OF),
             tiny_runs.run("dpo", tiny_runs.DPO, updates=25, base="sft", scored_by="rm"),
-            _ppo("ppo"),
-            *(
-                _ppo(name, KL_COEF=kl, **_LONG)
-                for name, kl in _TRAPS.items()
-            ),
+            _ppo("ppo", 40),
+            *(_ppo(name, 80, KL_COEF=kl, **_LONG) for name, kl in _TRAPS.items()),
         ),
         benchmarks=(tiny_runs.BENCHMARK,),
         cells=(

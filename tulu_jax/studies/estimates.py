@@ -207,8 +207,11 @@ def value_of(score: Score, state: State) -> Value:
 
 def _of_training(score: Score, state: State) -> Value:
     """The last value of a metric of training, or its change; nothing is known of its error."""
-    found = [line[score.metric] for line in metrics.read(state.workdir)
-             if line.get(score.metric) is not None]  # fmt: skip
+    try:
+        lines = metrics.read(state.workdir)
+    except validation.UsageError as error:  # as of one that is evaluated alone
+        raise Hole(str(error)) from None
+    found = [line[score.metric] for line in lines if line.get(score.metric) is not None]
     if not found:
         raise Hole(f"it has no {score.metric} in {metrics.FILE}")
     return Value(value=found[-1] - (found[0] if score.group == CHANGE else 0.0), error=None)
