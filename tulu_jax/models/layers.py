@@ -112,6 +112,7 @@ class Projection(nnx.Module):
         if noise is not None and self.adapter.dropout:
             layer, noise = noise
             axis = sharding.param_axes(f"{self.path}/{lora.A}")[1]
+            axis = sharding.WITHOUT_EMBED.get(axis, axis)
             keep = lora.kept(
                 noise,
                 layer * len(lora.TARGETS["all"]) + self.number,

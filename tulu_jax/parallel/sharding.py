@@ -40,11 +40,11 @@ PARAM_AXES = (
     (r"model/layers/.*_proj/kernel/absmax2", ("layers", "norm")),
     (r"model/layers/.*_proj/kernel/offset", ("layers",)),
     (r"model/layers/(self_attn/[qkv]|mlp/(gate|up))_proj/lora_a", ("layers", "embed", "rank")),
-    (r"model/layers/self_attn/o_proj/lora_a", ("layers", "heads", "rank")),
-    (r"model/layers/mlp/down_proj/lora_a", ("layers", "mlp", "rank")),
-    (r"model/layers/self_attn/q_proj/lora_b", ("layers", "rank", "heads")),
-    (r"model/layers/self_attn/[kv]_proj/lora_b", ("layers", "rank", "kv_heads")),
-    (r"model/layers/mlp/(gate|up)_proj/lora_b", ("layers", "rank", "mlp")),
+    (r"model/layers/self_attn/o_proj/lora_a", ("layers", "adapter_heads", "rank")),
+    (r"model/layers/mlp/down_proj/lora_a", ("layers", "adapter_mlp", "rank")),
+    (r"model/layers/self_attn/q_proj/lora_b", ("layers", "rank", "adapter_heads")),
+    (r"model/layers/self_attn/[kv]_proj/lora_b", ("layers", "rank", "adapter_kv_heads")),
+    (r"model/layers/mlp/(gate|up)_proj/lora_b", ("layers", "rank", "adapter_mlp")),
     (r"model/layers/(self_attn/o|mlp/down)_proj/lora_b", ("layers", "rank", "embed")),
     (r"model/norm/scale", ("norm",)),
     (r"lm_head/kernel", ("embed", "vocab")),
@@ -64,10 +64,17 @@ AXIS_RULES = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "head_dim": None,
+    "adapter_heads": ("tensor", "fsdp", "context"),
+    "adapter_kv_heads": ("tensor", "fsdp", "context"),
+    "adapter_mlp": ("tensor", "fsdp", "context"),
     "rank": None,
     "layers": None,
     "norm": None,
 }
+
+# Of an adapter's leaf without `embed`: the logical axis that is left when it has been gathered
+# along the mesh axes of `embed`, which are the minor ones of its own.
+WITHOUT_EMBED = {"adapter_heads": "heads", "adapter_kv_heads": "kv_heads", "adapter_mlp": "mlp"}
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
@@ -188,8 +195,12 @@ def whole(param: jax.Array, name: str, *, but: tuple[str, ...] = ()) -> jax.Arra
     """
     axes = [axis for axis in param_axes(name) if axis != "layers"]
     for dimension, axis in enumerate(axes):
+        param = jnp.moveaxis(param, dimension, 0)
+        if axis in WITHOUT_EMBED:
+            param, axis = gather(param, 0, "embed"), WITHOUT_EMBED[axis]
         if axis not in but:
-            param = jnp.moveaxis(gather(jnp.moveaxis(param, dimension, 0), 0, axis), 0, dimension)
+            param = gather(param, 0, axis)
+        param = jnp.moveaxis(param, 0, dimension)
     return param
 
 
