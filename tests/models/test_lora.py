@@ -182,8 +182,8 @@ def test_every_mesh_gives_the_same(quant, mesh, parts):
             jax.device_put(tree, sharding.param_shardings(devices, tree))
             for tree in (trained, base)
         ]
-        for leaf in jax.tree.leaves(placed[0]):  # a device has its part alone, and its moments
-            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+        for leaf in jax.tree.leaves(placed[0]):  # all are divided over fsdp and context
+            assert leaf.addressable_shards[0].data.size * 4 <= leaf.size
         found, theirs = jax.jit(jax.value_and_grad(loss), static_argnums=2)(*placed, parts)
     np.testing.assert_allclose(found, value, rtol=2e-4)
     for mine, other in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
