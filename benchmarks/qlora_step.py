@@ -233,7 +233,7 @@ def predicted(name: str, pod: str) -> dict:
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "tulu_jax.dryrun", f"--gin_file={name}", f"--pod={pod}"]
         subprocess.run([*command, f"--out={out}"], cwd=ROOT, check=True)
-        return json.loads((pathlib.Path(out) / "dryrun.json").read_text())["runs"][0]
+        return json.loads((pathlib.Path(out) / "dryrun.json").read_text())[0]
 
 
 def main() -> None:

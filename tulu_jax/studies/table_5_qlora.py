@@ -13,18 +13,17 @@ _ROWS = {f"Tulu 2 {size}": f"sft_{size.lower()}" for size in SIZES} | {
 VARIES = ("model", "adapter", "quant", "param_dtype", "optimizer.", "num_epochs", "num_steps",
           "batch_size", "data.max_length", "base")  # fmt: skip
 _RANKS = (1, 16)
-
-
 _UPDATES = 150
 
 
 def tiny_qlora(rank: int) -> Run:
-    """QLoRA of `rank` on what the base has not seen; alpha is the rank, so that adapters of all
-    ranks count as much."""
+    """QLoRA of `rank` on what the base has not seen, scaled by 1 / √rank, so that adapters of all
+    ranks move as fast (Kalajdzievski 2023): with alpha / rank one rate suits one rank."""
     return tiny_runs.run(
         f"qlora_r{rank}", tiny_runs.QLORA, updates=_UPDATES, base="base",
         **{"MIXTURE": "tulu_tiny_all", "lora.LoRAConfig.rank": rank,
-           "lora.LoRAConfig.alpha": float(rank), "LEARNING_RATE": 1e-2},
+           "lora.LoRAConfig.alpha": 1.0, "lora.LoRAConfig.rank_stabilised": True,
+           "LEARNING_RATE": 1e-2},
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What the runs of studies at scale 'tiny' share: a smaller model of tulu_tiny, and few updates.
 
-A run is some seconds on two cores, most of which go into starting its process.
+A run takes 10 to 60 seconds on one core.
 """
 
 from collections.abc import Mapping
