@@ -79,11 +79,11 @@ class Worker:
         if not ready:
             self._process.kill()
             raise Failed(f"no answer in {timeout} s")
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            raise Failed(self._last_words())
-        return json.loads(line)
+        while line := self._process.stdout.readline():
+            if line.startswith(b"{"):  # others are what a peer prints as it is imported
+                return json.loads(line)
+        self._process.wait()
+        raise Failed(self._last_words())
 
     def _last_words(self) -> str:
         self._log.seek(0)
