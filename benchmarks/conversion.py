@@ -107,7 +107,9 @@ def save_as_training_does(folder: pathlib.Path, model) -> None:
         shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
         dtype="bfloat16",
     )
-    about = trainer.about(config, params, Frozen(), weights="-", of_base=base.about(config))
+    about = trainer.about(
+        config, params, Frozen(), weights="-", of_base=base.about(config), tokenizer=None
+    )
     saved = checkpoint.Checkpoints(str(folder / "trained"), config.checkpoint)
     saved.save(4, TrainState(step=jnp.int32(4), params=params, opt_state={}), about, {})
     saved.close()
