@@ -292,6 +292,14 @@ def test_what_was_written_of_another_base_is_left_behind(run, inward, tmp_path, 
     assert len(names) == 2 * before
 
 
+def test_a_run_removes_what_a_killed_conversion_left(inward):
+    workdir = pathlib.Path(inward.workdir)
+    assert (workdir / unfinished.FOLDER).exists()
+    trainer.Run(inward).save_initial()
+    assert not (workdir / unfinished.FOLDER).exists()
+    assert os.listdir(workdir / "checkpoints") == ["0"]
+
+
 def test_logits_are_compared_layer_by_layer(run, tmp_path):
     """An export and the base; and what is not the same model is found."""
     pytest.importorskip("torch")

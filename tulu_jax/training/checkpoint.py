@@ -140,6 +140,8 @@ class Checkpoints:
         checkpoint is never the best.
         """
         self._save(step, state, lambda: about, metrics, checkpoint_digests.of_arrays)
+        if jax.process_index() == 0:
+            unfinished.remove(self.folder.parent)
 
     def save_streamed(
         self,

@@ -69,7 +69,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Removes the notes: the checkpoint is there."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder.parent)
 
     def _lines(self) -> list[dict]:
         """Those that are whole: a kill may have cut the last one."""
@@ -82,3 +82,10 @@ class Unfinished:
     def _say(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def remove(workdir: epath.Path) -> None:
+    """Removes what a killed conversion left in a workdir on a disk, beside the arrays, which Orbax
+    removes."""
+    if "://" not in str(workdir):
+        shutil.rmtree(workdir / FOLDER, ignore_errors=True)
