@@ -153,7 +153,7 @@ def compile_step(
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
         compile_seconds=seconds,
-        faults=faults(module, dict(mesh.shape), _divided(config, mesh, state)),
+        faults=faults(module, dict(mesh.shape), _divided(config, mesh, state, frozen)),
         text=text,
     )
 
@@ -203,9 +203,10 @@ def _make(lowered, options: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _divided(config: TrainConfig, mesh, state) -> dict[str, tuple[int, ...]]:
+def _divided(config: TrainConfig, mesh, state, frozen) -> dict[str, tuple[int, ...]]:
     """Whole shapes of arrays of which no device should hold more than its part: stacked parameters
-    and the residual."""
+    and the residual; but for those that a device's part of another array has, as codes of a weight
+    may have that of an adapter."""
     whole = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -216,7 +217,10 @@ def _divided(config: TrainConfig, mesh, state) -> dict[str, tuple[int, ...]]:
     spec = jax.NamedSharding(mesh, sharding.spec("batch", "positions", None))
     if rows > 1 and spec.shard_shape(residual) != residual:
         whole["residual"] = residual
-    return whole
+    parts = {
+        leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen))
+    }
+    return {name: shape for name, shape in whole.items() if shape not in parts}
 
 
 def faults(
