@@ -125,6 +125,13 @@ def mesh_problems(config: TrainConfig, num_devices: int) -> Iterator[str]:
             f"max_length = {config.data.max_length} cannot be divided over context x tensor = "
             f"{shards}; {sharding.what_divides(config.data.max_length, sizes)}"
         )
+    names, divisor = sharding.shards("embed", sizes)
+    if config.execution.gather_dtype is not None and divisor == 1:
+        yield (
+            f"execution.gather_dtype = {config.execution.gather_dtype!r}, and mesh axes "
+            f"{' x '.join(names)} = 1, over which no weight is gathered; choose a mesh that "
+            "divides weights, or remove gather_dtype"
+        )
     yield from sharding.divisibility_problems(sizes, step_lib.abstract_base(config))
 
 

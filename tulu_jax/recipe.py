@@ -145,6 +145,11 @@ class TrainConfig:
             "recipe.TrainConfig.adapter = @lora.LoRAConfig(), or remove quant",
         )
         yield (
+            self.quant is None or self.execution.gather_dtype is None,
+            f"execution.gather_dtype = {self.execution.gather_dtype!r} and quant is set: quantised "
+            "weights are gathered as they are packed; remove gather_dtype",
+        )
+        yield (
             self.adapter_from is None or self.adapter is not None,
             f"adapter_from = {self.adapter_from!r} and adapter is None; set adapter, or remove it",
         )

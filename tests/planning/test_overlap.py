@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tulu_jax.models import layers
 from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import aot, cost, hlo, topology
+from tulu_jax.quant import in_transit
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
@@ -34,6 +36,17 @@ def gathers(x, a, b):
     def layer(x, weights):
         for weight in weights:
             x = jnp.tanh(x @ sharding.gather(weight, 0, "embed"))
+        return x, None
+
+    return jax.lax.scan(layer, x, (a, b))[0]
+
+
+def coded_gathers(x, a, b):
+    """The same in codes (`layers.from_codes`)."""
+
+    def layer(x, weights):
+        for weight in weights:
+            x = jnp.tanh(x @ layers.from_codes(weight, *in_transit.encode(weight)))
         return x, None
 
     return jax.lax.scan(layer, x, (a, b))[0]
@@ -76,6 +89,7 @@ ROW, STACK, WEIGHTS = (
 )
 PROGRAMS = {
     gathers: ([(ROW, SHARD), (WEIGHTS, SHARDS), (WEIGHTS, SHARDS)], SHARD),
+    coded_gathers: ([(ROW, SHARD), (WEIGHTS, SHARDS), (WEIGHTS, SHARDS)], SHARD),
     scatters: ([(ROW, SHARD), (STACK, SHARDS)], [SHARDS, SHARDS]),
     sums: ([(ROW, SHARD), (STACK, SHARDS)], WHOLE),
     permutes: ([(ROW, SHARD), (WEIGHTS, WHOLE), (WEIGHTS, WHOLE)], SHARD),
@@ -172,6 +186,17 @@ def test_sparse_cores_gather_beside_a_product(absent_slices, chip):
     assert found.cost.interconnect + found.cost.hidden == pytest.approx(total, rel=0.02)
     hides = LAYERS * found.product
     assert hides * 0.95 < found.cost.hidden < hides + found.cost.memory
+
+
+@of_chips("v5e", slow=["v6e"])
+def test_codes_are_priced_by_their_bytes(absent_slices, chip):
+    """Gathers of codes are of int8 in the compiled program, and what is sent is a byte a weight and
+    the scales."""
+    found = priced(chip, coded_gathers, "all-gather", WEIGHT)
+    inside = [i for body in found.module.computations.values() for i in body]
+    assert any(i.collective == "all-gather" and "s8[" in i.shape for i in inside)
+    sent = 2 * LAYERS * WIDTH * (WIDTH + 2) * (DEVICES - 1) / DEVICES
+    assert sum(found.cost.wire.values()) == pytest.approx(sent, rel=1e-6)
 
 
 @of_chips("v5e", slow=["v4"])

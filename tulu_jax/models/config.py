@@ -36,6 +36,7 @@ MOST = {
     "head_dim": 1024,
 }
 DTYPES = ("float32", "bfloat16")
+GATHER_DTYPES = ("int8",)  # besides that of the computation
 LM_HEAD, SCORE = "lm_head", "score"  # what a Llama may have above its trunk
 
 
@@ -158,7 +159,8 @@ class ScoredLlamaConfig(LlamaConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How the model runs; none of it changes what is computed beyond rounding.
+    """How the model runs; none of it changes what is computed beyond rounding, which `gather_dtype`
+    makes coarse.
 
     `attention` is 'xla' (dense, the reference), 'triangular' (short rows on a CPU), 'blockwise'
     (memory-bounded), 'pallas' (TPU v3 and later), 'pallas_interpret' (the same run slowly anywhere,
@@ -169,7 +171,11 @@ class ExecutionConfig:
     `row_parts` is in how many parts a layer takes its rows where `tensor` divides them
     (`layers.Block`): None takes what the slice says, and without one 1. `balanced` gives each
     device along `context` two chunks of a row instead of one equal run (`parallel/balance.py`):
-    None does so in a run whose rows hold one example each. `adapter` is that of the run
+    None does so in a run whose rows hold one example each. `gather_dtype` 'int8' gathers the
+    weights of linear layers over `fsdp` and `context` in codes, about half the bytes of bfloat16,
+    and so multiplies with rounded weights (`quant/in_transit.py`); gradients go to the weights
+    that are not, in the compute dtype. None gathers in the compute dtype.
+    `adapter` is that of the run
     (`recipe.TrainConfig.adapter`), which sets it here.
     """
 
@@ -180,6 +186,7 @@ class ExecutionConfig:
     remat_policy: str | None = None
     row_parts: int | None = None
     balanced: bool | None = None
+    gather_dtype: str | None = None
     adapter: LoRAConfig | None = None
 
     def __post_init__(self):
@@ -194,6 +201,8 @@ class ExecutionConfig:
         )
         parts = self.row_parts
         yield parts is None or parts > 0, f"row_parts = {parts}: expected None or a positive number"
+        if self.gather_dtype is not None:
+            yield validation.one_of("gather_dtype", self.gather_dtype, GATHER_DTYPES)
         if self.remat_policy is not None:
             yield validation.one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
 

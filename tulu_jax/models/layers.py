@@ -20,7 +20,7 @@ from tulu_jax.models import attention as attention_lib
 from tulu_jax.models import lora, products
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES, LlamaConfig
 from tulu_jax.parallel import balance, sharding
-from tulu_jax.quant import nf4
+from tulu_jax.quant import in_transit, nf4
 
 DIVIDED = ("heads", "kv_heads", "mlp")  # over `tensor`, inside a layer
 INIT_STDDEV = 0.02  # Llama's `initializer_range`
@@ -44,13 +44,22 @@ class Projection(nnx.Module):
 
     It takes and gives a list of parts. The kernel's `embed` axis is gathered for them, once; over
     `tensor` it stays divided. The kernel is an array, or the dict of `quant/nf4.py`. With the
-    leaves of an adapter beside it (`lora.py`), `weights` is a dict of all.
+    leaves of an adapter beside it (`lora.py`), `weights` is a dict of all. With `gather_dtype`
+    'int8' an array travels in codes (`from_codes`).
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], *, inputs: int = 1, adapter, rngs: nnx.Rngs
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        inputs: int = 1,
+        adapter,
+        gather_dtype: str | None,
+        rngs: nnx.Rngs,
     ):
         self.path, self.outputs, self.adapter = f"model/layers/{name}", shape[inputs:], adapter
+        self.gather_dtype = gather_dtype
         self.number = lora.TARGETS["all"].index(name.split("/")[1])
         self.kernel = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
 
@@ -61,9 +70,7 @@ class Projection(nnx.Module):
         if isinstance(weights["kernel"], dict):
             outs = self._quantised(weights["kernel"], parts)
         else:
-            kernel = weights["kernel"].astype(parts[0].dtype)
-            kernel = sharding.whole(kernel, f"{self.path}/kernel", but=DIVIDED)
-            kernel = checkpoint_name(kernel, "kernel")
+            kernel = checkpoint_name(self._whole(weights["kernel"], parts[0].dtype), "kernel")
             outs = [products.multiply(part, kernel) for part in parts]
         if lora.A not in weights:
             return outs
@@ -75,6 +82,15 @@ class Projection(nnx.Module):
             out + self._adapted(part, a, b, noise and noise.of(n)).reshape(out.shape)
             for n, (part, out) in enumerate(zip(parts, outs, strict=True))
         ]
+
+    def _whole(self, kernel, dtype):
+        """The kernel in `dtype`, gathered along `embed`."""
+        name, own = f"{self.path}/kernel", kernel.astype(dtype)
+        if self.gather_dtype is None or sharding.axis_size("embed") == 1:
+            return sharding.whole(own, name, but=DIVIDED)
+        axis = sharding.param_axes(name).index("embed") - 1  # without that of layers
+        own, kernel = (jnp.moveaxis(x, axis, 0) for x in (own, jax.lax.stop_gradient(kernel)))
+        return jnp.moveaxis(from_codes(own, *in_transit.encode(kernel)), 0, axis)
 
     def _quantised(self, kernel, parts):
         """The products with a quantised kernel, which is gathered as it is packed."""
@@ -124,6 +140,24 @@ class Projection(nnx.Module):
         return lora.delta(self.adapter, a, b, x, keep)
 
 
+@jax.custom_vjp
+def from_codes(own, codes, scales):
+    """A weight whole along `embed`, its axis 0, decoded in the dtype of `own` from the gathered
+    `codes` and `scales` of each device's shard (`quant/in_transit.py`).
+
+    The cotangent is reduce-scattered to `own`, that shard itself, as though it had been gathered:
+    rounding passes gradients on (straight through).
+    """
+    codes, scales = (sharding.gather(x, 0, "embed") for x in (codes, scales))
+    return in_transit.decode(codes, scales, own.dtype)
+
+
+from_codes.defvjp(
+    lambda *shard: (from_codes(*shard), None),
+    lambda _, cotangent: (sharding.scatter_sum(cotangent, 0, "embed"), None, None),
+)
+
+
 def _shards(axis: str) -> int:
     """Into how many shards `axis` is still divided inside a layer."""
     return sharding.axis_size(axis) if axis in DIVIDED else 1
@@ -171,9 +205,8 @@ class SelfAttention(nnx.Module):
     `attend_in_rows` with what it needs to know, or that of a decoder over its cache.
     """
 
-    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, **made):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        made = dict(adapter=adapter, rngs=rngs)
         self.q_proj = Projection("self_attn/q_proj", (D, N, H), **made)
         self.k_proj = Projection("self_attn/k_proj", (D, K, H), **made)
         self.v_proj = Projection("self_attn/v_proj", (D, K, H), **made)
@@ -205,9 +238,8 @@ def attend_in_rows(q, k, v, *, visibility, keep: bool, balanced: bool, before=No
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, **made):
         D, F = config.embed_dim, config.mlp_dim
-        made = dict(adapter=adapter, rngs=rngs)
         self.gate_proj = Projection("mlp/gate_proj", (D, F), **made)
         self.up_proj = Projection("mlp/up_proj", (D, F), **made)
         self.down_proj = Projection("mlp/down_proj", (F, D), **made)
@@ -231,11 +263,12 @@ class Block(nnx.Module):
     says where it pays (`parallel/slices.py`).
     """
 
-    def __init__(self, config: LlamaConfig, *, adapter, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, adapter, gather_dtype: str | None, rngs: nnx.Rngs):
+        made = dict(adapter=adapter, gather_dtype=gather_dtype, rngs=rngs)  # of each projection
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.self_attn = SelfAttention(config, adapter=adapter, rngs=rngs)
+        self.self_attn = SelfAttention(config, **made)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = MLP(config, adapter=adapter, rngs=rngs)
+        self.mlp = MLP(config, **made)
 
     def __call__(self, x, *, row_parts: int, noise=None, **attention_inputs):
         parts = _cut(x, row_parts)

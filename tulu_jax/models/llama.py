@@ -78,7 +78,12 @@ class Trunk(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return layers.Block(config, adapter=execution.adapter, rngs=rngs)
+            return layers.Block(
+                config,
+                adapter=execution.adapter,
+                gather_dtype=execution.gather_dtype,
+                rngs=rngs,
+            )
 
         self.layers = stacked(rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)

@@ -39,8 +39,10 @@ def page_for(config: LlamaConfig, *, tensor: int) -> int:
 
 
 def for_prompts(execution: ExecutionConfig) -> ExecutionConfig:
-    """How prompts are computed: on other devices than TPUs 'auto' is 'blockwise', whose blocks are
-    the pages, so that a prompt has the same sums wherever it lies in a row."""
+    """How prompts are computed: with the weights of a step, which are gathered as they are, and on
+    other devices than TPUs 'auto' is 'blockwise', whose blocks are the pages, so that a prompt has
+    the same sums wherever it lies in a row."""
+    execution = dataclasses.replace(execution, gather_dtype=None)
     if execution.attention in ("auto", "triangular") and target.platform() != "tpu":
         return dataclasses.replace(execution, attention="blockwise")
     return execution

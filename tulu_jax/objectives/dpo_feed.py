@@ -113,6 +113,8 @@ def reference_cache(config, split: str, rows: loader.Rows, weights: str) -> refe
         "log_softmax_dtype": config.objective.log_softmax_dtype,
         "data": rows.fingerprint,
     }
+    if config.execution.gather_dtype is not None:  # without it the key is what it always was
+        key["gather_dtype"] = config.execution.gather_dtype
     if config.reference_dir is None:
         return reference.Cache(epath.Path(config.workdir) / f"reference_{split}", key)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

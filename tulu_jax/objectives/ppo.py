@@ -161,6 +161,11 @@ class PPOConfig:
             "drew its answers; set lora.LoRAConfig.dropout = 0.0",
         )
         yield (
+            config.execution.gather_dtype is None,
+            f"execution.gather_dtype = {config.execution.gather_dtype!r}: an update's policy would "
+            "have other weights than the one that drew its answers; remove it",
+        )
+        yield (
             config.adapter_from is None,
             f"adapter_from = {config.adapter_from!r}: the reference is the base without adapters, "
             "so a run that begins with some would begin far from it; merge them into a base "

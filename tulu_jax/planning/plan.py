@@ -70,6 +70,7 @@ class Result:
             "micro_batch_size": self.config.micro_batch_size or self.config.batch_size,
             "remat_policy": self.config.execution.remat_policy,
             "row_parts": self.config.execution.row_parts,
+            "gather_dtype": self.config.execution.gather_dtype,
             "bytes": dataclasses.asdict(step.memory),
             "spare": step.memory.spare,
             "faults": step.faults,
@@ -234,15 +235,17 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     shards = sizes["fsdp"] * sizes["context"]
     seconds = _link_seconds(topology, tuple(sizes.items()))
     weights = 2 * model.num_params / sizes["tensor"]  # bytes, whole over fsdp x context
-    fetched = weights * seconds["fsdp"] + weights / sizes["fsdp"] * seconds["context"]
+    scattered = weights * seconds["fsdp"] + weights / sizes["fsdp"] * seconds["context"]
     if sizes["fsdp"] > math.prod(sorted(topology.shape)[-2:]):
-        fetched *= 1.5  # a group over three torus axes is slower, compiled, than its links are
+        scattered *= 1.5  # a group over three torus axes is slower, compiled, than its links are
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * sizes["fsdp"])
     activations = 2 * tokens / sizes["context"] * model.embed_dim * model.num_layers
     activations *= (11 if full else 10) * seconds["tensor"]
     width = 2 * model.num_kv_heads * model.head_dim / sizes["tensor"]
     keys = 2 * tokens * width * model.num_layers * 3 * seconds["context"]
-    moving = fetched * (2 if KERNEL in kept_names else 3) * pieces + activations + keys
+    fetched = scattered / (1 if config.execution.gather_dtype is None else 2)
+    moving = fetched * (1 if KERNEL in kept_names else 2) + scattered
+    moving = moving * pieces + activations + keys
     rows_and_heads = (
         max(1, config.batch_size // (sizes["data"] * sizes["fsdp"])),
         model.num_heads // sizes["tensor"],
@@ -398,6 +401,7 @@ def fragment(result: Result) -> str:
         f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
         f"config.ExecutionConfig.row_parts = {config.execution.row_parts}",
         f"config.ExecutionConfig.attention_block = {config.execution.attention_block}",
+        f"config.ExecutionConfig.gather_dtype = {config.execution.gather_dtype!r}",
         f"optim.OptimizerConfig.mu_dtype = {config.optimizer.mu_dtype!r}",
         "",
     ]

@@ -79,7 +79,7 @@ def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Arra
     rows, outputs = weight.shape
     weight = weight.astype(jnp.float32)
     if config.kind == "int8":
-        outmax = _absmax(weight, axis=0)[None]
+        outmax = largest(weight, axis=0)[None]
         codes = jnp.round(weight * (127 * _reciprocal(outmax)))  # as torch divides a number
         return {"codes": codes.astype(jnp.int8), "outmax": outmax}
     if rows % BLOCK:
@@ -88,7 +88,7 @@ def quantise(weight: Float[Array, "K N"], config: QuantConfig) -> dict[str, Arra
             f"inputs; expected a multiple of {BLOCK}: use kind = 'int8', or train this base whole"
         )
     blocks = weight.reshape(rows // BLOCK, BLOCK, outputs)
-    absmax = _absmax(blocks, axis=1)
+    absmax = largest(blocks, axis=1)
     scaled = jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1)
     thresholds = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
     codes = sum((scaled > threshold).astype(jnp.int32) for threshold in thresholds)
@@ -232,7 +232,7 @@ def dynamic_map() -> np.ndarray:
         return np.asarray(_dynamic(np.arange(256, dtype=np.uint8)))
 
 
-def _absmax(x, axis: int):
+def largest(x, axis: int):
     """Largest magnitude along `axis`; inf where something is not finite."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     found = jax.lax.bitcast_convert_type(bits.max(axis), jnp.float32)  # XLA's own drops NaN on CPUs
