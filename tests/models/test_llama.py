@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tulu_jax.models import config as config_lib
-from tulu_jax.models import layers, llama, paged_attention
+from tulu_jax.models import kept_keys, layers, llama, paged_attention
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 
 TINY = LlamaConfig(
@@ -136,7 +136,7 @@ def test_a_step_over_pages_equals_the_whole_row():
     row = packed_inputs([4, 8, 4], 16)  # of which the second is decoded from its third token on
     expected = llama.hidden_states(TINY, EXACT, params, **batch_of(row))[0, 4:12]
     cache = paged_attention.empty_cache(TINY, pages=6, page=4, dtype="float32")
-    kept = llama.keys_and_values(TINY, EXACT, params, block=None, **batch_of(row))
+    kept = kept_keys.keys_and_values(TINY, EXACT, params, block=None, **batch_of(row))
     places = jnp.asarray([[paged_attention.NOBODYS, 5, 3, paged_attention.NOBODYS]])
     cache = paged_attention.filled(cache, kept, jnp.arange(4), places[0])
     cache = paged_attention.copied(cache, jnp.asarray([3]), jnp.asarray([1]))
@@ -147,7 +147,9 @@ def test_a_step_over_pages_equals_the_whole_row():
             paged_attention.attend, table=table, positions=positions, active=jnp.asarray([0, 1])
         )
         tokens = jnp.asarray([7, row["tokens"][4 + n]])
-        out, cache = llama.step(TINY, EXACT, params, cache, see, tokens=tokens, positions=positions)
+        out, cache = kept_keys.step(
+            TINY, EXACT, params, cache, see, tokens=tokens, positions=positions
+        )
         np.testing.assert_allclose(out[1], expected[n], atol=1e-5)
 
 

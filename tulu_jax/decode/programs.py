@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tulu_jax.decode import sampling as sampling_lib
 from tulu_jax.decode import score_rows
-from tulu_jax.models import llama, lora, paged_attention, row_attention
+from tulu_jax.models import kept_keys, llama, lora, paged_attention, row_attention
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
@@ -74,11 +74,11 @@ def fill(params, cache, rows, taken, places, known, *, config, execution, page):
     block = page if execution.attention == "blockwise" else None
     before = None
     if known is not None:
-        before = llama.Before(
+        before = kept_keys.Before(
             segment_ids=jnp.repeat(known.segment_ids, page, axis=1),
             cache=paged_attention.taken(cache, known.places),
         )
-    found = llama.keys_and_values(config, execution, params, block=block, before=before, **rows)
+    found = kept_keys.keys_and_values(config, execution, params, block=block, before=before, **rows)
     return paged_attention.filled(cache, found, taken, places)
 
 
@@ -118,7 +118,7 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
     by_row = isinstance(cache, tuple)
-    blocks = llama.apart(config, execution, params) if by_row else None
+    blocks = kept_keys.apart(config, execution, params) if by_row else None
 
     def step(state):
         i, ended, rows, out, cached = state
@@ -129,7 +129,7 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
             see = functools.partial(
                 attend, table=table, positions=rows["position"], active=active.astype(jnp.int32)
             )
-        hidden, cached = llama.step(
+        hidden, cached = kept_keys.step(
             config, execution, params, cached, see,
             tokens=rows["token"], positions=rows["position"], blocks=blocks,
         )  # fmt: skip
