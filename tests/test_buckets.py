@@ -277,6 +277,21 @@ def test_a_part_of_a_file_of_weights_that_is_flipped_is_read_again(
         files.rows("w", slice(10, 90))
 
 
+@pytest.mark.parametrize("kind", ["lost", "reset", "503"])
+def test_a_removal_whose_answer_is_lost_is_done(kind, bucket, proxy):
+    """Of one object, and of a folder with all in it."""
+    folder = readers.as_path(f"{bucket}/removed/folder")
+    for name in ("one", "two", "three"):
+        (folder / name).write_text(name)
+    proxy.faults = [Fault(kind, "DELETE .*one")]
+    (folder / "one").unlink()
+    assert proxy.done == {kind: 1}
+    assert sorted(path.name for path in folder.iterdir()) == ["three", "two"]
+    proxy.faults = [Fault(kind, "(DELETE|POST) ")]
+    folder.rmtree()
+    assert proxy.done == {kind: 2} and not folder.exists()
+
+
 @pytest.mark.slow
 def test_what_does_not_answer_is_given_up_and_asked_again(trained, proxy, monkeypatch):
     """By TensorStore and by gcsfs."""

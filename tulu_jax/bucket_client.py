@@ -17,6 +17,7 @@ has a client of its own; the same file sets its times.
 
 import asyncio
 import base64
+import contextlib
 import io
 import queue
 import re
@@ -85,6 +86,15 @@ class Client(gcsfs.core.GCSFileSystem):
             if isinstance(error, FAILURES):
                 raise OSError(f"{about} failed ({said}). {MEND}") from error
             raise  # there is no such object, or there is one
+
+    async def _rm_file(self, path, **kwargs):
+        """A removal whose answer was lost is asked for again, and finds nothing: it is done."""
+        with contextlib.suppress(FileNotFoundError):
+            await super()._rm_file(path, **kwargs)
+
+    async def _rm(self, path, **kwargs):
+        with contextlib.suppress(FileNotFoundError):  # the same, of many
+            await super()._rm(path, **kwargs)
 
     async def _isdir(self, path):
         return await self._type(path) == "directory"
