@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import re
 import shutil
 import threading
 import types
@@ -275,6 +276,25 @@ def test_a_part_of_a_file_of_weights_that_is_flipped_is_read_again(
     proxy.faults = [Fault("flip", r"GET .*safetensors.*alt=media", times=math.inf)]
     with pytest.raises(ValueError, match=rf"{place}/model.safetensors: bytes .* differ at each"):
         files.rows("w", slice(10, 90))
+
+
+@pytest.mark.slow
+def test_an_export_that_reads_a_flipped_byte_is_made_again(trained, bucket, proxy):
+    """In each of the files that hold the parameters or an index of them."""
+    first = len(proxy.requests)
+    assert run("convert", "sft", trained, f"--out={bucket}/whole/") == 0
+    of_state = re.compile(r"GET .*checkpoints(/|%2F)4(/|%2F)state.*alt=media")
+    asked = {one.split("?")[0] for one in proxy.requests[first:] if of_state.match(one)}
+    assert len(asked) > 2
+    for number, one in enumerate(sorted(asked)):
+        proxy.faults = [Fault("flip", rf"{re.escape(one)}\?.*alt=media")]
+        assert run("convert", "sft", trained, f"--out={bucket}/again {number}/") == 0, one
+        assert proxy.done["flip"] == number + 1
+        whole, again = (
+            (readers.as_path(f"{bucket}/{name}") / weight_files.SINGLE).read_bytes()
+            for name in ("whole", f"again {number}")
+        )
+        assert again == whole
 
 
 @pytest.mark.parametrize("kind", ["lost", "reset", "503"])

@@ -121,7 +121,12 @@ def export(
             write(params=params)
         return
     source = StoredSource(config, checkpoints, step)
-    write(params=source.params, source=source)
+    try:
+        write(params=source.params, source=source)
+    except checkpoint_lib.OnItsWayError as error:
+        logging.warning("Once more: %s", error)
+        source = StoredSource(config, checkpoints, step)
+        write(params=source.params, source=source)
 
 
 def _write_adapter(config: TrainConfig, params: llama.Params, out: str, weights: str) -> None:
@@ -144,7 +149,9 @@ class StoredSource:
         self.params = jax.tree.map_with_path(
             lambda path, _: self._arrays[sharding.path_name(path)], abstract
         )
-        self.made_of = _saved(checkpoints, step)
+        file = folder / checkpoint_digests.FILE
+        saved = digests.of_file(file) if file.exists() else "without digests"
+        self.made_of = f"step {step} of {checkpoints.folder}, {saved}"
 
     def learnt(self) -> dict[str, Any]:
         return {path: dict(array.sums) for path, array in self._arrays.items()}
@@ -155,13 +162,6 @@ class StoredSource:
 
     def check(self) -> None:
         self._checkpoints.check_stored(self._step, self._arrays)
-
-
-def _saved(checkpoints: checkpoint_lib.Checkpoints, step: int) -> str:
-    """What a checkpoint is, by its digests."""
-    file = checkpoints.folder / str(step) / checkpoint_digests.FILE
-    saved = digests.of_file(file) if file.exists() else "without digests"
-    return f"step {step} of {checkpoints.folder}, {saved}"
 
 
 def write_first_step(config: TrainConfig, config_text: str) -> None:
@@ -201,7 +201,7 @@ def write_first_step(config: TrainConfig, config_text: str) -> None:
                     tokenizer=tokenizer,
                 )
 
-            before = checkpoint_lib.left_of_first_step(config.workdir, made_of)
+            before = made_of and checkpoint_lib.left_of_first_step(config.workdir, made_of)
             checkpoints = checkpoint_lib.Checkpoints(config.workdir, config.checkpoint)
             try:
                 checkpoints.save_streamed(0, state, about, before)
@@ -242,7 +242,7 @@ def _usage_error(error: BaseException) -> validation.UsageError | None:
 
 def _streamed_base(config: TrainConfig, trains: llama.Params, bar):
     """The parameters of the base as `Streamed` arrays, what raises if they were damaged, and what
-    they are made of."""
+    they are made of; None of a run, whose digests tell of what is read in one go."""
     if not sources.is_published(config.base):
         other = checkpoint_lib.Checkpoints(config.base)
         step = other.require(None)
@@ -253,8 +253,7 @@ def _streamed_base(config: TrainConfig, trains: llama.Params, bar):
             return array[layer] if layout.stacked else np.asarray(array)
 
         params = _streamed(config, trains, of_run, None, bar)
-        made_of = f"{_saved(other, step)}, {config.param_dtype}"
-        return params, lambda: other.check_stored(step, stored), made_of
+        return params, lambda: other.check_stored(step, stored), None
     files = hf.opened(config.base, config.model)
 
     def of_files(layout, layer):

@@ -81,6 +81,10 @@ def left_of_first_step(workdir: str, made_of: str) -> unfinished.Unfinished | No
     return unfinished.Unfinished(root, unnamed, made_of, checkpoint_arrays.opens)
 
 
+class OnItsWayError(DamagedError):
+    """What was read is not what was saved, and what is saved is whole."""
+
+
 class Checkpoints:
     """The checkpoints of one run, under `workdir/checkpoints/<step>`.
 
@@ -235,17 +239,28 @@ class Checkpoints:
         )
 
     def check_stored(self, step: int, params: Mapping[str, checkpoint_arrays.StoredArray]) -> None:
-        """Raises `DamagedError` if what was read of `params` is not what was saved."""
+        """Raises `DamagedError` if what was read of `params` is not what was saved; in a bucket
+        `OnItsWayError` if it is when it is read again."""
 
-        def check(step: int) -> None:
+        def check(step: int, arrays: dict) -> None:
             recorded = checkpoint_digests.load_or_warn(self.folder / str(step))
-            if recorded is None:
-                return
-            found = {f"params/{path}": array.text() for path, array in params.items()}
-            if problems := checkpoint_digests.differences(recorded, found):
+            found = {f"params/{path}": array.text() for path, array in arrays.items()}
+            if recorded and (problems := checkpoint_digests.differences(recorded, found)):
                 raise ValueError(checkpoint_digests.named(problems))
 
-        self._read(step, check)
+        def check_again(step: int) -> None:
+            arrays = checkpoint_arrays.stored(self.folder / str(step), params)
+            checkpoint_arrays.read(arrays)
+            check(step, arrays)
+
+        try:
+            check(step, params)
+        except ValueError as error:
+            self._read(step, check_again)
+            raise OnItsWayError(
+                f"what was read of step {step} in {self.folder} is not what lies there "
+                f"({_short(error)}); start the same command again"
+            ) from error
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """The parameters alone, without reading optimizer state. Raises `DamagedError` if they

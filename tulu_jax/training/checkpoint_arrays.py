@@ -6,7 +6,7 @@ the digest that was saved with the array, so what is read whole is known to be w
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,20 +39,20 @@ class StoredArray:
 
     def __getitem__(self, layer: int) -> np.ndarray:
         if self._depth == 1:
-            found = self._store[layer].read().result()
+            found = _content(self._store[layer])
         else:
             with self._lock:
                 first = layer - layer % self._depth
                 if self._block is None or self._first != first:
                     self._block = None  # before the next one is there
                     last = min(first + self._depth, self.shape[0])
-                    self._first, self._block = first, self._store[first:last].read().result()
+                    self._first, self._block = first, _content(self._store[first:last])
                 found = self._block[layer - first]
         self.sums[layer] = list(host_sums.of(found, layer).digest)
         return found
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        found = self._store.read().result()
+        found = _content(self._store)
         self.sums[0] = list(host_sums.of(found).digest)
         return found if dtype is None else found.astype(dtype)
 
@@ -62,7 +62,16 @@ class StoredArray:
         return checkpoint_digests.text(self.dtype.name, total)
 
 
-def stored(folder: epath.Path, params: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _content(store) -> np.ndarray:
+    """What a TensorStore holds. In a bucket it may have been damaged on its way."""
+    try:
+        return store.read().result()
+    except ValueError as error:
+        logging.warning("Read again: %s", str(error)[:200])
+        return store.read().result()
+
+
+def stored(folder: epath.Path, params: Collection[str]) -> dict[str, Any]:
     """{path: `StoredArray`} of the parameters at these paths of the checkpoint in `folder`. What
     cannot be opened raises `ValueError`, or what TensorStore says."""
     import tensorstore as ts
@@ -85,6 +94,16 @@ def stored(folder: epath.Path, params: Mapping[str, jax.ShapeDtypeStruct]) -> di
         return max(1, min(store.chunk_layout.read_chunk.shape[0], BLOCKS // of_a_layer))
 
     return {path: StoredArray(store, depth=depth(path, store)) for path, store in stores.items()}
+
+
+def read(arrays: Mapping[str, StoredArray]) -> None:
+    """Reads all of `stored`, a layer at a time, so that their digests are known."""
+    for path, array in arrays.items():
+        if path.startswith(state.STACKED):
+            for layer in range(array.shape[0]):
+                array[layer]
+        else:
+            np.asarray(array)
 
 
 def _spec(folder: epath.Path, path: str) -> dict[str, Any]:
