@@ -47,7 +47,7 @@ class Unfinished:
                 }
                 logging.info("%d pieces of step 0 were written before", len(self._digests))
         if not self._digests:
-            self.remove()
+            remove(workdir)
             self._folder.mkdir(parents=True)
         self._file = (self._folder / _LINES).open("w")
         self._say(header)
@@ -69,6 +69,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Removes the notes: the checkpoint is there."""
+        self._file.close()
         remove(self._folder.parent)
 
     def _lines(self) -> list[dict]:
