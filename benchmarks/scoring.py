@@ -7,8 +7,8 @@ same ids: MMLU questions of all 57 subjects, each with the continuations " A" to
 side is `HFLM._loglikelihood_tokens` of lm-eval where that is installed, with its own sorting,
 batches padded on the right, of 1, 8 or 32, whichever takes it the least time in a run before, and
 one forward pass for the four continuations of a question; else the same written here, and the table
-says so. Questions are those of `eval/mmlu/test`, and of
-`dev` for the 19 subjects that the shared data have no test of.
+says so. Questions are those of `eval/mmlu/test`, and of `dev` for the 19 subjects that the shared
+data have no test of.
 """
 
 import argparse

@@ -92,9 +92,10 @@ class Client(gcsfs.core.GCSFileSystem):
         with contextlib.suppress(FileNotFoundError):
             await super()._rm_file(path, **kwargs)
 
-    async def _rm(self, path, **kwargs):
+    async def _rm(self, path, *args, **kwargs):
         with contextlib.suppress(FileNotFoundError):  # the same, of many
-            await super()._rm(path, **kwargs)
+            return await super()._rm(path, *args, **kwargs)
+        return []
 
     async def _isdir(self, path):
         return await self._type(path) == "directory"

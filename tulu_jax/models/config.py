@@ -174,9 +174,8 @@ class ExecutionConfig:
     None does so in a run whose rows hold one example each. `gather_dtype` 'int8' gathers the
     weights of linear layers over `fsdp` and `context` in codes, about half the bytes of bfloat16,
     and so multiplies with rounded weights (`quant/in_transit.py`); gradients go to the weights
-    that are not, in the compute dtype. None gathers in the compute dtype.
-    `adapter` is that of the run
-    (`recipe.TrainConfig.adapter`), which sets it here.
+    that are not, in the compute dtype. None gathers in the compute dtype. `adapter` is that of the
+    run (`recipe.TrainConfig.adapter`), which sets it here.
     """
 
     compute_dtype: str = "bfloat16"
