@@ -15,6 +15,7 @@ Examples:
 import pathlib
 import sys
 
+import jax
 from absl import app, flags, logging
 
 from tulu_jax import atomic, cli, validation
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
     """Plans, runs or renders; status 1 if a run failed."""
     del argv
     logging.get_absl_handler().addFilter(cli.ours_or_serious)
+    jax.config.update("jax_platforms", "cpu")  # the runs, which are other processes, have the chips
     with preemption.ending(), validation.refusing():
         sys.exit(_main())
 

@@ -1,5 +1,7 @@
 """The studies themselves, and the command: what it refuses, what it writes, one that runs."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -9,12 +11,21 @@ import sys
 
 import commands
 import gin
+import made_studies
 import pytest
 
 from tulu_jax import cli, validation
 from tulu_jax.data import registry, tulu_tiny
+from tulu_jax.data.sources import tiny_programs
 from tulu_jax.evals import catalogue, paper_tables
-from tulu_jax.studies import declared, known_studies, run_commands, run_states
+from tulu_jax.studies import (
+    declared,
+    known_studies,
+    origins,
+    plan_table,
+    run_commands,
+    run_states,
+)
 from tulu_jax.studies.declared import Cell, Design, Run, Score
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -37,14 +48,9 @@ def test_every_run_of_every_study_is_a_config_that_builds(name, folder, request)
         (folder.parent / "shared").mkdir()
         (folder.parent / "shared/data").symlink_to(data.resolve())
     study = known_studies.get(name)
-    assert study.name == name and (study.paper or study.tiny)
+    assert study.name == name
     for scale in declared.SCALES:
-        design = {"tiny": study.tiny, "paper": study.paper}[scale]
-        if design is None:
-            assert study.lacks
-            with pytest.raises(validation.UsageError, match=f"has no --scale={scale}"):
-                study.design(scale)
-            continue
+        design = study.design(scale)
         assert not design.benchmarks or catalogue.names(design.benchmarks)
         placed = run_states.place(
             design, design.runs, configs=folder / scale, root="runs", below_bucket=scale == "paper"
@@ -54,7 +60,7 @@ def test_every_run_of_every_study_is_a_config_that_builds(name, folder, request)
             assert config.num_steps or config.num_epochs
             if scale == "tiny":
                 assert one.seed is None or config.seed == config.data.seed == one.seed
-                is_trained = one.run.best_of is None
+                is_trained = one.run.is_trained
                 base = pathlib.Path(config.base).name if one.run.base and is_trained else ""
                 assert base.startswith((is_trained and one.run.base) or "")
         if scale == "tiny":
@@ -107,12 +113,18 @@ def test_declarations_that_cannot_be(folder):
 def test_what_the_command_refuses(capsys):
     for flags, said in (
         (["--study=table_7"], "there is no such study; expected one of table_1_suite"),
-        (["--study=table_6_code"], "table_6_code has no --scale=tiny: no small model"),
         (["--study=table_3_dpo", "--only=dqo"], "no run is named 'dqo'; expected some of sft, dpo"),
         (["--study=table_3_dpo", "--plan", "--render"], "give one of --plan and --render"),
     ):
         assert commands.run("study", *flags) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_study_of_one_scale_says_so():
+    one = made_studies.study(made_studies.design())
+    assert one.design("tiny") is one.tiny
+    with pytest.raises(validation.UsageError, match="has no --scale=paper; expected --scale=tiny"):
+        one.design("paper")
 
 
 def test_only_brings_what_a_run_starts_from():
@@ -179,6 +191,74 @@ def test_families_and_languages_of_tulu_tiny():
     (asked,) = catalogue.make(["tulu_tiny_german"], subset="paper", settings=[], allow_altered=True)
     groups = {request.group for request in asked.requests(None, None, is_chat=True)}
     assert groups == {"erstes", "letztes", "gegenteil", "mixed"}
+
+
+def test_programs_print_what_their_rows_say():
+    rows = [
+        row["messages"]
+        for split in registry.SPLITS
+        for row in registry.TaskRegistry.get(tulu_tiny.PROGRAMS).sources[split]()
+    ]
+    for asked, said in {(a["content"], s["content"]) for a, s in rows}:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(asked, {})
+        assert printed.getvalue() == f"{said}\n", asked
+    sources = registry.TaskRegistry.get(tulu_tiny.PROGRAMS).sources
+    train, held = (
+        {row["messages"][0]["content"] for row in sources[split]()}
+        for split in ("train", "validation")
+    )
+    assert train and held and not train & held
+    (asked,) = catalogue.make([tulu_tiny.PROGRAMS], subset="paper", settings=[], allow_altered=True)
+    requests = asked.requests(None, None, is_chat=True)
+    assert {request.prompt[0]["content"] for request in requests} == held
+    assert {request.group for request in requests} == set(tiny_programs.FAMILIES)
+
+
+def test_a_base_is_evaluated_as_its_file_starts_from(folder):
+    runs = (
+        Run(name="base", gin_file="tulu_tiny_sft.gin", initial=True),
+        Run(name="sft", gin_file="tulu_tiny_sft.gin"),
+    )
+    design = Design(
+        runs=runs, benchmarks=("tulu_tiny", "tulu_tiny_german"),
+        cells=(Cell(run="base", score=Score(benchmark="tulu_tiny")),),
+    )  # fmt: skip
+    base, sft = run_states.place(
+        design, design.runs, configs=folder / "configs", root="runs", below_bucket=True
+    )
+    state = run_states.state(base)
+    assert state.kind == run_states.DONE and run_states.state(sft).kind == run_states.MISSING
+    # What no cell wants of a base is not asked of it.
+    assert run_commands.lacking(base, state, design) == ["tulu_tiny"]
+    assert plan_table.there(base, state, design) == "not evaluated on tulu_tiny"
+    command = run_commands.evaluate(base, design, ["tulu_tiny"], state.folder)
+    assert {"--initial", "--chat=none"} < set(command)
+    assert state.folder == pathlib.Path("runs/base/evals/initial")
+    text = run_commands.launch_script([base, sft], {"base": "v5e_8", "sft": "v5e_8"}, design)
+    assert text.count("tpu_vm.sh watch") == 1 and text.count("--initial --chat=none") == 1
+    assert not list(origins.differences([base], {"base": state}, design))
+    for wrong in (dict(base="sft"), dict(only_prepared=True)):
+        with pytest.raises(validation.UsageError, match="initial is what its file starts from"):
+            run = Run(name="b", gin_file="tulu_tiny_sft.gin", initial=True, **wrong)
+            Design(runs=(runs[1], run), benchmarks=(), cells=())
+
+
+def test_a_study_takes_no_chips_from_its_runs(folder):
+    """What looks at checkpoints asks for no device but a CPU, whatever the environment has."""
+    design = known_studies.get("table_3_dpo").tiny
+    placed = run_states.place(
+        design, design.runs[:1], configs=folder / "studies/table_3_dpo_tiny/configs",
+        root="studies/runs", below_bucket=False,
+    )  # fmt: skip
+    made_studies.train(placed[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "tulu_jax.study", "--study=table_3_dpo", "--only=sft", "--plan"],
+        env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "none_such"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "unfinished" in done.stdout or "trained" in done.stdout
 
 
 def test_a_run_that_fails_is_named_and_what_starts_from_it_is_left_out(folder):

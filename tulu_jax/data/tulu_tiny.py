@@ -1,7 +1,7 @@
 """Registers the embedded default: `tulu_tiny` (supervised) and `tulu_tiny_preference` (pairs).
 
 For studies there are also each family as a task (`tulu_tiny.opposite`), mixtures of families, the
-prompts of a second language, and pairs of the other style.
+prompts of a second language, programs and what they print, and pairs of the other style.
 """
 
 import functools
@@ -10,7 +10,7 @@ import pathlib
 
 from tulu_jax import validation
 from tulu_jax.data import registry, tokenizer_training
-from tulu_jax.data.sources import tiny_german, tiny_instructions
+from tulu_jax.data.sources import tiny_german, tiny_instructions, tiny_programs
 from tulu_jax.data.sources.tiny_instructions import held_out, is_exact, style
 
 __all__ = ["held_out", "is_exact", "style"]
@@ -20,6 +20,7 @@ OF_KIND = {"sft": "tulu_tiny", "preference": "tulu_tiny_preference"}
 FAMILIES = tuple(tiny_instructions.family_names())
 FACTS = ("opposite", "colour", "kind")  # what no prompt says, and a mixture must have taught
 GERMAN = "tulu_tiny_german"
+PROGRAMS = "tulu_tiny_programs"
 TERSE_PREFERENCE = "tulu_tiny_preference_terse"
 EVEN_PREFERENCE = "tulu_tiny_preference_even"  # half of the pairs of either style
 MIXTURES = {  # families; the counterparts of the paper's V2, V1 and ShareGPT alone
@@ -37,6 +38,7 @@ for _name, _kind, _rows in (
     ("tulu_tiny", "sft", tiny_instructions.sft_rows),
     ("tulu_tiny_preference", "preference", tiny_instructions.preference_rows),
     (GERMAN, "sft", tiny_german.sft_rows),
+    (PROGRAMS, "sft", tiny_programs.sft_rows),
     (
         TERSE_PREFERENCE,
         "preference",
@@ -66,6 +68,9 @@ for _name, _families in MIXTURES.items():
 registry.MixtureRegistry.add(
     registry.Mixture(name="tulu_tiny_two_languages", tasks={"tulu_tiny": None, GERMAN: None})
 )
+registry.MixtureRegistry.add(  # a twentieth programs, as much as V2 has of Code Alpaca
+    registry.Mixture(name="tulu_tiny_some_programs", tasks={OF_KIND["sft"]: None, PROGRAMS: 0.2})
+)
 registry.MixtureRegistry.add(
     registry.Mixture(
         name=EVEN_PREFERENCE, tasks={OF_KIND["preference"]: 0.5, TERSE_PREFERENCE: 0.5}
@@ -75,7 +80,7 @@ registry.MixtureRegistry.add(
 
 def is_ours(task: str) -> bool:
     """Whether a task of that name is one of these."""
-    return task.partition(".")[0] in (*OF_KIND.values(), GERMAN, TERSE_PREFERENCE)
+    return task.partition(".")[0] in (*OF_KIND.values(), GERMAN, PROGRAMS, TERSE_PREFERENCE)
 
 
 def tokenizer(directory: str = "cache/tulu_tiny_tokenizer") -> str:

@@ -24,6 +24,7 @@ KNOWN = {
     **PAPER,
     "tulu_tiny": ("held_out_prompts", "TuluTiny"),
     "tulu_tiny_german": ("held_out_prompts", "TuluTinyGerman"),
+    "tulu_tiny_programs": ("held_out_prompts", "TuluTinyPrograms"),
 }
 ALL = "all"  # the paper's nine
 ALTERED = "allow_altered"  # the field of benchmarks that read data

@@ -11,7 +11,7 @@ from etils import epath
 from tulu_jax import atomic, strict_json, validation
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import components, loader, registry, tulu_tiny
-from tulu_jax.data.sources import tiny_german, tiny_instructions
+from tulu_jax.data.sources import tiny_german, tiny_instructions, tiny_programs
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.evals import benchmark
 
@@ -143,6 +143,17 @@ class TuluTinyGerman(TuluTiny):
     def _asked(self) -> list[tuple[str, list[dict], str]]:
         groups = tiny_german.held_out_groups()
         return [(g, *one) for g, one in zip(groups, tiny_german.held_out(), strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuluTinyPrograms(TuluTiny):
+    """The held-out programs and what they print, in groups by family. Scored as `TuluTiny`."""
+
+    name: ClassVar[str] = "tulu_tiny_programs"
+
+    def _asked(self) -> list[tuple[str, list[dict], str]]:
+        groups = tiny_programs.held_out_groups()
+        return [(g, *one) for g, one in zip(groups, tiny_programs.held_out(), strict=True)]
 
 
 def summary(

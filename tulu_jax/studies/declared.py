@@ -31,7 +31,8 @@ class Run:
     The answers of an evaluated run are scored by the reward model that `scored_by` names, if it
     names one. One with `best_of` n is not trained, only evaluated: the weights of its `base`, and
     of n answers drawn to each prompt the one that `scored_by` likes most. One that is not
-    `is_evaluated` has no answers, as a reward model."""
+    `is_evaluated` has no answers, as a reward model. An `initial` run is not trained either: what
+    its file would start from is asked raw texts, as a base model is."""
 
     name: str
     gin_file: str
@@ -43,6 +44,12 @@ class Run:
     scored_by: str | None = None
     best_of: int | None = None
     is_evaluated: bool = True
+    initial: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it makes weights, or rows, of its own."""
+        return self.best_of is None and not self.initial
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -140,6 +147,11 @@ class Design:
                 f"{run.name}: best_of = {run.best_of} is the base, evaluated; expected base and "
                 "scored_by, and no overrides",
             )
+            yield (
+                not run.initial or not (run.needs or run.only_prepared or run.best_of),
+                f"{run.name}: initial is what its file starts from, evaluated; expected no base, "
+                "reward, scored_by, best_of or only_prepared",
+            )
             for kind in ("base", "reward", "scored_by"):
                 name = getattr(run, kind)
                 yield (
@@ -156,6 +168,14 @@ class Design:
                 cell.paper is None or paper_tables.cell(*cell.paper) is not None,
                 f"the paper has no number at {cell.paper}",
             )
+
+    def asked_of(self, run: Run) -> tuple[str, ...]:
+        """The benchmarks that a run is evaluated on: all, of an `initial` one those of its cells,
+        since the paper asked a base no chats."""
+        if not run.is_evaluated or run.only_prepared:
+            return ()
+        wanted = {cell.score.benchmark for cell in self.cells if run.name in (cell.run, cell.minus)}
+        return tuple(name for name in self.benchmarks if not run.initial or name in wanted)
 
     def run(self, name: str) -> Run:
         """The run of that name."""
@@ -180,15 +200,13 @@ class Design:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """`question` in a sentence, and the designs of it, None where there is none: `lacks` then says
-    why."""
+    """`question` in a sentence, and the designs of it, None where there is none."""
 
     name: str
     title: str
     question: str
     paper: Design | None = None
     tiny: Design | None = None
-    lacks: str = ""
 
     def design(self, scale: str) -> Design:
         """The design of that scale. Raises `UsageError` where there is none."""
@@ -196,7 +214,7 @@ class Study:
         if found is None:
             other = next(name for name in SCALES if name != scale)
             raise validation.UsageError(
-                f"{self.name} has no --scale={scale}: {self.lacks}; expected --scale={other}"
+                f"{self.name} has no --scale={scale}; expected --scale={other}"
             )
         return found
 

@@ -54,7 +54,8 @@ def differences(
     for field, values in run_states.varied(done).items():
         if not field.startswith(design.varies):
             yield f"config: {field} is {_by_value(values)}, which the study does not vary"
-    without = [name for name, its in done.items() if not its.tries and its.card is None]
+    made = {one.name for one in placed if not one.run.initial}
+    without = [n for n, its in done.items() if n in made and not its.tries and its.card is None]
     if without:
         yield f"provenance: there is none of {', '.join(without)}, so nobody knows what made them"
     tries = {name: state.tries for name, state in done.items() if state.tries}

@@ -44,10 +44,10 @@ def lines(
     for one in placed:
         state = states[one.name]
         cells = ["", ""]
-        if on_slices and (found := hours(dry_runs, one)):
+        if on_slices and one.run.is_trained and (found := hours(dry_runs, one)):
             cells = [f"{value:.2f}" if value < 10 else f"{value:,.0f}" for value in found]
             total = [a + b for a, b in zip(total, found, strict=True)]
-        elif on_slices and one.drawn_by is None:
+        elif on_slices and one.run.is_trained:
             cells = ["?", "?"]
             unknown.append(run_commands.dry_run(one, dry_runs))
         rows.append([
@@ -69,4 +69,6 @@ def there(placed: Placed, state: State, design: Design) -> str:
         reached = f" at step {state.step:,}" if state.kind == run_states.UNFINISHED else ""
         return f"{state.kind}{reached}"
     lack = run_commands.lacking(placed, state, design)
+    if not placed.run.is_trained:
+        return f"not evaluated on {', '.join(lack)}" if lack else "evaluated"
     return f"trained, not evaluated on {', '.join(lack)}" if lack else "trained and evaluated"

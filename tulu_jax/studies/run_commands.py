@@ -30,9 +30,14 @@ def evaluate(
     workdir = placed.workdir if placed.drawn_by is None else placed.drawn_by.workdir
     return [
         "tulu_jax.evaluate", f"--gin_file={placed.gin_file}", f"--workdir={workdir}",
-        f"--benchmarks={','.join(benchmarks)}", *design.asked, *_scored(placed, ""),
+        f"--benchmarks={','.join(benchmarks)}", *_asked(placed, design), *_scored(placed, ""),
         f"--out={folder}",
     ]  # fmt: skip
+
+
+def _asked(placed: Placed, design: Design) -> tuple[str, ...]:
+    """Flags that say what of a run is evaluated, and how it is asked."""
+    return (*design.asked, *(("--initial", "--chat=none") if placed.run.initial else ()))
 
 
 def _scored(placed: Placed, prefix: str) -> list[str]:
@@ -53,10 +58,8 @@ def dry_run(placed: Placed, folder: str) -> str:
 
 def lacking(placed: Placed, state: run_states.State, design: Design) -> list[str]:
     """The benchmarks that a trained run was not evaluated on."""
-    if state.card is not None or not placed.run.is_evaluated:
-        return []
     there = {one.benchmark for one in state.scored}
-    return [name for name in design.benchmarks if name not in there]
+    return [name for name in design.asked_of(placed.run) if name not in there]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,8 +203,9 @@ def launch_script(placed: Sequence[Placed], slices: Mapping[str, str], design: D
         label = stem.replace("_", "-").replace(".", "-")
         workdir = f'"--workdir=$BUCKET/runs/{stem}"'
         config = f'--gin_file={shlex.quote(one.gin_file)} "$BUCKET_FLAG" {workdir}'
-        asked = f'--benchmarks={",".join(design.benchmarks)} --eval_data="$EVAL_DATA"'
-        flags = " ".join(map(shlex.quote, design.asked))
+        benchmarks = design.asked_of(one.run)
+        asked = f'--benchmarks={",".join(benchmarks)} --eval_data="$EVAL_DATA"'
+        flags = " ".join(map(shlex.quote, _asked(one, design)))
         flags += "".join(f' "{flag}"' for flag in _scored(one, "$BUCKET/"))
         if one.drawn_by is not None:
             flags += f" --out={shlex.quote(str(run_states.evals_folder(one, None)))}"
@@ -209,12 +213,12 @@ def launch_script(placed: Sequence[Placed], slices: Mapping[str, str], design: D
         if one.run.only_prepared:
             lines.append(f"python -m tulu_jax.prepare {config}")
             continue
-        if one.drawn_by is None:
+        if one.run.is_trained:
             lines += [
                 f'bash launch/tpu_vm.sh watch --name={label} --zone="$ZONE" --type={type_} \\',
                 f'  --version="${{VERSION:-v2-alpha-tpuv5}}" --spot -- {config}',
             ]
-        if design.benchmarks and one.run.is_evaluated:
+        if benchmarks:
             lines += [
                 f"python -m tulu_jax.evaluate {config} \\",
                 f"  {asked} ${{JUDGE:-}} {flags}".rstrip(),

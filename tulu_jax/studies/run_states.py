@@ -157,6 +157,8 @@ def state(placed: Placed) -> State:
     workdir = epath.Path(placed.workdir)
     if placed.drawn_by is not None:
         return _drawn(placed, placed.drawn_by)
+    if placed.run.initial:
+        return _initial(placed)
     if placed.run.only_prepared:
         return _prepared(placed, workdir / "data" / "card.json")
     saved = workdir / "config.gin"
@@ -199,6 +201,15 @@ def _drawn(placed: Placed, of: Placed) -> State:
     )  # fmt: skip
 
 
+def _initial(placed: Placed) -> State:
+    """The state of a run that is only evaluated, with the weights that its file starts from."""
+    folder = evals_folder(placed, None)
+    return State(
+        kind=DONE, says="", config=flat(config(placed)), folder=folder, scored=_scores(folder),
+        workdir=placed.workdir,
+    )  # fmt: skip
+
+
 def _prepared(placed: Placed, file: epath.Path) -> State:
     """The state of a run of which the data card is wanted."""
     if not file.exists():
@@ -223,12 +234,14 @@ def num_steps(workdir: str, step: int) -> int:
 
 
 def evals_folder(placed: Placed, step: int | None) -> pathlib.Path:
-    """Where `evaluate` leaves what it finds of a step; of the best of n, which has one, in a folder
-    of its own."""
+    """Where `evaluate` leaves what it finds of a step, None of an `initial` run; of the best of n,
+    which has one, in a folder of its own."""
     workdir = placed.workdir.rstrip("/")
     parent = f"evals/{epath.Path(workdir).name}" if "://" in workdir else f"{workdir}/evals"
     apart = "".join(f",{flag.lstrip('-')}" for flag in placed.asked)
-    return pathlib.Path(parent) / ("" if placed.drawn_by is not None else f"step_{step}{apart}")
+    if placed.drawn_by is not None:
+        return pathlib.Path(parent)
+    return pathlib.Path(parent) / f"{'initial' if step is None else f'step_{step}'}{apart}"
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

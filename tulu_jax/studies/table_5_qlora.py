@@ -6,7 +6,8 @@ from tulu_jax.studies.declared import Cell, Design, Expected, Run, Study, answer
 
 COLUMNS = (*SEVEN, "truthfulqa")
 SIZES = ("7B", "13B", "70B")
-_ROWS = {f"Tulu 2 {size}": f"sft_{size.lower()}" for size in SIZES} | {
+_BASES = {f"Llama-2 {size}": f"llama2_{size.lower()}" for size in SIZES}
+_TRAINED = {f"Tulu 2 {size}": f"sft_{size.lower()}" for size in SIZES} | {
     f"Tulu 2 QLoRA {size}": f"qlora_{size.lower()}" for size in SIZES
 }
 # QLoRA has a recipe of its own (§3.4, appendix B).
@@ -32,9 +33,13 @@ STUDY = Study(
     title="Table 5: QLoRA against full fine-tuning",
     question="How far is QLoRA behind full fine-tuning, from one base, and what does rank give?",
     paper=Design(
-        runs=tuple(Run(name=name, gin_file=f"{name}.gin") for name in _ROWS.values()),
+        runs=(
+            *(Run(name=f"llama2_{size.lower()}", gin_file=f"sft_{size.lower()}.gin", initial=True)
+              for size in SIZES),
+            *(Run(name=name, gin_file=f"{name}.gin") for name in _TRAINED.values()),
+        ),
         benchmarks=COLUMNS,
-        cells=tuple(answers("5", _ROWS, (*COLUMNS, "average_8"))),
+        cells=tuple(answers("5", _BASES | _TRAINED, (*COLUMNS, "average_8"))),
         varies=VARIES,
     ),
     tiny=Design(

@@ -10,7 +10,7 @@ from tulu_jax.studies.declared import SEEDS, TRAINING, Run, Score
 
 SFT, DPO, QLORA = "tulu_tiny_sft.gin", "tulu_tiny_dpo.gin", "tulu_tiny_qlora.gin"
 RM, PPO = "tulu_tiny_rm.gin", "tulu_tiny_ppo.gin"
-BENCHMARK, GERMAN = "tulu_tiny", "tulu_tiny_german"
+BENCHMARK, GERMAN, PROGRAMS = "tulu_tiny", "tulu_tiny_german", "tulu_tiny_programs"
 EXACT = Score(benchmark=BENCHMARK, metric="exact_match")
 POLITE = Score(benchmark=BENCHMARK, metric="polite")
 LOSS = Score(benchmark=TRAINING, metric="eval/loss")
