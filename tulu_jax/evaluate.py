@@ -24,7 +24,7 @@ from etils import epath
 
 from tulu_jax import cli, strict_json, validation
 
-CHATS = ("spec", "paper", "open_instruct", "none")
+CHATS = ("spec", "paper", "open_instruct", "llama2", "none")
 
 _INITIAL = flags.DEFINE_bool("initial", False, "Score the parameters that training starts from.")
 _STEP = flags.DEFINE_integer(
@@ -70,8 +70,9 @@ _SET = flags.DEFINE_multi_string(
     "set", [], "A switch of a benchmark, such as truthfulqa.prefix_lost=false; may be repeated."
 )
 _CHAT = flags.DEFINE_enum(
-    "chat", None, CHATS, "How chats are written; none: a base model, asked raw texts. Default: as "
-    "the run has it, and spec for a folder that has TÜLU's template.",
+    "chat", None, CHATS, "How chats are written; llama2: as Llama-2-chat and Code Llama Instruct "
+    "have them; none: a base model, asked raw texts. Default: as the run has it, and spec for a "
+    "folder that has TÜLU's template.",
 )  # fmt: skip
 _OUT = flags.DEFINE_string(
     "out", None, "Folder for answers and scores. Default: <workdir>/evals/step_N of a run, "

@@ -217,7 +217,7 @@ def test_programs_print_what_their_rows_say():
 
 def test_a_base_is_evaluated_as_its_file_starts_from(folder):
     runs = (
-        Run(name="base", gin_file="tulu_tiny_sft.gin", initial=True),
+        Run(name="base", gin_file="tulu_tiny_sft.gin", initial="none"),
         Run(name="sft", gin_file="tulu_tiny_sft.gin"),
     )
     design = Design(
@@ -240,7 +240,7 @@ def test_a_base_is_evaluated_as_its_file_starts_from(folder):
     assert not list(origins.differences([base], {"base": state}, design))
     for wrong in (dict(base="sft"), dict(only_prepared=True)):
         with pytest.raises(validation.UsageError, match="initial is what its file starts from"):
-            run = Run(name="b", gin_file="tulu_tiny_sft.gin", initial=True, **wrong)
+            run = Run(name="b", gin_file="tulu_tiny_sft.gin", initial="none", **wrong)
             Design(runs=(runs[1], run), benchmarks=(), cells=())
 
 

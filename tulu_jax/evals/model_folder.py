@@ -74,8 +74,8 @@ def chat_problems(folder: str) -> list[str]:
     tokenizer has no chat template, or one that writes something else."""
     name = f"the tokenizer in {folder}"
     advice = (
-        "give --chat=none for a base model, or --chat=spec if this model was trained on TÜLU's "
-        "format all the same"
+        "give --chat=none for a base model, --chat=llama2 for Llama-2-chat or Code Llama "
+        "Instruct, or --chat=spec if this model was trained on TÜLU's format all the same"
     )
     if not _has_template(epath.Path(folder)):
         return [f"{name} has no chat template; expected TÜLU's; {advice}"]

@@ -17,6 +17,7 @@ from absl import logging
 
 from tulu_jax import digests
 from tulu_jax.data import chat as chat_lib
+from tulu_jax.evals import llama2_chat
 from tulu_jax.evals import predictions as predictions_lib
 from tulu_jax.evals.benchmark import Answer, Request
 from tulu_jax.serving import engine as engine_lib
@@ -59,8 +60,8 @@ def encode(
     chat: str,
     is_cap: bool,
 ) -> Prompts:
-    """Encodes requests; `chat` is a mode of `data/chat.py`, or `NO_CHAT`. Raises `UsageError` for
-    requests that cannot be asked."""
+    """Encodes requests; `chat` is a mode of `data/chat.py`, `llama2_chat.NAME` or `NO_CHAT`. Raises
+    `UsageError` for requests that cannot be asked."""
     twice = [id_ for id_, n in collections.Counter(r.id for r in requests).items() if n > 1]
     if twice:
         raise ValueError(f"{name}: several requests have the ids {predictions_lib.shown(twice)}")
@@ -109,6 +110,8 @@ def _encoder(request: Request, replies: Sequence[str], tokenizer, chat: str):
     for reply, further in zip(replies, request.then, strict=False):
         messages.append({"role": "assistant", "content": (request.prefix + reply).strip()})
         messages.append({"role": "user", "content": further})
+    if chat == llama2_chat.NAME:
+        return lambda prefix: llama2_chat.generation_prompt(messages, tokenizer, prefix=prefix)
     # The paper's evaluations did not strip what a user says: TyDiQA's questions end with LF.
     return lambda prefix: chat_lib.generation_prompt(
         messages, tokenizer, chat=chat, prefix=prefix, strips=False

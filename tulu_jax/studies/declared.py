@@ -31,8 +31,9 @@ class Run:
     The answers of an evaluated run are scored by the reward model that `scored_by` names, if it
     names one. One with `best_of` n is not trained, only evaluated: the weights of its `base`, and
     of n answers drawn to each prompt the one that `scored_by` likes most. One that is not
-    `is_evaluated` has no answers, as a reward model. An `initial` run is not trained either: what
-    its file would start from is asked raw texts, as a base model is."""
+    `is_evaluated` has no answers, as a reward model. One with `initial` is not trained
+    either: what its file would start from is evaluated, and asked in that format, 'none' (raw
+    texts, as a base model) or another of `evaluate --chat`."""
 
     name: str
     gin_file: str
@@ -44,12 +45,12 @@ class Run:
     scored_by: str | None = None
     best_of: int | None = None
     is_evaluated: bool = True
-    initial: bool = False
+    initial: str | None = None
 
     @property
     def is_trained(self) -> bool:
         """Whether it makes weights, or rows, of its own."""
-        return self.best_of is None and not self.initial
+        return self.best_of is None and self.initial is None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -148,7 +149,7 @@ class Design:
                 "scored_by, and no overrides",
             )
             yield (
-                not run.initial or not (run.needs or run.only_prepared or run.best_of),
+                run.initial is None or not (run.needs or run.only_prepared or run.best_of),
                 f"{run.name}: initial is what its file starts from, evaluated; expected no base, "
                 "reward, scored_by, best_of or only_prepared",
             )
@@ -170,12 +171,12 @@ class Design:
             )
 
     def asked_of(self, run: Run) -> tuple[str, ...]:
-        """The benchmarks that a run is evaluated on: all, of an `initial` one those of its cells,
-        since the paper asked a base no chats."""
+        """The benchmarks that a run is evaluated on: all, of one with `initial` those of its
+        cells, since the paper asked a base no chats."""
         if not run.is_evaluated or run.only_prepared:
             return ()
         wanted = {cell.score.benchmark for cell in self.cells if run.name in (cell.run, cell.minus)}
-        return tuple(name for name in self.benchmarks if not run.initial or name in wanted)
+        return tuple(name for name in self.benchmarks if run.initial is None or name in wanted)
 
     def run(self, name: str) -> Run:
         """The run of that name."""

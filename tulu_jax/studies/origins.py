@@ -54,7 +54,7 @@ def differences(
     for field, values in run_states.varied(done).items():
         if not field.startswith(design.varies):
             yield f"config: {field} is {_by_value(values)}, which the study does not vary"
-    made = {one.name for one in placed if not one.run.initial}
+    made = {one.name for one in placed if one.run.initial is None}
     without = [n for n, its in done.items() if n in made and not its.tries and its.card is None]
     if without:
         yield f"provenance: there is none of {', '.join(without)}, so nobody knows what made them"

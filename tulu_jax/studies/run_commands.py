@@ -37,7 +37,8 @@ def evaluate(
 
 def _asked(placed: Placed, design: Design) -> tuple[str, ...]:
     """Flags that say what of a run is evaluated, and how it is asked."""
-    return (*design.asked, *(("--initial", "--chat=none") if placed.run.initial else ()))
+    chat = placed.run.initial
+    return (*design.asked, *(() if chat is None else ("--initial", f"--chat={chat}")))
 
 
 def _scored(placed: Placed, prefix: str) -> list[str]:

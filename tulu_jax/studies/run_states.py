@@ -157,7 +157,7 @@ def state(placed: Placed) -> State:
     workdir = epath.Path(placed.workdir)
     if placed.drawn_by is not None:
         return _drawn(placed, placed.drawn_by)
-    if placed.run.initial:
+    if placed.run.initial is not None:
         return _initial(placed)
     if placed.run.only_prepared:
         return _prepared(placed, workdir / "data" / "card.json")
@@ -234,8 +234,8 @@ def num_steps(workdir: str, step: int) -> int:
 
 
 def evals_folder(placed: Placed, step: int | None) -> pathlib.Path:
-    """Where `evaluate` leaves what it finds of a step, None of an `initial` run; of the best of n,
-    which has one, in a folder of its own."""
+    """Where `evaluate` leaves what it finds of a step, None of one with `initial`; of the best of
+    n, which has one, in a folder of its own."""
     workdir = placed.workdir.rstrip("/")
     parent = f"evals/{epath.Path(workdir).name}" if "://" in workdir else f"{workdir}/evals"
     apart = "".join(f",{flag.lstrip('-')}" for flag in placed.asked)

@@ -34,7 +34,7 @@ STUDY = Study(
     question="How far is QLoRA behind full fine-tuning, from one base, and what does rank give?",
     paper=Design(
         runs=(
-            *(Run(name=f"llama2_{size.lower()}", gin_file=f"sft_{size.lower()}.gin", initial=True)
+            *(Run(name=f"llama2_{size.lower()}", gin_file=f"sft_{size.lower()}.gin", initial="none")
               for size in SIZES),
             *(Run(name=name, gin_file=f"{name}.gin") for name in _TRAINED.values()),
         ),

@@ -5,12 +5,22 @@ from tulu_jax.studies import tiny_runs
 from tulu_jax.studies.declared import Cell, Design, Expected, Run, Score, Study, answers
 
 COLUMNS = (*SEVEN, "truthfulqa")
-_BASES = {f"Code Llama {size}": f"code_llama_{size.lower()}" for size in ("7B", "13B", "34B")}
-_CODE = {f"Code Tulu 2 {size}": f"sft_code_{size.lower()}" for size in ("7B", "13B", "34B")}
+_SIZES = ("7B", "13B", "34B")
+_BASES = {f"Code Llama {size}": f"code_llama_{size.lower()}" for size in _SIZES}
+_INSTRUCT = {f"Code Llama Instruct {size}": f"instruct_{size.lower()}" for size in _SIZES}
+_CODE = {f"Code Tulu 2 {size}": f"sft_code_{size.lower()}" for size in _SIZES}
 _TEXT = {f"Tulu 2 {size}": f"sft_{size.lower()}" for size in ("7B", "13B")}
-_ROWS = _BASES | _CODE | _TEXT
+_ROWS = _BASES | _INSTRUCT | _CODE | _TEXT
 _PROGRAMS = Score(benchmark=tiny_runs.PROGRAMS, metric="exact_match")
 _MIXTURE = "tulu_tiny_some_programs"
+
+
+def _instruct(size: str) -> Run:
+    """Its folder is expected beside the base's."""
+    return Run(
+        name=f"instruct_{size.lower()}", gin_file=f"sft_code_{size.lower()}.gin", initial="llama2",
+        overrides={"HF_FOLDER": f"models/CodeLlama-{size.lower()}-Instruct-hf"},
+    )  # fmt: skip
 
 
 def _delta(score: Score) -> Cell:
@@ -23,8 +33,9 @@ STUDY = Study(
     question="What does a base that was trained on code gain and lose with the same mixture?",
     paper=Design(
         runs=(
-            *(Run(name=base, gin_file=f"{code}.gin", initial=True)
-              for base, code in zip(_BASES.values(), _CODE.values(), strict=True)),
+            *(Run(name=name, gin_file=f"{code}.gin", initial="none")
+              for name, code in zip(_BASES.values(), _CODE.values(), strict=True)),
+            *(_instruct(size) for size in _SIZES),
             *(Run(name=name, gin_file=f"{name}.gin") for name in (_CODE | _TEXT).values()),
         ),
         benchmarks=COLUMNS,
