@@ -7,7 +7,8 @@ ids. Batch 32 has prompts of 600 to 900 ids and answers of 50 to 400, as GSM8K w
 has them. The answers' lengths stand in for where a trained model would end: ours sees the length of
 one when it is reached, and takes requests as they come. `generate` of transformers gets the batch
 padded on the left and goes on to the longest answer, as it does with a model that ends its answers.
-Its cache is static and not compiled, which took less of a step than the dynamic one (`--cache`).
+Its cache is static, which took less of a step than the dynamic one (`--cache`); with `--compile`
+its forward pass goes through `torch.compile`, which it does by itself on GPUs alone.
 The ratio is one machine's on one day.
 """
 
@@ -59,7 +60,7 @@ def our_side(params, prompts, answers):
     return run, ours
 
 
-def torch_side(folder: str, prompts, answers, threads: int, cache: str):
+def torch_side(folder: str, prompts, answers, threads: int, cache: str, compiles: bool):
     """The same with transformers and torch."""
     import torch
     import transformers
@@ -67,6 +68,8 @@ def torch_side(folder: str, prompts, answers, threads: int, cache: str):
     torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # no answer ends before its length
+    if compiles:
+        model.forward = torch.compile(model.forward)
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=400, help="tokens of an answer")
     parser.add_argument("--cache", choices=("static", "dynamic"), default="static",
                         help="that of transformers")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="transformers' forward pass")
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     params = jax.jit(lambda: llama.init_params(MODEL, jax.random.key(0)))()
@@ -108,7 +112,9 @@ def main() -> None:
             ours, used = our_side(params, prompts, answers)
             sides = {
                 "ours": ours,
-                "torch": torch_side(f"{folder}/hf", prompts, answers, threads, arguments.cache),
+                "torch": torch_side(
+                    f"{folder}/hf", prompts, answers, threads, arguments.cache, arguments.compile
+                ),
             }
             agree = same(*(side() for side in sides.values()))  # and compiles
             seconds = {side: [] for side in sides}

@@ -207,7 +207,7 @@ class Call:
             self.params,
             cached,
             self._arrays(placed, size * schedule.parts, pages),
-            bool(schedule.waiting),
+            np.int32(self._least(len(placed), size)),
             config=decoder.config,
             execution=decoder.execution,
             steps=decoder.steps,
@@ -232,6 +232,14 @@ class Call:
             row.token, row.position = row.ids[-1], row.position + count
         usage.held += schedule.held()
         usage.live += schedule.live()
+
+    def _least(self, busy: int, size: int) -> int:
+        """With how many rows of `busy` a program of `size` ends: when a row makes room for one that
+        waits, or else when what is left fits in a smaller program."""
+        if self.schedule.waiting:
+            return busy - 1
+        shrinks = self.schedule.parts == 1 and size > FEWEST_ROWS
+        return min(busy - 1, 1 << ((size - 1).bit_length() - 1)) if shrinks else 0
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:
         """What a program needs to know of its `size` rows, of at most `pages` pages each."""

@@ -103,11 +103,12 @@ def copy(cache, taken, places):
     donate_argnames="cache",
     compiler_options=SAME_BITS,
 )
-def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, key_impl):
+def run_steps(params, cache, rows, least, *, config, execution, steps, attend, key_impl):
     """`tokens` and `logps` [steps, B], how many steps there were, and the cache, or what stands for
     it on a CPU (`row_attention.Rows`).
 
-    A row that has no tokens `left` is idle. With `refill`, the first end of a row is the last step.
+    A row that has no tokens `left` is idle. The step after which no more than `least` rows go on is
+    the last one.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
@@ -121,7 +122,7 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
     blocks = kept_keys.apart(config, execution, params) if by_row else None
 
     def step(state):
-        i, ended, rows, out, cached = state
+        i, rows, out, cached = state
         active = rows["left"] > 0
         if by_row:
             see = functools.partial(row_attention.attend, positions=rows["position"])
@@ -146,14 +147,14 @@ def run_steps(params, cache, rows, refill, *, config, execution, steps, attend, 
             "count": rows["count"] + active,
         }
         out = {"tokens": out["tokens"].at[i].set(tokens), "logps": out["logps"].at[i].set(logps)}
-        return i + 1, ended | (active & (left == 0)).any(), rows, out, cached
+        return i + 1, rows, out, cached
 
     def goes_on(state):
-        i, ended, rows, *_ = state
-        return (i < steps) & (rows["left"] > 0).any() & ~(refill & ended)
+        i, rows, *_ = state
+        return (i < steps) & (jnp.sum(rows["left"] > 0) > least)
 
-    state = (jnp.int32(0), jnp.bool_(False), rows, out, cache)
-    i, _, _, out, cached = jax.lax.while_loop(goes_on, step, state)
+    state = (jnp.int32(0), rows, out, cache)
+    i, _, out, cached = jax.lax.while_loop(goes_on, step, state)
     return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cached
 
 
