@@ -10,7 +10,7 @@ import pytest
 
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.models import llama
-from tulu_jax.objectives import dpo, preference_losses
+from tulu_jax.objectives import dpo, pairs, preference_losses
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding
 from tulu_jax.parallel.mesh import MeshConfig
@@ -186,7 +186,7 @@ def test_swapping_the_sides_negates_the_margin():
 def test_masked_tokens_get_no_gradient_even_if_not_finite():
     row = builders.packed_rows(builders.random_pairs(2, 48), 1, LENGTH)
     values = jnp.where(row["loss_mask"], -1.0, -jnp.inf)
-    total, grad = jax.value_and_grad(lambda v: dpo.response_sums(v, row).sum())(values)
+    total, grad = jax.value_and_grad(lambda v: pairs.response_sums(v, row).sum())(values)
     assert total == -row["loss_mask"].sum()
     np.testing.assert_array_equal(grad, row["loss_mask"])
 

@@ -1,10 +1,5 @@
-"""Direct preference optimisation, and its relatives, on pairs packed into rows or in two rows each.
-
-Packed rows are [B, T] with `branches`: a segment is a prompt (0), its chosen (1) and its rejected
-answer (2); the pair of segment s is `example[:, s - 1]`, of [B, P]. Plain rows are [B, 2, T], the
-prompt before each answer, and `example` is [B]. Below, `*pairs` is the shape of `example`, which is
-−1 where there is no pair.
-"""
+"""Direct preference optimisation, and its relatives; `*pairs` is the shape of `example`, as in
+`pairs`."""
 
 import dataclasses
 import warnings
@@ -18,7 +13,7 @@ from tulu_jax import validation
 from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
 from tulu_jax.models.config import DTYPES, LM_HEAD
-from tulu_jax.objectives import dpo_feed, losses, objective, preference_losses
+from tulu_jax.objectives import dpo_feed, losses, objective, pairs, preference_losses
 from tulu_jax.objectives.preference_losses import CHOSEN, REJECTED
 from tulu_jax.training.state import Frozen
 
@@ -27,7 +22,7 @@ SAFE = -1.0  # the log-probability of places without a pair: finite in every los
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class DPOConfig(pairs.OnPairs):
     """`loss` is one of `preference_losses.LOSSES`; `beta` scales what it compares.
 
     `label_smoothing` ε is the share of flipped labels that 'sigmoid' (conservative DPO), 'robust'
@@ -46,18 +41,11 @@ class DPOConfig:
     log_softmax_dtype: str = "float32"
     vocab_chunk: int = 512
 
-    kind: ClassVar[str] = "preference"
-    stage: ClassVar[str] = "dpo"
     head: ClassVar[str] = LM_HEAD
     metrics: ClassVar[tuple[str, ...]] = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-        *("logps/chosen", "logps/rejected", "kl", "lengths/chosen", "lengths/rejected"),
-        "truncated",
+        *("logps/chosen", "logps/rejected", "kl", *pairs.OnPairs.LENGTHS),
     )
-    watched: ClassVar[tuple[str, ...]] = ("rewards/margins",)
-    param_axes: ClassVar[tuple] = ()
-    row_multiple: ClassVar[int] = 1
-    reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -118,41 +106,23 @@ class DPOConfig:
         )
         yield losses.rule(self.log_softmax_dtype, config.execution.compute_dtype)
 
-    def identity(self):
-        return dataclasses.asdict(self)
-
-    def fields(self, *, rows, length, packing, places):
-        """Those of `fields.pairs`, bool `truncated` [*pairs], whether the pair was cut to fit, and
-        with a cached reference its float32 `ref_logps` [*pairs, 2]."""
-        packed = packing != "none"
-        found = fields_lib.pairs(rows=rows, length=length, packed=packed, places=places)
-        added = {"truncated": fields_lib.of_examples(found, "bool")}
-        if self.caches_reference:
-            added["ref_logps"] = fields_lib.of_examples(found, "float32", 2)
-        return {**found, **added}
+    def fields(self, **shape):
+        """Those of all pairs, and with a cached reference its float32 `ref_logps` [*pairs, 2]."""
+        found = super().fields(**shape)
+        if not self.caches_reference:
+            return found
+        return {**found, "ref_logps": fields_lib.of_examples(found, "float32", 2)}
 
     def split(self, params, key):
         del key
         resident = self.needs_reference and self.reference == "resident"
         return params, Frozen(reference=params) if resident else Frozen()
 
-    def weigh(self, batch):
-        """`batch` with float32 `weights` [*pairs]: 1 / pairs of the update, 0 where there is
-        none."""
-        real = (batch["example"] >= 0).astype(jnp.float32)
-        return {**batch, "weights": real / jnp.maximum(real.sum(), 1.0)}
-
-    def counts(self, batch):
-        return {"pairs": self.measured(batch)} | objective.position_counts(batch)
-
-    def measured(self, batch):
-        return jnp.sum(batch["example"] >= 0, dtype=jnp.float32)
-
     def compute(self, forward, params, frozen, batch):
         """The mean of the pairs' losses; in `examples` each metric pair by pair, [*pairs]."""
         logps = self.response_logps(forward, params, batch)
         real = batch["example"] >= 0
-        lengths = response_sums(jnp.ones(batch["loss_mask"].shape), batch)
+        lengths = pairs.lengths(batch)
         ratios = logps - self._ref_logps(forward, frozen, batch) if self.needs_reference else logps
         ratios = jnp.where(real[..., None], ratios, SAFE)
         values = {
@@ -169,38 +139,20 @@ class DPOConfig:
         values |= self._rewards(ratios, lengths) | {
             "logps/chosen": logps[..., CHOSEN],
             "logps/rejected": logps[..., REJECTED],
-            "lengths/chosen": lengths[..., CHOSEN],
-            "lengths/rejected": lengths[..., REJECTED],
-            "truncated": batch["truncated"].astype(jnp.float32),
         }
-        shares = {name: jnp.sum(batch["weights"] * value) for name, value in values.items()}
-        examples = jax.lax.stop_gradient(values) | {"example": batch["example"]}
-        return objective.Loss(value=shares["loss"], metrics=shares, examples=examples)
+        return pairs.loss(values, batch)
 
     def response_logps(
         self, forward: objective.Forward, params: llama.Params, batch: objective.Batch
     ) -> Float[Array, "*pairs 2"]:
         """Summed float32 log-probability of both responses of each pair, [CHOSEN, REJECTED]; 0
-        where there is no pair.
-
-        A pair lies in one row, or in neighbours along the batch, so it stays on one device.
-        """
-        length = batch["tokens"].shape[-1]
-        rows = {
-            name: batch[name].reshape(-1, length)
-            for name in (*fields_lib.BY_POSITION, *fields_lib.BRANCHES)
-            if name in batch
-        }
-        if llama.NOISE in batch:
-            rows[llama.NOISE] = batch[llama.NOISE].reshape(-1, batch[llama.NOISE].shape[-1])
+        where there is no pair."""
+        rows = pairs.rows(batch)
         paper = self.log_softmax_dtype == "bfloat16"
         token_logps = losses.bfloat16_token_logps if paper else losses.token_logps
         hidden, unembedding = forward(params, rows), llama.unembedding(params)
         logps = token_logps(hidden, unembedding, rows["targets"], self.vocab_chunk)
-        return response_sums(logps.reshape(batch["tokens"].shape), batch)
-
-    def evaluating(self):
-        return self
+        return pairs.response_sums(logps.reshape(batch["tokens"].shape), batch)
 
     def feed(self, run):
         return dpo_feed.PairFeed(self, run)
@@ -213,36 +165,13 @@ class DPOConfig:
         return jax.lax.stop_gradient(self.response_logps(forward, reference, quiet))
 
     def _rewards(self, ratios, lengths) -> objective.Arrays:
-        """Implicit rewards β(log π − log π_ref), their margin, whether it is positive (a tie is not
-        a win), and the mean of log π − log π_ref over both answers: an estimate, on the data's
-        answers instead of the policy's own, of the KL divergence from the reference in nats an
-        answer.
+        """Implicit rewards β(log π − log π_ref), and the mean of log π − log π_ref over both
+        answers: an estimate, on the data's answers instead of the policy's own, of the KL
+        divergence from the reference in nats an answer.
 
         Without a reference the rewards are β times the mean log π of a token, as in SimPO and ORPO.
         """
         if not self.needs_reference:
             ratios = ratios / jnp.maximum(lengths, 1.0)
-        rewards = self.beta * ratios
-        margins = rewards[..., CHOSEN] - rewards[..., REJECTED]
-        return {
-            "rewards/chosen": rewards[..., CHOSEN],
-            "rewards/rejected": rewards[..., REJECTED],
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).astype(jnp.float32),
-            "kl": ratios.mean(axis=-1) if self.needs_reference else jnp.zeros(margins.shape),
-        }
-
-
-def response_sums(values: Float[Array, "B *two T"], batch: dict) -> Float[Array, "*pairs 2"]:
-    """Sums of `values` over the trained tokens of each response; others get no gradient."""
-    values = jnp.where(batch["loss_mask"], values, 0.0)
-    if "branches" not in batch:
-        return values.sum(axis=-1)
-    pairs = batch["example"].shape[1]
-    response = 2 * (batch["segment_ids"] - 1) + batch["branches"] - 1
-    response = jnp.where(batch["loss_mask"], response, 2 * pairs)
-
-    def row(values, response):
-        return jax.ops.segment_sum(values, response, num_segments=2 * pairs + 1)[:-1]
-
-    return jax.vmap(row)(values, response).reshape(-1, pairs, 2)
+        kl = ratios.mean(axis=-1) if self.needs_reference else jnp.zeros(ratios.shape[:-1])
+        return pairs.rewards(self.beta * ratios) | {"kl": kl}

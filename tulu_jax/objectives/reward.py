@@ -3,7 +3,7 @@
 A score head stands in place of the output projection (Ouyang et al. 2022, §3.5); the loss is that
 of Bradley and Terry, −log σ(r_chosen − r_rejected). Rows are those of DPO but unshifted
 (`DataConfig.to_ends`), so that each answer's last token, `</s>` or where it was cut, is an input:
-its hidden state is scored. `*pairs` is the shape of `example`, as in `dpo`.
+its hidden state is scored. `*pairs` is the shape of `example`, as in `pairs`.
 """
 
 import dataclasses
@@ -14,16 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tulu_jax import validation
-from tulu_jax.data import fields as fields_lib
 from tulu_jax.models import llama
 from tulu_jax.models.config import SCORE
-from tulu_jax.objectives import dpo, objective, reward_feed
-from tulu_jax.objectives.preference_losses import CHOSEN, REJECTED
+from tulu_jax.objectives import objective, pairs, reward_feed
 from tulu_jax.training.state import Frozen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(pairs.OnPairs):
     """`margin` is subtracted from r_chosen − r_rejected before the loss. A base that is a language
     model gets a new head, drawn with the run's seed; one with a score head goes on with it. The
     functions are those of `objective.Objective`.
@@ -31,18 +29,12 @@ class RewardConfig:
 
     margin: float = 0.0
 
-    kind: ClassVar[str] = "preference"
-    stage: ClassVar[str] = "dpo"
     head: ClassVar[str] = SCORE
     metrics: ClassVar[tuple[str, ...]] = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-        *("lengths/chosen", "lengths/rejected", "truncated"),
+        *pairs.OnPairs.LENGTHS,
     )
-    watched: ClassVar[tuple[str, ...]] = ("rewards/margins",)
-    param_axes: ClassVar[tuple] = ()
-    row_multiple: ClassVar[int] = 1
     scores_first: ClassVar[bool] = False
-    reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         rule = self.margin >= 0, f"margin = {self.margin}: expected 0 or more"
@@ -63,15 +55,6 @@ class RewardConfig:
             "expected None, or a base that it is merged into",
         )
 
-    def identity(self):
-        return dataclasses.asdict(self)
-
-    def fields(self, *, rows, length, packing, places):
-        """Those of `fields.pairs`, and bool `truncated` [*pairs], whether the pair was cut."""
-        packed = packing != "none"
-        found = fields_lib.pairs(rows=rows, length=length, packed=packed, places=places)
-        return {**found, "truncated": fields_lib.of_examples(found, "bool")}
-
     def split(self, params, key):
         """The trunk and a float32 score head, that of the base or a new one; no output projection,
         which nothing would read."""
@@ -81,56 +64,22 @@ class RewardConfig:
         score = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), score)
         return {"model": params["model"], SCORE: score}, Frozen()
 
-    def weigh(self, batch):
-        """`batch` with float32 `weights` [*pairs]: 1 / pairs of the update, 0 where there is
-        none."""
-        real = (batch["example"] >= 0).astype(jnp.float32)
-        return {**batch, "weights": real / jnp.maximum(real.sum(), 1.0)}
-
-    def counts(self, batch):
-        return {"pairs": self.measured(batch)} | objective.position_counts(batch)
-
-    def measured(self, batch):
-        return jnp.sum(batch["example"] >= 0, dtype=jnp.float32)
-
     def compute(self, forward, params, frozen, batch):
         """The mean of the pairs' losses; in `examples` each metric pair by pair, [*pairs]."""
         del frozen
         scores = self.scores(forward, params, batch)
-        lengths = dpo.response_sums(jnp.ones(batch["loss_mask"].shape), batch)
-        margins = scores[..., CHOSEN] - scores[..., REJECTED]
-        values = {
-            "loss": -jax.nn.log_sigmoid(margins - self.margin),
-            "rewards/chosen": scores[..., CHOSEN],
-            "rewards/rejected": scores[..., REJECTED],
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).astype(jnp.float32),
-            "lengths/chosen": lengths[..., CHOSEN],
-            "lengths/rejected": lengths[..., REJECTED],
-            "truncated": batch["truncated"].astype(jnp.float32),
-        }
-        shares = {name: jnp.sum(batch["weights"] * value) for name, value in values.items()}
-        examples = jax.lax.stop_gradient(values) | {"example": batch["example"]}
-        return objective.Loss(value=shares["loss"], metrics=shares, examples=examples)
+        told = pairs.rewards(scores)
+        losses = -jax.nn.log_sigmoid(told["rewards/margins"] - self.margin)
+        return pairs.loss({"loss": losses} | told, batch)
 
     def scores(
         self, forward: objective.Forward, params: llama.Params, batch: objective.Batch
     ) -> Float[Array, "*pairs 2"]:
         """float32 scores of both answers of each pair, [CHOSEN, REJECTED]; 0 where there is no
         pair."""
-        length = batch["tokens"].shape[-1]
-        rows = {
-            name: batch[name].reshape(-1, length)
-            for name in (*fields_lib.BY_POSITION, *fields_lib.BRANCHES)
-            if name in batch
-        }
-        if llama.NOISE in batch:
-            rows[llama.NOISE] = batch[llama.NOISE].reshape(-1, batch[llama.NOISE].shape[-1])
+        rows = pairs.rows(batch)
         scores = llama.scores(forward(params, rows), params).reshape(batch["tokens"].shape)
-        return dpo.response_sums(scores, {**batch, "loss_mask": ends(batch)})
-
-    def evaluating(self):
-        return self
+        return pairs.response_sums(scores, {**batch, "loss_mask": ends(batch)})
 
     def feed(self, run):
         return reward_feed.RewardFeed(run)
