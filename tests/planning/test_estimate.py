@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tulu_jax import cli
+from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import aot, cost, hlo, plan, rows, topology
 
 PROGRAM = """HloModule jit_step
@@ -197,6 +198,46 @@ def test_a_closed_ring_has_twice_the_links_of_a_line():
         "all-reduce", size, [0, 2], places, topology.parse("2*v5e:2x1")
     )
     assert sent == size and across == pytest.approx(size / part.hardware.dcn)
+
+
+@pytest.mark.parametrize(
+    "places, shape, wraps, links",
+    [
+        ([(x, 3) for x in range(16)], (16, 16), 16, 2),  # a ring
+        ([(x, 3) for x in range(8)], (16, 16), 16, 1),  # a line
+        ([(x, 3) for x in range(0, 16, 2)], (16, 16), 16, 1),  # one of two rings that interleave
+        ([(0, 0), (8, 0)], (16, 16), 16, 1 / 4),
+        ([(0, 0), (1, 0)], (16, 16), 16, 1),
+        ([(x, y) for x in range(2) for y in range(16)], (16, 16), 16, 1 + 2),
+        ([(x, 0) for x in range(8)], (8, 8), 16, 1),  # the axis does not close
+        ([(0, 0), (0, 0)], (8, 8), 4, 0),  # two devices of a chip
+    ],
+)
+def test_the_links_of_a_group(places, shape, wraps, links):
+    assert mesh_lib.links(np.array(places), shape, wraps) == links
+
+
+@pytest.mark.parametrize(
+    "name, sizes, context, tensor",
+    [
+        ("v5e:16x16", (16, 2, 8), 1, 1),  # neighbours of a line, and a ring of every other chip
+        ("v6e:16x16", (1, 32, 8), 2 + 1, 1),
+        ("v6e:16x16", (16, 8, 2), 1, 1),  # two of every eighth chip would have a quarter
+        ("v5p:4x8x8", (16, 2, 8), 1, 2),
+        ("2*v5e:16x16", (16, 2, 8), 1, 1),
+    ],
+)
+def test_context_has_the_neighbours_where_tensor_loses_no_link(
+    absent_slices, name, sizes, context, tensor
+):
+    slice_ = topology.parse(name)
+    axes = dict(zip(mesh_lib.AXES[1:], sizes, strict=True))
+    devices = mesh_lib.make(mesh_lib.MeshConfig(data=-1, **axes), slice_.devices()).devices
+    assert len(set(devices.flat)) == slice_.num_devices
+    groups = devices[0, 0, :, 0], devices[0, 0, 0, :]
+    places = (np.array([d.coords[: len(slice_.shape)] for d in group]) for group in groups)
+    found = [mesh_lib.links(p, slice_.shape, slice_.hardware.wraps) for p in places]
+    assert found == [context, tensor]
 
 
 def test_rows_count_pairs_of_blocks():

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jaxtyping import Int
 
 from tulu_jax import chips, validation
 
@@ -95,19 +97,56 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
         )
     if devices[0].platform != "tpu":
         placed = np.asarray(devices).reshape(tuple(sizes.values()))
-    elif slices > 1:
-        within = {**sizes, "data": sizes["data"] // slices}
-        placed = mesh_utils.create_hybrid_device_mesh(
-            tuple(within.values()),
-            (slices, 1, 1, 1),
-            devices,
-            allow_split_physical_axes=True,
-        )
     else:
-        placed = mesh_utils.create_device_mesh(
-            tuple(sizes.values()), devices, allow_split_physical_axes=True
-        )
+        placed = _laid(sizes, devices, slices)
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
+
+
+def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.ndarray:
+    """TPU devices [data, fsdp, context, tensor], laid along the torus of a slice.
+
+    Where `context` and `tensor` share a torus axis, one of them has its neighbours there. It is
+    `tensor`, unless that has as many links without (a ring of every other chip has those of a line
+    of half of them) and `context` more with them.
+    """
+    chip = chips.CHIPS.get(chips.name(devices[0].device_kind))
+    shape = (np.ptp([device.coords for device in devices], axis=0) + 1).tolist()
+
+    def along(order: Sequence[str]) -> np.ndarray:
+        within = [sizes[name] // (slices if name == "data" else 1) for name in order]
+        split = dict(allow_split_physical_axes=True)
+        if slices > 1:
+            of_slices = [slices if name == "data" else 1 for name in order]
+            placed = mesh_utils.create_hybrid_device_mesh(within, of_slices, devices, **split)
+        else:
+            placed = mesh_utils.create_device_mesh(within, devices, **split)
+        return placed.transpose([order.index(name) for name in sizes])
+
+    def found(placed: np.ndarray, axis: str) -> float:
+        group = np.moveaxis(placed, list(sizes).index(axis), -1).reshape(-1, sizes[axis])[0]
+        return links(np.array([device.coords for device in group]), shape, chip.wraps)
+
+    usual = along(AXES)
+    if chip is None or min(sizes["context"], sizes["tensor"]) == 1:
+        return usual
+    beside = along(("data", "fsdp", "tensor", "context"))
+    better = found(beside, "context") > found(usual, "context")
+    return beside if better and found(beside, "tensor") >= found(usual, "tensor") else usual
+
+
+def links(places: Int[np.ndarray, "N axes"], shape: Sequence[int], wraps: int) -> float:
+    """Torus links that serve a group of devices at `places` in a slice of `shape` chips: two along
+    an axis where the group closes into a ring (the axis does if its length is a multiple of
+    `wraps`), one where it is a line, shared among the groups that interleave on it. 0 on one chip.
+    """
+    total = 0.0
+    for length, coordinates in zip(shape, places.T, strict=True):
+        values = np.unique(coordinates)
+        if len(values) > 1:
+            stride = int(np.diff(values).min())
+            ring = len(values) * stride == length and length % wraps == 0
+            total += (2 if ring else 1) / stride
+    return total
 
 
 def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tulu_jax.parallel import mesh
 from tulu_jax.planning import hlo
 from tulu_jax.planning.topology import Topology
 
@@ -63,9 +64,7 @@ def link_seconds(
     """Seconds and bytes sent a device of one collective over the devices `members`.
 
     `size` is the bytes of the whole buffer. `places` int [devices, 1 + torus axes] is the slice and
-    the coordinates of each position of the mesh. A torus axis that the group spans serves it with
-    two links where it closes into a ring, with one where it is a line, shared among the groups that
-    interleave on it.
+    the coordinates of each position of the mesh. The group has the links of `mesh.links`.
     """
     n, hardware = len(members), topology.hardware
     if n == 1:
@@ -76,15 +75,8 @@ def link_seconds(
         share = (slices - 1) / slices
         sent = size * share * (2 if kind == "all-reduce" else 1)
         return sent / hardware.dcn, sent
-    bandwidth, hops = 0.0, 0
-    for axis, length in enumerate(topology.shape):
-        values = np.unique(spots[:, 1 + axis])
-        if len(values) == 1:
-            continue
-        stride = int(np.diff(values).min())
-        ring = len(values) * stride == length and length % hardware.wraps == 0
-        bandwidth += hardware.link * (2 if ring else 1) / stride
-        hops += len(values) - 1
+    bandwidth = hardware.link * mesh.links(spots[:, 1:], topology.shape, hardware.wraps)
+    hops = sum(len(np.unique(places)) - 1 for places in spots[:, 1:].T)
     if not bandwidth:  # the two cores of a chip
         return size / hardware.bandwidth, 0.0
     share = (n - 1) / n
