@@ -41,12 +41,14 @@ class RewardConfig:
     watched: ClassVar[tuple[str, ...]] = ("rewards/margins",)
     param_axes: ClassVar[tuple] = ()
     row_multiple: ClassVar[int] = 1
-    scores_first: ClassVar[bool] = False
     reward_from: ClassVar[None] = None
 
     def __post_init__(self):
         rule = self.margin >= 0, f"margin = {self.margin}: expected 0 or more"
         validation.check(self, lambda: [rule])
+
+    def first_pass(self, config, num_devices):
+        return None
 
     def saves_memory(self):
         return []
