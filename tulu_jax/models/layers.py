@@ -303,7 +303,10 @@ def _cut(x, row_parts: int):
 
 def _gathered(norm, parts):
     """Each part normalised, with the positions of all devices along `tensor`."""
-    return [sharding.gather(norm(part), 1, "tensor") for part in parts]
+    normed = [norm(part) for part in parts]
+    if sharding.axis_size("tensor") == 1:
+        return normed
+    return [checkpoint_name(sharding.gather(part, 1, "tensor"), "gathered") for part in normed]
 
 
 def _added(parts, outs):

@@ -22,6 +22,7 @@ from tulu_jax.recipe import TrainConfig
 SPARE = 0.05  # of HBM that a plan leaves
 LONG = 512  # positions of a device between blocks that are worth two parts
 KERNEL = "kernel"  # the name of a weight that was gathered
+GATHERED = "gathered"  # and of an activation
 POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
@@ -225,7 +226,8 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
                     optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
                 )
                 for dtype, policy in itertools.product(("float32", "bfloat16"), POLICIES)
-                if KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1
+                if (KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1)
+                and (GATHERED not in REMAT_POLICIES[policy] or tensor > 1)
             ]
             if not list(preflight.mesh_problems(found[0], topology.num_devices)):
                 yield found
@@ -256,7 +258,8 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
         scattered *= 1.5  # a group over three torus axes is slower, compiled, than its links are
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * sizes["fsdp"])
     activations = 2 * tokens / sizes["context"] * model.embed_dim * model.num_layers
-    activations *= (11 if full else 10) * seconds["tensor"]
+    moves = 11 if full else 8 if GATHERED in kept_names else 10
+    activations *= moves * seconds["tensor"]
     width = 2 * model.num_kv_heads * model.head_dim / sizes["tensor"]
     keys = 2 * tokens * width * model.num_layers * 3 * seconds["context"]
     fetched = scattered / (1 if config.execution.gather_dtype is None else 2)
@@ -313,6 +316,8 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
         width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
         layer += 4 * tokens * model.num_kv_heads * model.head_dim / sizes["tensor"]
+        if GATHERED in kept:  # before the attention and before the MLP
+            layer += 2 * 2 * tokens * model.embed_dim
         if KERNEL in kept:  # as it was gathered
             layer += (
                 2 * sum(math.prod(shape) for shape in model.projections.values()) / sizes["tensor"]
