@@ -64,7 +64,7 @@ def test_the_pass_takes_rows_of_many_updates_and_loses_no_pair(tmp_path, tokeniz
     run.put = lambda batch: taken.append(len(batch["tokens"])) or put(run, batch)
     run.open()
     rows = run.feed.rows
-    size = dpo_feed.pass_rows(config, run.mesh.size)
+    size = dpo_feed.pass_rows(config, run.mesh)
     assert size * config.data.max_length == dpo_feed.POSITIONS * run.mesh.size
     names = [rows.store.name(i) for i in range(rows.num_examples)]
 

@@ -103,10 +103,10 @@ class DPOConfig:
         """Whether a batch brings the reference's log-probabilities."""
         return self.needs_reference and self.reference == "cached"
 
-    def first_pass(self, config, num_devices):
+    def first_pass(self, config, mesh):
         if not self.caches_reference:
             return None
-        return dpo_feed.make_scores(config), dpo_feed.pass_rows(config, num_devices)
+        return dpo_feed.make_scores(config), dpo_feed.pass_rows(config, mesh)
 
     def saves_memory(self):
         return ["DPOConfig.reference = 'cached'"] if self.reference == "resident" else []

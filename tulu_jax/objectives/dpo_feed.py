@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader
-from tulu_jax.models import llama
+from tulu_jax.models import attention, llama
 from tulu_jax.objectives import loader_feed
 from tulu_jax.parallel import compiler
 from tulu_jax.training import reference
@@ -76,7 +77,7 @@ class PairFeed:
             compiler_options=compiler.options(run.mesh.devices.flat[0].device_kind),
         )
         few = self._pairs.eval_rows  # which divide over the mesh, as their multiples do
-        size = pass_rows(run.config, run.mesh.size)
+        size = pass_rows(run.config, run.mesh)
         size = min(size, -(-rows.rows_per_epoch // few) * few)
         batches, total = self._pairs.in_order(rows, batch_size=size, first_row=done)
         params, found = initial(), []
@@ -97,16 +98,31 @@ def make_scores(config) -> Callable[[llama.Params, loader_feed.Batch], tuple[Any
     return lambda params, batch: (batch["example"], logps_of(forward, params, batch))
 
 
-def pass_rows(config, num_devices: int) -> int:
+def pass_rows(config, mesh: jax.sharding.Mesh) -> int:
     """Rows of a forward of the reference's pass: those of a micro-batch, as often as a device has
-    no more than POSITIONS positions of them.
+    no more than POSITIONS positions of them, and attention takes them in one call.
 
     Weights are gathered once a forward, however many rows it has, and an update's rows are few. It
     keeps nothing of a layer, so it needs less memory with these than an update with its own.
     """
+    length, sizes = config.data.max_length, mesh.shape
     rows = config.micro_batch_size or config.batch_size
     sides = 2 if config.data.packing == "none" else 1
-    return rows * max(1, POSITIONS * num_devices // (rows * sides * config.data.max_length))
+    times = POSITIONS * mesh.size // (rows * sides * length)
+    model, execution = config.model, config.execution
+    heads = model.num_heads // sizes["tensor"], model.num_kv_heads // sizes["tensor"]
+    most = attention.most_rows(
+        mesh.devices.flat[0].device_kind,
+        queries=length // sizes["context"],
+        keys=length,
+        heads=(*heads, model.head_dim),
+        dtype=jnp.dtype(execution.compute_dtype),
+        block=execution.attention_block,
+        balanced=bool(execution.balanced),
+    )
+    if most is not None:
+        times = min(times, most * sizes["data"] * sizes["fsdp"] // (rows * sides))
+    return rows * max(1, times)
 
 
 def attached(

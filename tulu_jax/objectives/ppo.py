@@ -141,7 +141,7 @@ class PPOConfig:
         """Those of the two networks that have a score head, below their names."""
         return tuple((f"({VALUE}|{REWARD})/{path}", axes) for path, axes in sharding.PARAM_AXES)
 
-    def first_pass(self, config, num_devices):
+    def first_pass(self, config, mesh):
         return None
 
     def saves_memory(self):

@@ -47,7 +47,7 @@ class RewardConfig:
         rule = self.margin >= 0, f"margin = {self.margin}: expected 0 or more"
         validation.check(self, lambda: [rule])
 
-    def first_pass(self, config, num_devices):
+    def first_pass(self, config, mesh):
         return None
 
     def saves_memory(self):

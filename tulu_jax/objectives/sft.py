@@ -65,7 +65,7 @@ class SFTConfig:
             "run caches no reference",
         )
 
-    def first_pass(self, config, num_devices):
+    def first_pass(self, config, mesh):
         return None
 
     def saves_memory(self):

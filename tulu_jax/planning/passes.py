@@ -71,11 +71,11 @@ def compile_pass(
 
 def first(config: TrainConfig, topology: Topology) -> Pass | None:
     """The pass of `objective.first_pass`; None if there is none."""
-    found = config.objective.first_pass(config, topology.num_devices)
+    mesh = mesh_lib.make(config.mesh, topology.devices())
+    found = config.objective.first_pass(config, mesh)
     if found is None:
         return None
     function, rows = found
-    mesh = mesh_lib.make(config.mesh, topology.devices())
     state, frozen = step_lib.abstract_state(config, mesh)
     fields = config.objective.fields(
         rows=rows,
