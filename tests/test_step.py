@@ -213,6 +213,29 @@ def test_long_rows_go_through_a_layer_in_two_parts(tmp_path):
     assert_same_params(four_state, one_state, atol=2e-4)
 
 
+def test_what_was_gathered_is_kept_and_not_gathered_again(tmp_path):
+    config, _ = make(tmp_path, "sft", batch_size=2)
+    config = builders.replace(config, execution__remat=True, execution__row_parts=2)
+    batch = builders.sft_batch(2, 64)
+    mesh = mesh_lib.make(MeshConfig(data=1, fsdp=2, tensor=4))
+    placed, params = builders.placed(mesh, config.objective, batch), initial_state(config).params
+    found, gathers = {}, {}
+    for policy in ("save_projections", "save_gathered"):
+        run = builders.replace(config, execution__remat_policy=policy)
+        forward = llama.forward(run.model, run.execution)
+
+        def loss(params, forward=forward):
+            hidden = forward(params, placed)
+            return jnp.sum(jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape) * hidden)
+
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+            found[policy] = lowered.compile()(params)
+        gathers[policy] = lowered.as_text().count('"stablehlo.all_gather"')
+    assert gathers["save_projections"] - gathers["save_gathered"] == 4  # two before each half
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found.values())
+
+
 def test_accumulation_on_a_mesh(tmp_path):
     config, batch = make(tmp_path, "sft", micro_batch_size=4)
     one, _ = one_device("sft", "xla")

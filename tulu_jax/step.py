@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tulu_jax.data.fields import Fields
 from tulu_jax.models import llama, lora
 from tulu_jax.models.config import SCORE
 from tulu_jax.objectives.objective import Batch
@@ -207,6 +208,11 @@ def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh, *, places: int)
         packing=config.data.packing,
         places=places,
     )
+    return abstract_arrays(fields, mesh)
+
+
+def abstract_arrays(fields: Fields, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes, dtypes and shardings of the arrays of a batch of `fields`."""
     return {
         name: jax.ShapeDtypeStruct(
             field.shape, field.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(*field.axes))

@@ -320,6 +320,28 @@ def test_ids_are_checked():
         jax.eval_shape(lambda: flash.prepare(**good, query_offset=0, tiling=tiling))
 
 
+@pytest.mark.parametrize("chip, queries", [("v3", 128), ("v5p", 256)])
+def test_as_many_rows_are_listed_as_fit_and_leave_room(chip, queries):
+    """Of a row's part on one device, whatever the rows hold; twice as many do not fit."""
+    sizes = dict(queries=queries, keys=8192)
+    tiling = tuning.tiling(chip, "bfloat16")
+    tiling = flash.fit(tiling, heads=8, kv_heads=1, head_dim=128, itemsize=2, **sizes)
+    most = flash.most_rows(tiling, **sizes)
+
+    def prepared(rows):
+        ids = {
+            name: jax.ShapeDtypeStruct((rows, length), jnp.int32)
+            for name, length in zip(("segment_ids", "kv_segment_ids"), sizes.values(), strict=True)
+        }
+        rest = dict(branches=None, kv_branches=None, tiling=tiling)
+        offset = jax.ShapeDtypeStruct((), jnp.int32)
+        jax.eval_shape(functools.partial(flash.prepare, **rest), **ids, query_offset=offset)
+
+    prepared(most)
+    with pytest.raises(ValueError, match="bytes of SMEM"):
+        prepared(2 * (most + 1))
+
+
 @pytest.mark.parametrize("chip", chips.CHIPS)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (64, 8), (8, 1), (3, 3)])
 def test_tuned_tiles_fit_any_number_of_heads(chip, heads, kv_heads):

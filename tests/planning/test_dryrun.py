@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -64,6 +65,14 @@ def test_a_step_on_pairs_is_compiled_and_reported(tmp_path, capsys):
     said = capsys.readouterr()
     assert status == 0, said
     assert_reported(tmp_path, said.out)
+    (found,) = json.loads((tmp_path / "dryrun.json").read_text())
+    first, seconds = found["first_pass"], found["seconds"]
+    assert first["rows"] == 128  # of 128 positions: 4,096 a device
+    batches = math.ceil(found["updates"] * 8 / 128)  # no epochs: all rows are new
+    assert seconds["reference_pass"] == pytest.approx(batches * first["seconds"])
+    whole = found["updates"] * seconds["step"] + seconds["reference_pass"]
+    assert found["hours"] == pytest.approx(whole / 3600)
+    assert 0 < first["seconds"] < 128 / 8 * seconds["step"]
 
 
 def test_what_a_divided_step_should_not_have_is_found():

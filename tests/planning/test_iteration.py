@@ -12,7 +12,16 @@ from tulu_jax import cli
 from tulu_jax import step as step_lib
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel.mesh import MeshConfig
-from tulu_jax.planning import aot, calibration, cost, decoding_times, iteration, plan, topology
+from tulu_jax.planning import (
+    aot,
+    calibration,
+    cost,
+    decoding_times,
+    iteration,
+    passes,
+    plan,
+    topology,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
@@ -114,12 +123,11 @@ def made(config, *, cache: int, code: int, refused: dict[str, str]) -> iteration
         step=cost.Cost(memory=0.25), least=0.2, most=0.5, limit=0.2, fill=cost.Cost(matrix=0.5),
         faults=[], compile_seconds=0.0, texts={},
     )  # fmt: skip
-    measure = iteration.Pass(
+    measure = passes.Pass(
         rows=32, cost=cost.Cost(matrix=2.0), temporaries=2**28, code=code, compile_seconds=0.0
     )
     result = plan.Result(
-        config=config, topology=place, step=None if "updates" in refused else step, updates=96,
-        reference_seconds=0.0,
+        config=config, topology=place, step=None if "updates" in refused else step, updates=96
     )  # fmt: skip
     return iteration.Iteration(
         result=result, models={"policy": 2**30}, decode=decode, measure=measure, refused=refused

@@ -42,6 +42,7 @@ TINY = 2.0**-100  # under every sum that is used
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # codes of padding, equal to no other
 LANES = 128
 LARGEST_HEAD = 256
+LISTED = 0.9  # the part of SMEM that a list of pairs may take
 
 # Kinds of pairs, the low bits of a flag: those below, then one for each of EDGES. A segment that
 # reaches into a pair from outside it needs only the later keys of the pair, and its earlier queries
@@ -365,8 +366,8 @@ def _pairs(tile, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> 
         bound = B * (sum(max(1, end) for end in ends) + by_key * (j - min(j, max(ends))))
     else:
         bound = B * i * j
-    scalars = (8 if by_key else 6) * 4 * (bound + 1)
-    if scalars > 0.9 * smem:
+    scalars = _scalars(by_key) * (bound + 1)
+    if scalars > LISTED * smem:
         raise ValueError(
             f"the list of {bound} pairs of {block} x {block} needs {scalars:,} bytes of SMEM; "
             f"found {smem:,}. Use larger blocks, fewer rows or shorter ones, or attention "
@@ -377,6 +378,21 @@ def _pairs(tile, own, prompt, key, query_offset, *, by_key: bool, smem: int) -> 
         x[:, :, ::-1].swapaxes(1, 2) if by_key else x[:, ::-1, ::-1] for x in (visited, kind, shift)
     )
     return _list(visited, kind, shift, by_key=by_key, bound=bound, load=tile.load)
+
+
+def _scalars(by_key: bool) -> int:
+    """Bytes of SMEM that a pair takes."""
+    return 4 * (8 if by_key else 6)
+
+
+def most_rows(tiling: Tiling, *, queries: int, keys: int) -> int:
+    """Rows of a call that can be listed for `tiling` (of `fit`), whatever they hold, in half of the
+    SMEM: v3 needs nearly as much for the rest of a program."""
+    return min(
+        int(tiling.smem / 2 / _scalars(by_key) - 1)
+        // (-(-queries // tile.block) * -(-keys // tile.block))
+        for tile, by_key in ((tiling.forward, False), (tiling.backward, True))
+    )
 
 
 def codes(*, segment_ids, kv_segment_ids, branches, kv_branches, multiples):

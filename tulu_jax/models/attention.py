@@ -162,6 +162,34 @@ def _tiling(dtype: jnp.dtype, *, interpret: bool, block: int | None) -> flash_at
     return tiling if block is None else flash_attention_tuning.with_block(tiling, block)
 
 
+def most_rows(
+    device_kind: str,
+    *,
+    queries: int,
+    keys: int,
+    heads: tuple[int, int, int],
+    dtype: jnp.dtype,
+    block: int | None,
+    balanced: bool,
+) -> int | None:
+    """Rows that a device takes in one call of the kernel, whatever they hold; `heads` (N, K, H) are
+    those of the device, which with `balanced` has two runs of a row. None where no kernel runs."""
+    chip = chips.name(device_kind)
+    if chip is None or not flash_attention_tuning.takes(device_kind, dtype.name):
+        return None
+    tiling = flash_attention_tuning.tiling(chip, dtype.name)
+    if block is not None:
+        tiling = flash_attention_tuning.with_block(tiling, block)
+    if balanced:
+        tiling = flash_attention_tuning.within(tiling, queries // 2)
+    N, K, H = heads
+    sizes = dict(queries=queries, keys=keys)
+    tiling = flash_attention.fit(
+        tiling, heads=N, kv_heads=K, head_dim=H, itemsize=dtype.itemsize, **sizes
+    )
+    return flash_attention.most_rows(tiling, **sizes)
+
+
 def _size(axis: str) -> int:
     """Devices along an axis of the ambient mesh; 1 without one and for one device's part."""
     return 1 if num_devices() == 1 else jax.sharding.get_abstract_mesh().shape[axis]

@@ -12,10 +12,12 @@ ATTENTION = ("auto", "xla", "triangular", "blockwise", "pallas", "pallas_interpr
 ATTENTION_BLOCKS = (128, 256, 512, 1024)
 _OF_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
 # What each keeps of a layer for the backward pass, by the names that the layer gives (`Block` and
-# `attention`), the most first; the last three are jax's own, of which the first keeps nothing. The
-# first keeps the weights as they were gathered, where memory is spare and the interconnect binds.
+# `attention`), the most first; the last three are jax's own, of which the first keeps nothing.
+# Where memory is spare and the interconnect binds, the first keeps the weights as they were
+# gathered, and the second the activations that products took, gathered over `tensor`.
 REMAT_POLICIES = {
     "save_kernels": (*_OF_ATTENTION, "residual", "gate", "up", "kernel"),
+    "save_gathered": (*_OF_ATTENTION, "residual", "gate", "up", "gathered"),
     "save_projections": (*_OF_ATTENTION, "residual", "gate", "up"),
     "save_gate": (*_OF_ATTENTION, "residual", "gate"),
     "save_attention": (*_OF_ATTENTION, "residual"),

@@ -213,8 +213,8 @@ class SelfAttention(nnx.Module):
         self.o_proj = Projection("self_attn/o_proj", (N, H, D), inputs=2, **made)
 
     def __call__(self, parts, *, angles, attend, noise):
-        q = rotate(_joined(self.q_proj(parts, noise)), *angles)
-        k = rotate(_joined(self.k_proj(parts, noise)), *angles)
+        q = rotate(products.apart(_joined(self.q_proj(parts, noise))), *angles)
+        k = rotate(products.apart(_joined(self.k_proj(parts, noise))), *angles)
         v = _joined(self.v_proj(parts, noise))
         out, kept = attend(q, k, v)
         return self.o_proj(_parted(out, len(parts)), noise), kept
@@ -247,7 +247,8 @@ class MLP(nnx.Module):
     def __call__(self, parts, noise):
         gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts, noise)]
         ups = [checkpoint_name(up, "up") for up in self.up_proj(parts, noise)]
-        gated = [jax.nn.silu(g) * up for g, up in zip(gates, ups, strict=True)]
+        gates, ups = ([products.apart(x) for x in both] for both in (gates, ups))
+        gated = [products.apart(jax.nn.silu(g) * up) for g, up in zip(gates, ups, strict=True)]
         return self.down_proj(gated, noise)
 
 
@@ -303,7 +304,11 @@ def _cut(x, row_parts: int):
 
 def _gathered(norm, parts):
     """Each part normalised, with the positions of all devices along `tensor`."""
-    return [sharding.gather(norm(part), 1, "tensor") for part in parts]
+    normed = [norm(part) for part in parts]
+    if sharding.axis_size("tensor") > 1:
+        normed = [sharding.gather(part, 1, "tensor") for part in normed]
+        normed = [checkpoint_name(part, "gathered") for part in normed]
+    return [products.apart(part) for part in normed]
 
 
 def _added(parts, outs):

@@ -2,10 +2,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tulu_jax.kernels import target
+
+MANY = 512  # positions with which a product is worth a pass over memory before and after it
 
 
 def multiply(
@@ -24,3 +27,24 @@ def multiply(
     size = math.prod(kernel.shape[:inputs])
     found = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return found.reshape(*x.shape[:2], *kernel.shape[inputs:])
+
+
+def apart(x: Float[Array, "B T *features"]) -> Float[Array, "B T *features"]:
+    """`x`, computed before what a TPU makes of it, and its cotangent likewise, for many positions.
+
+    XLA would put what is computed element by element into the products beside it, before them even
+    once for every tile of the result. With silu, a norm or a rotation and their gradients inside,
+    products are priced at up to twice the cycles (docs/pods.md).
+    """
+    many = x.shape[0] * x.shape[1] >= MANY
+    return _apart(x) if many and target.platform() == "tpu" else x
+
+
+@jax.custom_vjp
+def _apart(x):
+    return jax.lax.optimization_barrier(x)
+
+
+_apart.defvjp(
+    lambda x: (_apart(x), None), lambda _, cotangent: (jax.lax.optimization_barrier(cotangent),)
+)

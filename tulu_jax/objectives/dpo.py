@@ -91,9 +91,10 @@ class DPOConfig(pairs.OnPairs):
         """Whether a batch brings the reference's log-probabilities."""
         return self.needs_reference and self.reference == "cached"
 
-    @property
-    def scores_first(self) -> bool:
-        return self.caches_reference
+    def first_pass(self, config, mesh):
+        if not self.caches_reference:
+            return None
+        return dpo_feed.make_scores(config), dpo_feed.pass_rows(config, mesh)
 
     def saves_memory(self):
         return ["DPOConfig.reference = 'cached'"] if self.reference == "resident" else []

@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from tulu_jax.data import chat as chat_lib
 from tulu_jax.data import loader
-from tulu_jax.models import llama
+from tulu_jax.models import attention, llama
 from tulu_jax.objectives import loader_feed
+from tulu_jax.parallel import compiler
 from tulu_jax.training import reference
 
 SHARD_ROWS = 256  # rows of one shard of the reference: what a kill can lose
+POSITIONS = 4096  # of a device in a forward of the reference's pass
 GROUPED = ("loss", "rewards/margins", "rewards/accuracies")
 QUANTILES = 4
 
@@ -58,8 +61,8 @@ class PairFeed:
         return attached(rows, batch, self._ref_logps.get(split))
 
     def _computed(self, rows: loader.Rows, cache: reference.Cache, initial) -> np.ndarray:
-        """float32 [examples, 2] of all pairs of `rows`; what `cache` has not is computed, row by
-        row, over the ambient mesh and the processes."""
+        """float32 [examples, 2] of all pairs of `rows`; what `cache` has not is computed, in rows
+        of one shape, over the ambient mesh and the processes."""
         run, names = self._run, [rows.store.name(i) for i in range(rows.num_examples)]
         done = 0
         while done < rows.rows_per_epoch and all(
@@ -68,21 +71,58 @@ class PairFeed:
             done += 1
         if done == rows.rows_per_epoch:
             return cache.gather(names)
-        logps_of = self._objective.response_logps
-        forward = llama.forward(run.config.model, run.config.execution)
         score = jax.jit(
-            lambda params, batch: (batch["example"], logps_of(forward, params, batch)),
+            make_scores(run.config),
             out_shardings=jax.NamedSharding(run.mesh, jax.P()),
+            compiler_options=compiler.options(run.mesh.devices.flat[0].device_kind),
         )
-        batches, total = self._pairs.in_order(rows, first_row=done)
+        few = self._pairs.eval_rows  # which divide over the mesh, as their multiples do
+        size = pass_rows(run.config, run.mesh)
+        size = min(size, -(-rows.rows_per_epoch // few) * few)
+        batches, total = self._pairs.in_order(rows, batch_size=size, first_row=done)
         params, found = initial(), []
         for number, batch in enumerate(run.progress(batches, "reference", total=total), 1):
             example, logps = (np.asarray(x) for x in score(params, run.put(batch)))
             found += zip(example[example >= 0], logps[example >= 0], strict=True)
-            if number == total or number % max(1, SHARD_ROWS // self._pairs.eval_rows) == 0:
+            if number == total or number % max(1, SHARD_ROWS // size) == 0:
                 cache.add([names[i] for i, _ in found], np.stack([values for _, values in found]))
                 found = []
         return cache.gather(names)
+
+
+def make_scores(config) -> Callable[[llama.Params, loader_feed.Batch], tuple[Any, Any]]:
+    """The pure function of one batch of the reference's pass of a `TrainConfig`, to be jitted:
+    which pairs it has, and float32 [*pairs, 2] as `DPOConfig.response_logps`."""
+    forward = llama.forward(config.model, config.execution)
+    logps_of = config.objective.response_logps
+    return lambda params, batch: (batch["example"], logps_of(forward, params, batch))
+
+
+def pass_rows(config, mesh: jax.sharding.Mesh) -> int:
+    """Rows of a forward of the reference's pass: those of a micro-batch, as often as a device has
+    no more than POSITIONS positions of them, and attention takes them in one call.
+
+    Weights are gathered once a forward, however many rows it has, and an update's rows are few. It
+    keeps nothing of a layer, so it needs less memory with these than an update with its own.
+    """
+    length, sizes = config.data.max_length, mesh.shape
+    rows = config.micro_batch_size or config.batch_size
+    sides = 2 if config.data.packing == "none" else 1
+    times = POSITIONS * mesh.size // (rows * sides * length)
+    model, execution = config.model, config.execution
+    heads = model.num_heads // sizes["tensor"], model.num_kv_heads // sizes["tensor"]
+    most = attention.most_rows(
+        mesh.devices.flat[0].device_kind,
+        queries=length // sizes["context"],
+        keys=length,
+        heads=(*heads, model.head_dim),
+        dtype=jnp.dtype(execution.compute_dtype),
+        block=execution.attention_block,
+        balanced=bool(execution.balanced),
+    )
+    if most is not None:
+        times = min(times, most * sizes["data"] * sizes["fsdp"] // (rows * sides))
+    return rows * max(1, times)
 
 
 def attached(

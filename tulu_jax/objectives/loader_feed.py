@@ -48,11 +48,15 @@ class LoaderFeed:
         if "eval" not in self.splits:
             return None
         rows = self.splits["eval"]
-        return (self._attach("eval", rows, batch) for batch in self.in_order(rows)[0])
+        batches, _ = self.in_order(rows, batch_size=self.eval_rows)
+        return (self._attach("eval", rows, batch) for batch in batches)
 
-    def in_order(self, rows: loader.Rows, *, first_row: int = 0) -> tuple[Iterator[Batch], int]:
-        """The batches of one pass over `rows` in their fixed order, and how many they are."""
-        options = {"batch_size": self.eval_rows, "first_row": first_row}
+    def in_order(
+        self, rows: loader.Rows, *, batch_size: int, first_row: int = 0
+    ) -> tuple[Iterator[Batch], int]:
+        """The batches of `batch_size` rows of one pass over `rows` in their fixed order, from
+        `first_row` on, and how many they are; the last ends in empty rows."""
+        options = {"batch_size": batch_size, "first_row": first_row}
         batches = loader.eval_batches(rows, **options, **self._part())
         return batches, loader.num_eval_batches(rows, **options)
 

@@ -81,9 +81,10 @@ class Objective(Protocol):
     def row_multiple(self) -> int:
         """The rows of an update are a multiple of this."""
 
-    @property
-    def scores_first(self) -> bool:
-        """Whether a forward pass over the data comes before the first update."""
+    def first_pass(self, config, mesh: jax.sharding.Mesh) -> tuple[Callable, int] | None:
+        """Of a forward pass over the data before the first update of a `TrainConfig`: the pure
+        function (params, batch) that the feed jits, and the rows of a batch on `mesh`. None if
+        there is no such pass."""
 
     def saves_memory(self) -> list[str]:
         """Settings of this objective that need fewer bytes of a device."""

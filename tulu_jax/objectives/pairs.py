@@ -33,6 +33,9 @@ class OnPairs:
     row_multiple: ClassVar[int] = 1
     reward_from: ClassVar[None] = None
 
+    def first_pass(self, config, mesh) -> None:
+        return None
+
     def identity(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -106,7 +106,6 @@ class PPOConfig:
     )
     watched: ClassVar[tuple[str, ...]] = ("loss",)
     row_multiple: ClassVar[int] = 1
-    scores_first: ClassVar[bool] = False
 
     def __post_init__(self, bucket):
         if self.mode in MODES:
@@ -141,6 +140,9 @@ class PPOConfig:
     def param_axes(self):
         """Those of the two networks that have a score head, below their names."""
         return tuple((f"({VALUE}|{REWARD})/{path}", axes) for path, axes in sharding.PARAM_AXES)
+
+    def first_pass(self, config, mesh):
+        return None
 
     def saves_memory(self):
         return []

@@ -34,7 +34,6 @@ class RewardConfig(pairs.OnPairs):
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *pairs.OnPairs.LENGTHS,
     )
-    scores_first: ClassVar[bool] = False
 
     def __post_init__(self):
         rule = self.margin >= 0, f"margin = {self.margin}: expected 0 or more"

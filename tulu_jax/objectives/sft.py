@@ -33,7 +33,6 @@ class SFTConfig:
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     watched: ClassVar[tuple[str, ...]] = ()
     param_axes: ClassVar[tuple] = ()
-    scores_first: ClassVar[bool] = False
     reward_from: ClassVar[None] = None
 
     def __post_init__(self):
@@ -65,6 +64,9 @@ class SFTConfig:
             f"reference_dir = {config.reference_dir!r} is for DPO with reference = 'cached'; this "
             "run caches no reference",
         )
+
+    def first_pass(self, config, mesh):
+        return None
 
     def saves_memory(self):
         return []

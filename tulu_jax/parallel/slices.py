@@ -79,7 +79,8 @@ SLICES = {
         "v5p:2x4x4",
         ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
-        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)},
+        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+        | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered")},
     ),
     "v5p_128": Slice(
         "v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 16, 4)}
@@ -105,7 +106,7 @@ SLICES = {
     "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128)}),
     "v6e_256_wide": Slice(
         "v6e:16x16", LARGEST,
-        {"sft": Layout(16, 8, 2, remat_policy="nothing_saveable", row_parts=2)},
+        {"sft": Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2)},
     ),
 }  # fmt: skip
 

@@ -11,34 +11,19 @@ compiling, and the files of rollouts.
 import dataclasses
 import functools
 import math
-import time
 from typing import Any
-
-import jax
 
 from tulu_jax import step as step_lib
 from tulu_jax.data import fields
 from tulu_jax.models import llama
 from tulu_jax.objectives import ppo_feed
-from tulu_jax.parallel import compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, calibration, cost, decoding, decoding_times, hlo, plan, render
+from tulu_jax.planning import aot, calibration, decoding, decoding_times, passes, plan, render
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 from tulu_jax.training.state import REWARD, VALUE, Frozen, TrainState
 
 PHASES = ("rollout", "measuring", "updates")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pass:
-    """The measuring of `rows` rows, compiled; bytes are those of a device."""
-
-    rows: int
-    cost: cost.Cost
-    temporaries: int
-    code: int
-    compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +35,7 @@ class Iteration:
     result: plan.Result
     models: dict[str, int]
     decode: decoding_times.Decoding | None
-    measure: Pass | None
+    measure: passes.Pass | None
     refused: dict[str, str]
 
     @property
@@ -168,13 +153,7 @@ class Iteration:
         if self.decode is not None:
             found["decode"] = self.decode.as_dict()
         if self.measure is not None:
-            found["measure"] = {
-                "rows": self.measure.rows,
-                "seconds": self.measure.cost.seconds,
-                "binding": self.measure.cost.binding,
-                "temporaries": self.measure.temporaries,
-                "compile_seconds": self.measure.compile_seconds,
-            }
+            found["measure"] = self.measure.as_dict()
         return found
 
 
@@ -226,34 +205,17 @@ def _models(state: TrainState, frozen: Frozen) -> dict[str, int]:
 
 def _measuring(
     config: TrainConfig, topology: Topology, mesh, state: TrainState, frozen: Frozen
-) -> Pass:
+) -> passes.Pass:
     """`ppo_feed.make_measures` as the feed jits it, over as many rows as a forward of training."""
     rows = config.micro_batch_size or config.batch_size
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                field.shape,
-                field.dtype,
-                sharding=jax.NamedSharding(mesh, sharding.spec(*field.axes)),
-            )
-            for name, field in fields.conversations(
-                rows=rows, length=config.data.max_length
-            ).items()
-        }
-        traced = jax.jit(
-            ppo_feed.make_measures(config), out_shardings=jax.NamedSharding(mesh, jax.P())
-        ).trace(state.params, frozen, batch)
-        lowered = traced.lower(lowering_platforms=("tpu",))
-        options = compiler.options(topology.devices()[0].device_kind)
-        made = aot.compiled_for(lowered, topology, mesh, options)
-    held = aot.documents(config)
-    return Pass(
-        rows=rows,
-        cost=aot.estimated(hlo.parse(made["hlo"]), config, topology, mesh, held),
-        temporaries=made["temporaries"],
-        code=made["code"],
-        compile_seconds=time.perf_counter() - start,
+    return passes.compile_pass(
+        config,
+        topology,
+        mesh,
+        ppo_feed.make_measures(config),
+        state.params,
+        frozen,
+        fields=fields.conversations(rows=rows, length=config.data.max_length),
     )
 
 

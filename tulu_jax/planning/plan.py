@@ -14,7 +14,7 @@ from tulu_jax import atomic, preflight, validation
 from tulu_jax.data import registry
 from tulu_jax.models.config import KEEP_NOTHING, REMAT_POLICIES
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.planning import aot, cost, rows
+from tulu_jax.planning import aot, cost, passes, rows
 from tulu_jax.planning.cycles import attention_cycles
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
@@ -22,6 +22,7 @@ from tulu_jax.recipe import TrainConfig
 SPARE = 0.05  # of HBM that a plan leaves
 LONG = 512  # positions of a device between blocks that are worth two parts
 KERNEL = "kernel"  # the name of a weight that was gathered
+GATHERED = "gathered"  # and of an activation
 POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
@@ -29,28 +30,45 @@ POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 class Result:
     """A run on a slice: its config, the compiled step or why there is none, and the whole run.
 
-    `updates` of training; `reference_seconds` is the pass of DPO over all pairs before it, a third
-    of a step for each update of the first epoch. `attention_milliseconds` are those of a row by
-    size of block, where a search counted them.
+    `updates` of training; `first_pass` is a forward of the pass over all rows before it, of DPO
+    over all pairs. `attention_milliseconds` are those of a row by size of block, where a search
+    counted them.
     """
 
     config: TrainConfig
     topology: Topology
     step: aot.Step | None
     updates: int
-    reference_seconds: float
+    first_pass: passes.Pass | None = None
     refused: str | None = None
     attention_milliseconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        return self.step is not None and self.step.memory.spare >= 0
+        return self.step is not None and self.spare >= 0
+
+    @property
+    def spare(self) -> float:
+        """The part of HBM that is left at the peak of the update, or of the pass before it."""
+        memory, first = self.step.memory, self.first_pass
+        if first is None:
+            return memory.spare
+        always = memory.peak - memory.temporaries
+        return 1 - max(memory.peak, always + first.temporaries) / memory.hbm
+
+    @property
+    def first_seconds(self) -> float:
+        """Of the pass over an epoch's rows before the first update."""
+        if self.first_pass is None:
+            return 0.0
+        rows = self.updates * self.config.batch_size / (self.config.num_epochs or 1)
+        return math.ceil(rows / self.first_pass.rows) * self.first_pass.cost.seconds
 
     @property
     def hours(self) -> float:
         if self.step is None:
             return math.nan
-        return (self.updates * self.step.cost.seconds + self.reference_seconds) / 3600
+        return (self.updates * self.step.cost.seconds + self.first_seconds) / 3600
 
     def as_dict(self) -> dict[str, Any]:
         """JSON: everything that the table shows, in bytes, seconds, FLOPs and hours."""
@@ -72,7 +90,7 @@ class Result:
             "row_parts": self.config.execution.row_parts,
             "gather_dtype": self.config.execution.gather_dtype,
             "bytes": dataclasses.asdict(step.memory),
-            "spare": step.memory.spare,
+            "spare": self.spare,
             "faults": step.faults,
             "seconds": {
                 "step": seconds,
@@ -81,8 +99,9 @@ class Result:
                 "memory": step.cost.memory,
                 "interconnect": step.cost.interconnect,
                 "hidden_interconnect": step.cost.hidden,
-                "reference_pass": self.reference_seconds,
+                "reference_pass": self.first_seconds,
             },
+            "first_pass": self.first_pass and self.first_pass.as_dict(),
             "binding": step.cost.binding,
             "wire_bytes": {f"{k} over {a}": v for (k, a), v in step.cost.wire.items()},
             "model_flops": step.model_flops,
@@ -143,20 +162,18 @@ def suited(config: TrainConfig, topology: Topology) -> TrainConfig:
 def price(config: TrainConfig, topology: Topology, *, held: rows.Documents | None = None) -> Result:
     """The run of `config` on `topology`, compiled; `refused` has the compiler's words if it does
     not fit. Rows hold documents `held`, by default those of the recipe."""
-    updates, step, refused = num_updates(config), None, None
+    updates, step, first, refused = num_updates(config), None, None, None
     try:
+        first = passes.first(config, topology)
         step = aot.compile_step(config, topology, num_steps=updates, held=held)
     except aot.DoesNotFit as error:
         refused = str(error)
-    reference = 0.0
-    if step and config.objective.scores_first:
-        reference = step.cost.seconds / 3 * updates / (config.num_epochs or 1)
     return Result(
         config=config,
         topology=topology,
         step=step,
         updates=updates,
-        reference_seconds=reference,
+        first_pass=first,
         refused=refused,
     )
 
@@ -209,7 +226,8 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
                     optimizer=dataclasses.replace(config.optimizer, mu_dtype=dtype),
                 )
                 for dtype, policy in itertools.product(("float32", "bfloat16"), POLICIES)
-                if KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1
+                if (KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1)
+                and (GATHERED not in REMAT_POLICIES[policy] or tensor > 1)
             ]
             if not list(preflight.mesh_problems(found[0], topology.num_devices)):
                 yield found
@@ -240,7 +258,8 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
         scattered *= 1.5  # a group over three torus axes is slower, compiled, than its links are
     tokens = config.batch_size * config.data.max_length / (sizes["data"] * sizes["fsdp"])
     activations = 2 * tokens / sizes["context"] * model.embed_dim * model.num_layers
-    activations *= (11 if full else 10) * seconds["tensor"]
+    moves = 11 if full else 8 if GATHERED in kept_names else 10
+    activations *= moves * seconds["tensor"]
     width = 2 * model.num_kv_heads * model.head_dim / sizes["tensor"]
     keys = 2 * tokens * width * model.num_layers * 3 * seconds["context"]
     fetched = scattered / (1 if config.execution.gather_dtype is None else 2)
@@ -297,6 +316,8 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
         width = 2 * model.num_heads * model.head_dim + products * model.mlp_dim + model.embed_dim
         layer += 2 * tokens * width / sizes["tensor"]
         layer += 4 * tokens * model.num_kv_heads * model.head_dim / sizes["tensor"]
+        if GATHERED in kept:  # before the attention and before the MLP
+            layer += 2 * 2 * tokens * model.embed_dim
         if KERNEL in kept:  # as it was gathered
             layer += (
                 2 * sum(math.prod(shape) for shape in model.projections.values()) / sizes["tensor"]
@@ -337,7 +358,7 @@ def search(
         price(candidate, topology)
         for candidate in tqdm.tqdm(ranked(config, topology)[:compiles], desc="plan", unit="compile")
     ]
-    results.sort(key=lambda r: (not (r.fits and r.step.memory.spare >= SPARE), r.hours))
+    results.sort(key=lambda r: (not (r.fits and r.spare >= SPARE), r.hours))
     if results[0].fits:
         results[0] = with_best_blocks(results[0])
         atomic.write_text(out / "slice.gin", fragment(results[0]))
@@ -384,7 +405,7 @@ def fragment(result: Result) -> str:
         f"# {size} on {result.topology.accelerator_type}: predicted {step.cost.seconds:.2f} s "
         f"an update ({low:.2f} to {high:.2f}), {step.tokens_per_second:,.0f} tokens/s, MFU "
         f"{step.mfu:.0%} (visible attention) or {step.whole_mfu:.0%} (whole),\n# "
-        f"{step.memory.spare:.0%} of HBM to spare.",
+        f"{result.spare:.0%} of HBM to spare.",
         "# Written by python -m tulu_jax.dryrun --plan: include it after the complete file, in one",
         "# of your own. To give the slice a name, add the mesh to tulu_jax/parallel/slices.py.",
         "from __gin__ import dynamic_registration",

@@ -72,7 +72,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "    kept for backward": gib(memory.kept),
         "  code": gib(memory.code),
         "  peak / HBM": f"{gib(memory.peak)} / {gib(memory.hbm)}",
-        "  to spare": f"{memory.spare:.1%}",
+        "  to spare": f"{result.spare:.1%}",
         "model PFLOP an update": f"{step.model_flops / 1e15:,.2f}",
         "executed": f"{step.executed_flops / 1e15:,.2f}",
         "seconds an update": f"{cost.seconds:.3f}",
@@ -93,7 +93,8 @@ def _column(result: plan.Result) -> dict[str, str]:
         "updates": f"{result.updates:,}",
         "hours": f"{result.hours:.2f}",
         "  between": between(step.band, result.hours, 2),
-        "  reference pass": f"{result.reference_seconds / 3600:.2f}",
+        "  reference pass": f"{result.first_seconds / 3600:.2f}",
+        **_first(result),
         "chip-hours": f"{result.hours * result.topology.num_chips:,.0f}",
         "compiled in, s": f"{step.compile_seconds:.0f}",
         **{
@@ -101,6 +102,13 @@ def _column(result: plan.Result) -> dict[str, str]:
             for block, milliseconds in result.attention_milliseconds.items()
         },
     }
+
+
+def _first(result: plan.Result) -> dict[str, str]:
+    first = result.first_pass
+    return (
+        {} if first is None else {"    rows, s of each": f"{first.rows}, {first.cost.seconds:.3f}"}
+    )
 
 
 def between(band: calibration.Band, value: float, digits: int) -> str:
