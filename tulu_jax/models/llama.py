@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
-from tulu_jax.models import layers, lora
+from tulu_jax.models import layers, lora, streamed_layers
 from tulu_jax.models.config import LM_HEAD, SCORE, ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import balance, sharding
 
@@ -119,6 +119,9 @@ class Trunk(nnx.Module):
         for number, block in enumerate(blocks or ()):
             (x, cache), _ = body((x, cache), (block, number))
         if blocks is None:
+            if rings := streamed_layers.rings(self.layers):
+                x, cache = streamed_layers.run(self.layers, x, angles, cache, attend, rings)
+                return self.norm(x), cache
             numbered = (self.layers, jnp.arange(self.config.num_layers))
             (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
         return self.norm(x), cache

@@ -1,0 +1,137 @@
+"""A decoding step through the layers on TPUs, with weights that stream.
+
+Each device multiplies its heads and its part of the MLP by kernels that read stacked weights as
+they lie (`kernels/decode_products.py`); after the attention and after the MLP the devices along
+`tensor` sum the residual. Weights do not wait for that: each kernel starts the next one's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tulu_jax import chips
+from tulu_jax.kernels import decode_products as products
+from tulu_jax.kernels import target
+from tulu_jax.models import layers as layers_lib
+from tulu_jax.parallel import sharding
+
+LANES = 128
+NAME = "decode_step_"  # of a kernel, before the kind of product
+MOST_ROWS = 256
+KINDS = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up", "down")}
+
+
+def _projections(block) -> dict:
+    attention, mlp = block.self_attn, block.mlp
+    found = {name: getattr(attention, f"{name}_proj") for name in "qkvo"}
+    return found | {name: getattr(mlp, f"{name}_proj") for name in KINDS["mlp"]}
+
+
+def rings(block) -> dict[str, products.Ring] | None:
+    """How the stacked weights of `block` stream on the ambient device; None where they do not: on
+    other devices than TPUs, of adapters and of other weights than bfloat16, where more than
+    `tensor` divides them, and for sizes that fill no lanes."""
+    chip = target.chip()
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    tensor = mesh.pop("tensor", 1)
+    if target.platform() != "tpu" or chip not in products.COMPILED or set(mesh.values()) - {1}:
+        return None
+    weights = {}
+    for name, projection in _projections(block).items():
+        kernel = projection.kernel.get_value()
+        if isinstance(kernel, dict) or kernel.dtype != jnp.bfloat16:
+            return None
+        axes = sharding.param_axes(f"{projection.path}/kernel")[1:]
+        own = tuple(
+            size // (tensor if sharding.AXIS_RULES[axis] == "tensor" else 1)
+            for size, axis in zip(kernel.shape[1:], axes, strict=True)
+        )
+        if own[-1] % LANES and name not in ("gate", "up") or own[0] == 0:
+            return None
+        inputs = kernel.ndim - 1 - len(projection.outputs)
+        weights[name] = products.weight(own, inputs=inputs, middle=name in ("gate", "up"))
+    cores = chips.CHIPS[chip].cores
+    found = {
+        kind: products.ring(
+            tuple(weights[name] for name in names), cores=cores, divides=kind != "mlp"
+        )
+        for kind, names in KINDS.items()
+    }
+    return None if None in found.values() else found
+
+
+def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
+    """Hidden states [B, 1, D] behind all layers, stacked in `block`, and the new cache; `attend` as
+    in `Trunk.step`."""
+    projections = _projections(block)
+    weights = {name: one.kernel.get_value() for name, one in projections.items()}
+    specs = {
+        name: sharding.spec(*sharding.param_axes(f"{one.path}/kernel"))
+        for name, one in projections.items()
+    }
+    norms = {
+        "qkv": (block.input_layernorm, block.input_layernorm.scale.get_value()),
+        "mlp": (block.post_attention_layernorm, block.post_attention_layernorm.scale.get_value()),
+    }
+    eps = {name: norm.eps for name, (norm, _) in norms.items()}
+    scales = {name: scale for name, (_, scale) in norms.items()}
+    kernels = {
+        kind: functools.partial(
+            products.mlp if kind == "mlp" else products.multiply,
+            name=f"{NAME}{kind}",
+            ring=ring,
+            interpret=False,
+        )
+        for kind, ring in rings.items()
+    }
+    hands_over = rings["o"].cores == 1
+
+    def local(weights, scales, x, angles, cache):
+        B, L = x.shape[0], weights["q"].shape[0]
+        stacks = {kind: tuple(weights[name] for name in names) for kind, names in KINDS.items()}
+
+        def product(kind, x, layer, begun, following, **normed):
+            """With what it has begun of the product `following` = (kind, layer)."""
+            ahead = None
+            if hands_over:
+                which, number = following
+                ahead = products.Ahead(ring=rings[which], weights=stacks[which], layer=number)
+            return kernels[kind](x, stacks[kind], layer, begun=begun, ahead=ahead, **normed)
+
+        def body(carry, layer):
+            x, cache, begun = carry
+            number, scale = layer
+            normed = {kind: dict(scale=scale[kind], eps=eps[kind]) for kind in scale}
+            joined, begun = product("qkv", x, number, begun, ("o", number), **normed["qkv"])
+            q, k, v = _heads(joined, [weights[name].shape[-2:] for name in "qkv"])
+            q, k = (layers_lib.rotate(one, *angles) for one in (q, k))
+            seen, cache = attend(q, k, v, cache, number)
+            part, begun = product("o", seen.reshape(B, -1), number, begun, ("mlp", number))
+            x = x + sharding.total(part)
+            part, begun = product("mlp", x, number, begun, ("qkv", number + 1), **normed["mlp"])
+            return (x + sharding.total(part), cache, begun), None
+
+        begun = None
+        if hands_over:
+            begun = products.begin(rings["qkv"], stacks["qkv"], jnp.int32(0), name=f"{NAME}begin")
+        (x, cache, _), _ = jax.lax.scan(body, (x, cache, begun), (jnp.arange(L), scales))
+        return x, cache
+
+    cached = sharding.spec("layers", "rows", "kv_heads", None, None)
+    cached = {"k": cached, "v": cached}
+    run = sharding.per_device(
+        local, (specs, jax.P(), jax.P(), jax.P(), cached), (jax.P(), cached)
+    )
+    out, cache = run(weights, scales, x[:, 0], angles, cache)
+    return out[:, None], cache
+
+
+def _heads(joined, shapes):
+    """[B, 1, heads, H] of each of the products side by side in `joined` [B, F]."""
+    found, first = [], 0
+    for heads, size in shapes:
+        one = joined[:, first : first + heads * size]
+        found.append(one.reshape(-1, 1, heads, size))
+        first += heads * size
+    return found
