@@ -28,6 +28,7 @@ from tulu_jax import chips
 COMPILED = ("v4", "v5e", "v5p", "v6e")  # for which the compiler took them
 LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a register of bfloat16
 PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
+LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
 RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
 VALUES = 4 * chips.MIB  # of VMEM, beside scratch
 
@@ -127,7 +128,7 @@ def ring(weights: tuple[Weight, ...], *, cores: int, divides: bool) -> Ring | No
     if any(w.length != cores * length for w in weights):
         return None
     each = sum(w.bytes for w in weights) // weights[0].length
-    most = max(LANES, PIECE_BYTES[cores] // each // LANES * LANES)
+    most = min(LONGEST, max(LANES, PIECE_BYTES[cores] // each // LANES * LANES))
     sizes = range(LANES, min(most, length) + 1, LANES)
     sizes = [size for size in sizes if length % size == 0 or not divides]
     if not sizes:

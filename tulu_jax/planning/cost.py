@@ -20,6 +20,7 @@ from tulu_jax.planning import hlo
 from tulu_jax.planning.topology import Topology
 
 LATENCY = 1e-6  # seconds of a hop
+FETCH = 1e-6  # seconds until the first bytes of a kernel's copy from HBM come
 FLAG = 64  # bytes: what is no larger in a copy's shape is its semaphore
 
 

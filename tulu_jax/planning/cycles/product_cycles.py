@@ -13,7 +13,6 @@ from tulu_jax.planning import cost
 from tulu_jax.planning.cycles import schedule
 
 TARGET = f"{__file__}:product"
-LATENCY = 1e-6  # seconds until the first bytes of a copy from HBM come
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,23 @@ class Cycles:
 
 # By `benchmarks/decode_step.py`, of the slowest of the shapes there; rows between are counted as
 # the next.
-COUNTED: dict[str, dict[int, Cycles]] = {}
+COUNTED: dict[str, dict[int, Cycles]] = {
+    "v5e": {
+        16: Cycles(weights=995, call=560),
+        64: Cycles(weights=798, call=1913),
+        256: Cycles(weights=243, call=6971),
+    },
+    "v5p": {
+        16: Cycles(weights=981, call=1493),
+        64: Cycles(weights=587, call=3209),
+        256: Cycles(weights=216, call=11731),
+    },
+    "v6e": {
+        16: Cycles(weights=925, call=706),
+        64: Cycles(weights=868, call=1791),
+        256: Cycles(weights=444, call=6220),
+    },
+}
 
 
 def of_rows(chip: str, rows: int) -> Cycles | None:
@@ -81,7 +96,7 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
     return cost.Call(
         kind="matrix",
-        first=LATENCY if alone else 0.0,
+        first=cost.FETCH if alone else 0.0,
         compute=(each + counted.call) / hardware.clock,
         last=each * min(1.0, ring.size / ring.length) / hardware.clock,
         traffic=ring.bytes / hardware.bandwidth,
