@@ -106,7 +106,7 @@ def decode_attention(
     def part(*shape):
         return pl.BlockSpec((B // cores, *shape), lambda core, *_: (core, *[0] * len(shape)))
 
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
     dtype = cache["k"].dtype
     columns = block.pages * block.heads * page
     out, keys, values = pl.pallas_call(
@@ -126,8 +126,9 @@ def decode_attention(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-            jax.ShapeDtypeStruct(cache["k"].shape, dtype),
-            jax.ShapeDtypeStruct(cache["v"].shape, dtype),
+            # Left to itself XLA copies a small cache to VMEM and back, in each layer.
+            pltpu.HBM(cache["k"].shape, dtype),
+            pltpu.HBM(cache["v"].shape, dtype),
         ],
         input_output_aliases={6: 1, 7: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),

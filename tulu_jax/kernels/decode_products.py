@@ -30,6 +30,7 @@ LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a regist
 PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
 LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
 RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
+FEW = 16  # rows whose attention waits for HBM more than it reads, so that weights come beside it
 VALUES = 4 * chips.MIB  # of VMEM, beside scratch
 
 
@@ -161,34 +162,38 @@ def mlp(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None
 
 def begin(
     ring: Ring, weights: tuple[Array, ...], layer: Int[Array, ""], *, name: str
-) -> tuple:
-    """The ring of a first kernel, on its way."""
+) -> tuple[Int[Array, ""], tuple]:
+    """`layer`, for what is to come behind this, and the ring of a kernel, on its way."""
 
     def kernel(layer, *refs):
-        sources, memory = refs[: len(weights)], refs[len(weights) :]
+        sources, out, memory = refs[: len(weights)], refs[len(weights)], refs[len(weights) + 1 :]
+        out[0] = layer[0]
         _Stream(ring, sources, memory, layer[0], 0).begin()
 
     *shapes, last = ring.shapes()
-    hbm, vmem, semaphore = (
-        pl.BlockSpec(memory_space=space) for space in (pl.ANY, pltpu.VMEM, pltpu.SEMAPHORE)
-    )
-    return tuple(
-        pl.pallas_call(
-            kernel,
-            name=name,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(),
-                in_specs=[hbm] * len(weights),
-                out_specs=[vmem] * len(shapes) + [semaphore],
-            ),
-            out_shape=[*shapes, last],
-            compiler_params=pltpu.CompilerParams(has_side_effects=True),
-        )(
-            jnp.reshape(layer, (1,)).astype(jnp.int32),
-            *(w.of(one) for w, one in zip(ring.weights, weights, strict=True)),
-        )
-    )
+    layer, *memory = pl.pallas_call(
+        kernel,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(),
+            in_specs=[_in(pltpu.HBM)] * len(weights),
+            out_specs=[_in(pltpu.SMEM), *[_in(pltpu.VMEM)] * len(shapes), _in(pltpu.SEMAPHORE)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((1,), jnp.int32), *shapes, last],
+        compiler_params=pltpu.CompilerParams(has_side_effects=True),
+    )(jnp.reshape(layer, (1,)).astype(jnp.int32), *_stacks(ring, weights, False))
+    return layer[0], tuple(memory)
+
+
+def _in(space):
+    return pl.BlockSpec(memory_space=space)
+
+
+def _stacks(ring: Ring, weights, interpret: bool) -> list[jax.Array]:
+    """The weights as they lie, which stay in HBM."""
+    found = [w.of(one) for w, one in zip(ring.weights, weights, strict=True)]
+    return found if interpret else [pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in found]
 
 
 def _run(
@@ -207,22 +212,20 @@ def _run(
 ) -> tuple[Float[Array, "B F"], tuple | None]:
     """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
 
-    With `scale` x is normalised first. `begun` is what the kernel before gave for this ring.
+    With `scale` x is normalised first. `begun` is what the kernel before gave for this ring. Of a
+    layer behind the last nothing is started or multiplied, and the result is anything.
     """
     B, D = x.shape
     x = jnp.pad(x, ((0, -B % PACKED), (0, 0)))
     rows, K = x.shape[0], len(weights)
     columns = [math.prod(w.shape) // D for w in ring.weights] if body is _multiply else [D]
-    hbm, vmem, semaphore = (
-        pl.BlockSpec(memory_space=space) for space in (pl.ANY, pltpu.VMEM, pltpu.SEMAPHORE)
-    )
+    hbm, vmem, semaphore = _in(pltpu.HBM), _in(pltpu.VMEM), _in(pltpu.SEMAPHORE)
     alone = ring.cores == 1
     inputs = [(x, vmem if alone else pl.BlockSpec(x.shape, lambda *_: (0, 0)))]
     if scale is not None:
         scale = scale.astype(jnp.float32)[None]
         inputs.append((scale, vmem if alone else pl.BlockSpec(scale.shape, lambda *_: (0, 0))))
-    sources = [(w.of(one), hbm) for w, one in zip(ring.weights, weights, strict=True)]
-    inputs += sources
+    inputs += [(one, hbm) for one in _stacks(ring, weights, interpret)]
     aliases = {}
     outputs = [(jax.ShapeDtypeStruct((rows, sum(columns)), x.dtype), vmem)]
     if not alone:
@@ -241,9 +244,7 @@ def _run(
         inputs += [(one, vmem) for one in buffers] + [(semaphores, semaphore)]
         outputs += [(shape, vmem) for shape in ring.shapes()[:-1]]
     if ahead is not None:
-        inputs += [
-            (w.of(one), hbm) for w, one in zip(ahead.ring.weights, ahead.weights, strict=True)
-        ]
+        inputs += [(one, hbm) for one in _stacks(ahead.ring, ahead.weights, interpret)]
         *shapes, last = ahead.ring.shapes()
         outputs += [(shape, vmem) for shape in shapes] + [(last, semaphore)]
 
@@ -263,8 +264,12 @@ def _run(
         core = 0 if alone else pl.program_id(0)
         stream = _Stream(ring, own, buffers, layers[0], core)
         next_ = ahead and _Stream(ahead.ring, others, following, layers[1], 0)
-        body(stream, next_, begun is not None, functools.partial(_put, x, scale, eps), normed, sums)
-        out[...] = sums[...].astype(out.dtype).reshape(out.shape)
+
+        @pl.when(layers[0] < own[0].shape[0])
+        def _():
+            put = functools.partial(_put, x, scale, eps)
+            body(stream, next_, begun is not None, put, normed, sums)
+            out[...] = sums[...].astype(out.dtype).reshape(out.shape)
 
     scale_given = scale is not None
     layers = [layer] if ahead is None else [layer, ahead.layer]

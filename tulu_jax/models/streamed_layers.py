@@ -91,31 +91,37 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
         B, L = x.shape[0], weights["q"].shape[0]
         stacks = {kind: tuple(weights[name] for name in names) for kind, names in KINDS.items()}
 
-        def product(kind, x, layer, begun, following, **normed):
+        def product(kind, x, layer, begun=None, following=None):
             """With what it has begun of the product `following` = (kind, layer)."""
-            ahead = None
-            if hands_over:
+            ahead, normed = None, {}
+            if hands_over and following is not None:
                 which, number = following
                 ahead = products.Ahead(ring=rings[which], weights=stacks[which], layer=number)
+            if kind in scales:
+                at = jnp.minimum(layer, L - 1)
+                scale = jax.lax.dynamic_index_in_dim(scales[kind], at, keepdims=False)
+                normed = dict(scale=scale, eps=eps[kind])
             return kernels[kind](x, stacks[kind], layer, begun=begun, ahead=ahead, **normed)
 
         def body(carry, layer):
-            x, cache, begun = carry
-            number, scale = layer
-            normed = {kind: dict(scale=scale[kind], eps=eps[kind]) for kind in scale}
-            joined, begun = product("qkv", x, number, begun, ("o", number), **normed["qkv"])
+            # Between runs of the loop nothing is on its way, nor beside the attention of many rows:
+            # on v6e the compiler ends itself over what is.
+            x, joined, cache = carry
+            begun = None
+            if hands_over and B <= products.FEW:
+                layer, begun = products.begin(rings["o"], stacks["o"], layer, name=f"{NAME}begin")
             q, k, v = _heads(joined, [weights[name].shape[-2:] for name in "qkv"])
             q, k = (layers_lib.rotate(one, *angles) for one in (q, k))
-            seen, cache = attend(q, k, v, cache, number)
-            part, begun = product("o", seen.reshape(B, -1), number, begun, ("mlp", number))
+            seen, cache = attend(q, k, v, cache, layer)
+            part, begun = product("o", seen.reshape(B, -1), layer, begun, ("mlp", layer))
             x = x + sharding.total(part)
-            part, begun = product("mlp", x, number, begun, ("qkv", number + 1), **normed["mlp"])
-            return (x + sharding.total(part), cache, begun), None
+            part, begun = product("mlp", x, layer, begun, ("qkv", layer + 1))
+            x = x + sharding.total(part)
+            joined, _ = product("qkv", x, layer + 1, begun)
+            return (x, joined, cache), None
 
-        begun = None
-        if hands_over:
-            begun = products.begin(rings["qkv"], stacks["qkv"], jnp.int32(0), name=f"{NAME}begin")
-        (x, cache, _), _ = jax.lax.scan(body, (x, cache, begun), (jnp.arange(L), scales))
+        joined, _ = product("qkv", x, jnp.int32(0))
+        (x, _, cache), _ = jax.lax.scan(body, (x, joined, cache), jnp.arange(L))
         return x, cache
 
     cached = sharding.spec("layers", "rows", "kv_heads", None, None)

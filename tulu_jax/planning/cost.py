@@ -233,6 +233,8 @@ class Estimator:
                 body = i.attribute(r"body=%([\w.\-]+)")
                 trips = self.module.trip_count(i)
                 trips = self.dynamic_trips if trips is None else trips
+                if self.coming:  # as a run leaves it, the next one finds it
+                    self._run(body, 0.0)
                 now += trips * self._run(body, times * trips)
             elif i.operation == "conditional":
                 now += self._run(self._usual(i), times)

@@ -80,19 +80,21 @@ def of_rows(chip: str, rows: int) -> Cycles | None:
 
 
 def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
-    """What a dry run takes a call for, in a chain of calls that start each other's weights where
-    cores are not two; None where nobody counted."""
+    """What a dry run takes a call for, in `streamed_layers.run`, where calls start each other's
+    weights but on two cores; None where nobody counted."""
     hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
     if counted is None:
         return None
     if which == BEGIN:
         return cost.Call(
             kind="matrix", compute=0.0, traffic=0.0,
-            ahead=shape.ring(KINDS[0], 1).begun / hardware.bandwidth,
+            ahead=shape.ring("o", 1).begun / hardware.bandwidth,
         )  # fmt: skip
     rings = {kind: shape.ring(kind, hardware.cores) for kind in KINDS}
     ring, following = rings[which], rings[KINDS[(KINDS.index(which) + 1) % len(KINDS)]]
-    alone = hardware.cores > 1
+    two = hardware.cores > 1
+    alone = two or (which == "o" and shape.rows > kernel.FEW)
+    last = two or which == "qkv"  # before what is no product
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
     return cost.Call(
         kind="matrix",
@@ -101,37 +103,8 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
         last=each * min(1.0, ring.size / ring.length) / hardware.clock,
         traffic=ring.bytes / hardware.bandwidth,
         begun=0.0 if alone else ring.begun / hardware.bandwidth,
-        ahead=0.0 if alone else following.begun / hardware.bandwidth,
+        ahead=0.0 if last else following.begun / hardware.bandwidth,
     )
-
-
-def product(which: str, shape: dict, cores: int):
-    """The jitted product and its abstract arguments."""
-    size = Shape(**shape)
-    ring = size.ring(which, cores)
-    run = functools.partial(kernel.mlp if which == "mlp" else kernel.multiply, name=which)
-
-    def product(x, scale, layer, *stacked):
-        stacked = tuple(
-            w.swapaxes(1, 2) if one.form in ("turned", "heads") else w
-            for one, w in zip(ring.weights, stacked)
-        )
-        normed = {} if which == "o" else dict(scale=scale, eps=1e-5)
-        return run(x, stacked, layer, ring=ring, interpret=False, **normed)[0]
-
-    def of(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    D = size.heads * 128 if which == "o" else size.embed
-    return jax.jit(product), (
-        of(size.rows, D), of(D, dtype=jnp.float32), of(dtype=jnp.int32),
-        *(of(2, *one.shape) for one in ring.weights),
-    )  # fmt: skip
-
-
-def request(which: str, shape: Shape, cores: int) -> schedule.Request:
-    arguments = dict(which=which, shape=dataclasses.asdict(shape), cores=cores)
-    return schedule.Request(target=TARGET, arguments=arguments, meshed=True)
 
 
 def cycles(program: schedule.Kernel, ring: kernel.Ring) -> float:
