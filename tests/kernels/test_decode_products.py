@@ -1,15 +1,10 @@
-"""Products of a decoding step in interpret mode against the plain form, and through the compiler."""
+"""Products of a decoding step's rows in interpret mode, against the plain form."""
 
-import dataclasses
-import importlib.util
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tulu_jax.kernels import decode_products as products
-from tulu_jax.planning.cycles import product_cycles, schedule
 
 L, ROWS = 3, 5  # rows are no multiple of a register's 16
 EPS = 1e-5
@@ -34,7 +29,7 @@ def normalised(x, scale):
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("heads", [(4, 1), (8, 3)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 1), (2, 3)], ids=str)
 def test_weights_of_one_input(small_pieces, heads, cores):
     """Heads between rows, heads apart, and a matrix, side by side and normalised."""
     rng, D = np.random.default_rng(0), 512
@@ -54,7 +49,7 @@ def test_weights_of_one_input(small_pieces, heads, cores):
 
 @pytest.mark.parametrize(
     "middle, cores",
-    [(1376, 1), (640, 1), (512, 2)],
+    [(1376, 1), (640, 1), (1024, 2)],
     ids=["7B over 8 devices, turned", "a shorter last piece", "two cores"],
 )
 def test_the_mlp(small_pieces, middle, cores):

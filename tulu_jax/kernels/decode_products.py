@@ -4,12 +4,12 @@ A step reads every weight once and multiplies little, so what counts is that HBM
 weights of all layers [L, ...] stay in HBM. A kernel copies one layer's piece by piece into rings in
 VMEM, a few pieces ahead of the products. When it has started the last of its own, it starts the
 first pieces of the next kernel's weights, in rings which that takes over while they are on their
-way: sums over devices and attention go on meanwhile.
+way: sums over devices go on meanwhile.
 
 `multiply` is a product with weights of the same inputs, in pieces of the contraction; `mlp` is
 silu(x · gate) * (x · up) · down, in pieces of its middle. Both may normalise x first. Sums are
-float32. On chips of two cores each has half of the contraction, or of the middle, and no ring is
-handed over, because each core has a memory of its own.
+float32. On chips of two cores each has half of the contraction, or of the middle, as two devices
+would, and rounds its sum; no ring is handed over, because each core has a memory of its own.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from jaxtyping import Array, Float, Int
 
 from tulu_jax import chips
 
-COMPILED = ("v4", "v5e", "v5p", "v6e")  # for which the compiler took them
+COMPILED = ("v5e", "v5p", "v6e")  # for which the compiler took them
+MOST_ROWS = 256  # with which it did
 LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a register of bfloat16
 PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
 LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
 RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
-FEW = 16  # rows whose attention waits for HBM more than it reads, so that weights come beside it
 VALUES = 4 * chips.MIB  # of VMEM, beside scratch
 
 
@@ -126,7 +126,7 @@ def ring(weights: tuple[Weight, ...], *, cores: int, divides: bool) -> Ring | No
     """The ring of `weights`, whose pieces have one size if it `divides`; None where a core's part
     cannot be cut."""
     length = weights[0].length // cores
-    if any(w.length != cores * length for w in weights):
+    if any(w.length != cores * length for w in weights) or (cores > 1 and length % LANES):
         return None
     each = sum(w.bytes for w in weights) // weights[0].length
     most = min(LONGEST, max(LANES, PIECE_BYTES[cores] // each // LANES * LANES))
@@ -158,32 +158,6 @@ def mlp(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None
     """silu(x · gate) * (x · up) · down of the three `weights`: [B, D], and the rest as `_run` has
     it."""
     return _run(_mlp, name, x, weights, layer, **how)
-
-
-def begin(
-    ring: Ring, weights: tuple[Array, ...], layer: Int[Array, ""], *, name: str
-) -> tuple[Int[Array, ""], tuple]:
-    """`layer`, for what is to come behind this, and the ring of a kernel, on its way."""
-
-    def kernel(layer, *refs):
-        sources, out, memory = refs[: len(weights)], refs[len(weights)], refs[len(weights) + 1 :]
-        out[0] = layer[0]
-        _Stream(ring, sources, memory, layer[0], 0).begin()
-
-    *shapes, last = ring.shapes()
-    layer, *memory = pl.pallas_call(
-        kernel,
-        name=name,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(),
-            in_specs=[_in(pltpu.HBM)] * len(weights),
-            out_specs=[_in(pltpu.SMEM), *[_in(pltpu.VMEM)] * len(shapes), _in(pltpu.SEMAPHORE)],
-        ),
-        out_shape=[jax.ShapeDtypeStruct((1,), jnp.int32), *shapes, last],
-        compiler_params=pltpu.CompilerParams(has_side_effects=True),
-    )(jnp.reshape(layer, (1,)).astype(jnp.int32), *_stacks(ring, weights, False))
-    return layer[0], tuple(memory)
 
 
 def _in(space):
@@ -231,7 +205,7 @@ def _run(
     if not alone:
         shape = (ring.cores, rows, sum(columns))
         block = pl.BlockSpec((1, *shape[1:]), lambda core, *_: (core, 0, 0))
-        outputs = [(jax.ShapeDtypeStruct(shape, jnp.float32), block)]
+        outputs = [(jax.ShapeDtypeStruct(shape, x.dtype), block)]
     scratch = [
         pltpu.VMEM((ring.whole, rows, ring.size) if body is _multiply else (1, rows, D), x.dtype),
         pltpu.VMEM((rows, sum(columns)), jnp.float32),
@@ -267,8 +241,9 @@ def _run(
 
         @pl.when(layers[0] < own[0].shape[0])
         def _():
-            put = functools.partial(_put, x, scale, eps)
-            body(stream, next_, begun is not None, put, normed, sums)
+            if begun is None:
+                stream.begin()
+            body(stream, next_, functools.partial(_put, x, scale, eps), normed, sums)
             out[...] = sums[...].astype(out.dtype).reshape(out.shape)
 
     scale_given = scale is not None
@@ -296,7 +271,7 @@ def _run(
     )(jnp.stack(layers).astype(jnp.int32), *[one for one, _ in inputs])
     out, *rest = found
     if not alone:
-        out = out.sum(0).astype(x.dtype)
+        out = out.astype(jnp.float32).sum(0).astype(x.dtype)
     started = tuple(rest[0 if begun is None else K :]) or None
     return out[:B], started
 
@@ -360,12 +335,10 @@ class _Stream:
             for piece in range(ring.slots):
                 self.start(piece, piece, ring.size if piece < ring.whole else ring.rest)
 
-    def run(self, begun: bool, ahead: "_Stream | None", process):
-        """`process(piece, slot, size)` for every piece as it has come."""
+    def run(self, ahead: "_Stream | None", process):
+        """`process(piece, slot, size)` for every piece as it has come, of a ring that has begun."""
         ring = self.ring
         count = ring.whole + (ring.rest > 0)
-        if not begun:
-            self.begin()
         if ahead and count <= ring.slots:
             ahead.begin()
 
@@ -400,7 +373,7 @@ class _Stream:
             of(ring.whole, ring.whole % ring.slots, ring.rest)
 
 
-def _multiply(stream: _Stream, ahead, begun: bool, put, normed, sums):
+def _multiply(stream: _Stream, ahead: _Stream | None, put, normed, sums):
     ring = stream.ring
 
     def cut(rows, x):
@@ -426,10 +399,10 @@ def _multiply(stream: _Stream, ahead, begun: bool, put, normed, sums):
                 sums[:, first : first + wide] += _dot(normed[piece], matrix, turned=turned)
                 first += wide
 
-    stream.run(begun, ahead, process)
+    stream.run(ahead, process)
 
 
-def _mlp(stream: _Stream, ahead, begun: bool, put, normed, sums):
+def _mlp(stream: _Stream, ahead: _Stream | None, put, normed, sums):
     def whole(rows, x):
         normed[0, rows] = x
 
@@ -444,7 +417,7 @@ def _mlp(stream: _Stream, ahead, begun: bool, put, normed, sums):
         middle = (jax.nn.silu(gate) * up).astype(normed.dtype)
         sums[...] += _dot(middle, down, turned=False)
 
-    stream.run(begun, ahead, process)
+    stream.run(ahead, process)
 
 
 def _dot(x, w, *, turned: bool):

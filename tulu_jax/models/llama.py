@@ -119,7 +119,7 @@ class Trunk(nnx.Module):
         for number, block in enumerate(blocks or ()):
             (x, cache), _ = body((x, cache), (block, number))
         if blocks is None:
-            if rings := streamed_layers.rings(self.layers):
+            if rings := streamed_layers.rings(self.layers, x.shape[0]):
                 x, cache = streamed_layers.run(self.layers, x, angles, cache, attend, rings)
                 return self.norm(x), cache
             numbered = (self.layers, jnp.arange(self.config.num_layers))

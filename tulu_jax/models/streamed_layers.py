@@ -18,7 +18,6 @@ from tulu_jax.parallel import sharding
 
 LANES = 128
 NAME = "decode_step_"  # of a kernel, before the kind of product
-MOST_ROWS = 256
 KINDS = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up", "down")}
 
 
@@ -28,14 +27,16 @@ def _projections(block) -> dict:
     return found | {name: getattr(mlp, f"{name}_proj") for name in KINDS["mlp"]}
 
 
-def rings(block) -> dict[str, products.Ring] | None:
-    """How the stacked weights of `block` stream on the ambient device; None where they do not: on
-    other devices than TPUs, of adapters and of other weights than bfloat16, where more than
-    `tensor` divides them, and for sizes that fill no lanes."""
+def rings(block, rows: int) -> dict[str, products.Ring] | None:
+    """How the stacked weights of `block` stream for so many rows on the ambient device; None where
+    they do not: on other devices than TPUs, of adapters and of other weights than bfloat16, where
+    more than `tensor` divides them, and for sizes that fill no lanes."""
     chip = target.chip()
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
     tensor = mesh.pop("tensor", 1)
     if target.platform() != "tpu" or chip not in products.COMPILED or set(mesh.values()) - {1}:
+        return None
+    if rows > products.MOST_ROWS:
         return None
     weights = {}
     for name, projection in _projections(block).items():
@@ -104,16 +105,13 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
             return kernels[kind](x, stacks[kind], layer, begun=begun, ahead=ahead, **normed)
 
         def body(carry, layer):
-            # Between runs of the loop nothing is on its way, nor beside the attention of many rows:
-            # on v6e the compiler ends itself over what is.
+            # Nothing is on its way between runs of the loop, nor beside attention: on v6e libtpu's
+            # memory space assignment aborts over what is.
             x, joined, cache = carry
-            begun = None
-            if hands_over and B <= products.FEW:
-                layer, begun = products.begin(rings["o"], stacks["o"], layer, name=f"{NAME}begin")
             q, k, v = _heads(joined, [weights[name].shape[-2:] for name in "qkv"])
             q, k = (layers_lib.rotate(one, *angles) for one in (q, k))
             seen, cache = attend(q, k, v, cache, layer)
-            part, begun = product("o", seen.reshape(B, -1), layer, begun, ("mlp", layer))
+            part, begun = product("o", seen.reshape(B, -1), layer, following=("mlp", layer))
             x = x + sharding.total(part)
             part, begun = product("mlp", x, layer, begun, ("qkv", layer + 1))
             x = x + sharding.total(part)

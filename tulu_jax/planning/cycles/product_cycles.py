@@ -41,7 +41,6 @@ class Shape:
 
 
 KINDS = ("qkv", "o", "mlp")
-BEGIN = "begin"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,15 +84,10 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
     hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
     if counted is None:
         return None
-    if which == BEGIN:
-        return cost.Call(
-            kind="matrix", compute=0.0, traffic=0.0,
-            ahead=shape.ring("o", 1).begun / hardware.bandwidth,
-        )  # fmt: skip
     rings = {kind: shape.ring(kind, hardware.cores) for kind in KINDS}
     ring, following = rings[which], rings[KINDS[(KINDS.index(which) + 1) % len(KINDS)]]
     two = hardware.cores > 1
-    alone = two or (which == "o" and shape.rows > kernel.FEW)
+    alone = two or which == "o"
     last = two or which == "qkv"  # before what is no product
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
     return cost.Call(
@@ -101,10 +95,17 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
         first=cost.FETCH if alone else 0.0,
         compute=(each + counted.call) / hardware.clock,
         last=each * min(1.0, ring.size / ring.length) / hardware.clock,
-        traffic=ring.bytes / hardware.bandwidth,
+        traffic=(ring.bytes + (_beside(shape, ring, which) if two else 0)) / hardware.bandwidth,
         begun=0.0 if alone else ring.begun / hardware.bandwidth,
         ahead=0.0 if last else following.begun / hardware.bandwidth,
     )
+
+
+def _beside(shape: Shape, ring: kernel.Ring, which: str) -> int:
+    """Bytes of activations that two cores read and write in HBM; one has them in VMEM."""
+    inputs = shape.heads * 128 if which == "o" else shape.embed
+    outputs = {"qkv": (shape.heads + 2 * shape.kv_heads) * 128}.get(which, shape.embed)
+    return 2 * ring.cores * shape.rows * (inputs + outputs)
 
 
 def cycles(program: schedule.Kernel, ring: kernel.Ring) -> float:
