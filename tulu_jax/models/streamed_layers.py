@@ -31,14 +31,16 @@ def rings(block, rows: int) -> dict[str, products.Ring] | None:
     """How the stacked weights of `block` stream for so many rows on the ambient device; None where
     they do not: on other devices than TPUs, of adapters and of other weights than bfloat16, where
     more than `tensor` divides them, and for sizes that fill no lanes."""
-    chip = target.chip()
-    mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    tensor = mesh.pop("tensor", 1)
-    if target.platform() != "tpu" or chip not in products.COMPILED or set(mesh.values()) - {1}:
+    chip, divided = target.chip(), dict(jax.sharding.get_abstract_mesh().shape)
+    divided.pop("tensor", None)
+    if target.platform() != "tpu" or chip not in products.COMPILED or set(divided.values()) - {1}:
         return None
-    if rows > products.MOST_ROWS:
-        return None
-    weights = {}
+    return None if rows > products.MOST_ROWS else rings_of(block, chips.CHIPS[chip].cores)
+
+
+def rings_of(block, cores: int) -> dict[str, products.Ring] | None:
+    """`rings` on devices of so many `cores`, of weights that nothing but `tensor` divides."""
+    tensor, weights = jax.sharding.get_abstract_mesh().shape.get("tensor", 1), {}
     for name, projection in _projections(block).items():
         kernel = projection.kernel.get_value()
         if isinstance(kernel, dict) or kernel.dtype != jnp.bfloat16:
@@ -48,11 +50,10 @@ def rings(block, rows: int) -> dict[str, products.Ring] | None:
             size // (tensor if sharding.AXIS_RULES[axis] == "tensor" else 1)
             for size, axis in zip(kernel.shape[1:], axes, strict=True)
         )
-        if own[-1] % LANES and name not in ("gate", "up") or own[0] == 0:
+        if own[-1] % LANES and name not in ("gate", "up"):
             return None
-        inputs = kernel.ndim - 1 - len(projection.outputs)
+        inputs = len(own) - len(projection.outputs)
         weights[name] = products.weight(own, inputs=inputs, middle=name in ("gate", "up"))
-    cores = chips.CHIPS[chip].cores
     found = {
         kind: products.ring(
             tuple(weights[name] for name in names), cores=cores, divides=kind != "mlp"
@@ -82,7 +83,7 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
             products.mlp if kind == "mlp" else products.multiply,
             name=f"{NAME}{kind}",
             ring=ring,
-            interpret=False,
+            interpret=target.platform() != "tpu",
         )
         for kind, ring in rings.items()
     }

@@ -76,24 +76,24 @@ class Cycles:
 # one row and for two, and of these and of 1,280 for four.
 COUNTED = {
     "v4": {
-        1: Cycles(block=898, page=40, row=53, call=975),
-        2: Cycles(block=1426, page=40, row=106, call=1735),
-        4: Cycles(block=488, column=1.1, page=40, row=363, call=3177),
+        1: Cycles(block=898.0, page=40.0, row=53.0, call=975.0),
+        2: Cycles(block=1426.0, page=40.0, row=106.0, call=1735.0),
+        4: Cycles(block=488.0, column=1.1, page=40.0, row=363.0, call=3177.0),
     },
     "v5e": {
-        1: Cycles(block=892, page=62, row=62, call=992),
-        2: Cycles(block=1275, page=61, row=125, call=1868),
-        4: Cycles(block=718, column=0.77, page=61, row=391, call=3552),
+        1: Cycles(block=892.0, page=62.0, row=62.0, call=992.0),
+        2: Cycles(block=1275.0, page=61.0, row=125.0, call=1868.0),
+        4: Cycles(block=718.0, column=0.77, page=61.0, row=391.0, call=3552.0),
     },
     "v5p": {
-        1: Cycles(block=907, page=59, row=69, call=1177),
-        2: Cycles(block=1308, page=59, row=136, call=2049),
-        4: Cycles(block=723, column=0.77, page=60, row=411, call=3711),
+        1: Cycles(block=907.0, page=59.0, row=69.0, call=1177.0),
+        2: Cycles(block=1308.0, page=59.0, row=136.0, call=2049.0),
+        4: Cycles(block=723.0, column=0.77, page=60.0, row=411.0, call=3711.0),
     },
     "v6e": {
-        1: Cycles(block=1077, page=55, row=64, call=722),
-        2: Cycles(block=1461, page=55, row=129, call=1326),
-        4: Cycles(block=1050, column=0.63, page=55, row=392, call=2458),
+        1: Cycles(block=1077.0, page=55.0, row=64.0, call=722.0),
+        2: Cycles(block=1461.0, page=55.0, row=129.0, call=1326.0),
+        4: Cycles(block=1050.0, column=0.63, page=55.0, row=392.0, call=2458.0),
     },
 }
 

@@ -56,19 +56,19 @@ class Cycles:
 # the next.
 COUNTED: dict[str, dict[int, Cycles]] = {
     "v5e": {
-        16: Cycles(weights=995, call=560),
-        64: Cycles(weights=798, call=1913),
-        256: Cycles(weights=243, call=6971),
+        16: Cycles(weights=995.0, call=560.0),
+        64: Cycles(weights=798.0, call=1913.0),
+        256: Cycles(weights=243.0, call=6971.0),
     },
     "v5p": {
-        16: Cycles(weights=981, call=1493),
-        64: Cycles(weights=587, call=3209),
-        256: Cycles(weights=216, call=11731),
+        16: Cycles(weights=981.0, call=1493.0),
+        64: Cycles(weights=587.0, call=3209.0),
+        256: Cycles(weights=216.0, call=11731.0),
     },
     "v6e": {
-        16: Cycles(weights=925, call=706),
-        64: Cycles(weights=868, call=1791),
-        256: Cycles(weights=444, call=6220),
+        16: Cycles(weights=925.0, call=706.0),
+        64: Cycles(weights=868.0, call=1791.0),
+        256: Cycles(weights=444.0, call=6220.0),
     },
 }
 
