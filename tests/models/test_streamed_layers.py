@@ -60,13 +60,13 @@ def test_a_step_is_what_xla_makes_of_it(params, tensor, monkeypatch):
         expected = steps(params)
         used = []
 
-        def rings(block, rows):
-            used.append(rows)
+        def rings(block, x):
+            used.append(x.shape)
             return streamed_layers.rings_of(block, 2)  # cores that hand nothing over
 
         monkeypatch.setattr(streamed_layers, "rings", rings)
         found = steps(params)
-    assert used == [ROWS]
+    assert used == [(ROWS, 1, CONFIG.embed_dim)]
     for one, other in zip(found, expected, strict=True):
         # Some thirty roundings to bfloat16 lie between, of which a few fall another way.
         np.testing.assert_allclose(one, other, atol=2**-5 * np.abs(other).max())
@@ -75,7 +75,8 @@ def test_a_step_is_what_xla_makes_of_it(params, tensor, monkeypatch):
 
 def test_where_weights_do_not_stream(params):
     model = llama.trunk(CONFIG, EXECUTION, params)
-    assert streamed_layers.rings(model.layers, ROWS) is None  # no TPU
+    x = jnp.zeros((ROWS, 1, CONFIG.embed_dim), jnp.bfloat16)
+    assert streamed_layers.rings(model.layers, x) is None  # no TPU
     assert streamed_layers.rings_of(model.layers, 2) is not None
     wide = llama.init_params(CONFIG, jax.random.key(0))
     assert streamed_layers.rings_of(llama.trunk(CONFIG, EXECUTION, wide).layers, 1) is None

@@ -17,7 +17,7 @@ from tulu_jax.models import layers as layers_lib
 from tulu_jax.parallel import sharding
 
 LANES = 128
-NAME = "decode_step_"  # of a kernel, before the kind of product
+NAME = "decode_step_"  # of a kernel, before the kind of product, or "first"
 KINDS = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up", "down")}
 
 
@@ -27,15 +27,17 @@ def _projections(block) -> dict:
     return found | {name: getattr(mlp, f"{name}_proj") for name in KINDS["mlp"]}
 
 
-def rings(block, rows: int) -> dict[str, products.Ring] | None:
-    """How the stacked weights of `block` stream for so many rows on the ambient device; None where
-    they do not: on other devices than TPUs, of adapters and of other weights than bfloat16, where
-    more than `tensor` divides them, and for sizes that fill no lanes."""
+def rings(block, x) -> dict[str, products.Ring] | None:
+    """How the stacked weights of `block` stream on the ambient device for rows x [B, 1, D]; None
+    where they do not: on other devices than TPUs, of adapters, in other dtypes than bfloat16, where
+    more than `tensor` divides weights, and for sizes that fill no lanes."""
     chip, divided = target.chip(), dict(jax.sharding.get_abstract_mesh().shape)
     divided.pop("tensor", None)
     if target.platform() != "tpu" or chip not in products.COMPILED or set(divided.values()) - {1}:
         return None
-    return None if rows > products.MOST_ROWS else rings_of(block, chips.CHIPS[chip].cores)
+    if x.shape[0] > products.MOST_ROWS or x.dtype != jnp.bfloat16:
+        return None
+    return rings_of(block, chips.CHIPS[chip].cores)
 
 
 def rings_of(block, cores: int) -> dict[str, products.Ring] | None:
@@ -81,7 +83,6 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
     kernels = {
         kind: functools.partial(
             products.mlp if kind == "mlp" else products.multiply,
-            name=f"{NAME}{kind}",
             ring=ring,
             interpret=target.platform() != "tpu",
         )
@@ -93,7 +94,7 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
         B, L = x.shape[0], weights["q"].shape[0]
         stacks = {kind: tuple(weights[name] for name in names) for kind, names in KINDS.items()}
 
-        def product(kind, x, layer, begun=None, following=None):
+        def product(kind, x, layer, begun=None, following=None, name=None):
             """With what it has begun of the product `following` = (kind, layer)."""
             ahead, normed = None, {}
             if hands_over and following is not None:
@@ -103,7 +104,8 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
                 at = jnp.minimum(layer, L - 1)
                 scale = jax.lax.dynamic_index_in_dim(scales[kind], at, keepdims=False)
                 normed = dict(scale=scale, eps=eps[kind])
-            return kernels[kind](x, stacks[kind], layer, begun=begun, ahead=ahead, **normed)
+            own = dict(name=NAME + (name or kind), begun=begun, ahead=ahead, **normed)
+            return kernels[kind](x, stacks[kind], layer, **own)
 
         def body(carry, layer):
             # Nothing is on its way between runs of the loop, nor beside attention: on v6e libtpu's
@@ -119,7 +121,7 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
             joined, _ = product("qkv", x, layer + 1, begun)
             return (x, joined, cache), None
 
-        joined, _ = product("qkv", x, jnp.int32(0))
+        joined, _ = product("qkv", x, jnp.int32(0), name="first")
         (x, _, cache), _ = jax.lax.scan(body, (x, joined, cache), jnp.arange(L))
         return x, cache
 

@@ -1,7 +1,6 @@
 """Cycles of a decoding step's products: compiled for a chip, counted (`schedule.py`)."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -41,6 +40,7 @@ class Shape:
 
 
 KINDS = ("qkv", "o", "mlp")
+FIRST = "first"  # the first layer's, before which nothing has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,11 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
     hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
     if counted is None:
         return None
+    two = hardware.cores > 1
+    alone = two or which in ("o", FIRST)
+    which = KINDS[0] if which == FIRST else which
     rings = {kind: shape.ring(kind, hardware.cores) for kind in KINDS}
     ring, following = rings[which], rings[KINDS[(KINDS.index(which) + 1) % len(KINDS)]]
-    two = hardware.cores > 1
-    alone = two or which == "o"
     last = two or which == "qkv"  # before what is no product
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
     return cost.Call(
@@ -99,6 +100,36 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
         begun=0.0 if alone else ring.begun / hardware.bandwidth,
         ahead=0.0 if last else following.begun / hardware.bandwidth,
     )
+
+
+def product(which: str, shape: dict, cores: int):
+    """The jitted product and its abstract arguments."""
+    size = Shape(**shape)
+    ring = size.ring(which, cores)
+    run = kernel.mlp if which == "mlp" else kernel.multiply
+
+    def product(x, scale, layer, *stacked):
+        # As parameters have them; they lie as `ring` says.
+        stacked = tuple(
+            w.swapaxes(1, 2) if one.form in ("turned", "heads") else w
+            for one, w in zip(ring.weights, stacked, strict=True)
+        )
+        normed = {} if which == "o" else dict(scale=scale, eps=1e-5)
+        return run(x, stacked, layer, name=which, ring=ring, interpret=False, **normed)[0]
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    D = size.heads * 128 if which == "o" else size.embed
+    return jax.jit(product), (
+        of(size.rows, D), of(D, dtype=jnp.float32), of(dtype=jnp.int32),
+        *(of(2, *one.shape) for one in ring.weights),
+    )  # fmt: skip
+
+
+def request(which: str, shape: Shape, cores: int) -> schedule.Request:
+    arguments = dict(which=which, shape=dataclasses.asdict(shape), cores=cores)
+    return schedule.Request(target=TARGET, arguments=arguments, meshed=True)
 
 
 def _beside(shape: Shape, ring: kernel.Ring, which: str) -> int:
