@@ -2,9 +2,10 @@
 
     python benchmarks/decode_attention.py --chips v5e v5p v6e
 
-For Llama 7B and 70B over 8 devices: milliseconds of a step's attention in one layer, by scheduled
-cycles and by the traffic of live pages; the longer of the two binds. Waits for HBM inside a kernel
-are not counted (`tulu_jax/planning/cycles/schedule.py`). The public kernel reads a cache of its own
+For Llama 7B and 70B over 8 devices, and of 7B for as few rows as one or two on a core: milliseconds
+of a step's attention in one layer, by scheduled cycles and by the traffic of live pages; the longer
+of the two binds. `decode_cycles.COUNTED` is made of the first. Waits for HBM inside a kernel are not
+counted (`tulu_jax/planning/cycles/schedule.py`). The public kernel reads a cache of its own
 layout and writes no key or value.
 """
 
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 
+from tulu_jax import chips
 from tulu_jax.planning.cycles import decode_cycles, schedule
 
 SHAPES = {
     "7B": decode_cycles.Shape(rows=64, heads=4, kv_heads=4, page=128, table=16),
-    "70B": decode_cycles.Shape(rows=64, heads=8, kv_heads=1, page=128, table=16),
+    "70B": decode_cycles.Shape(rows=64, heads=8, kv_heads=1, page=256, table=8),
 }
 KERNELS = {"ours": decode_cycles.TARGET, "public": f"{__file__}:public"}
 
@@ -52,9 +54,15 @@ def main():
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--seen", type=int, default=1152, help="positions of each of 64 rows")
     options = parser.parse_args()
-    asked = [(name, which) for name in SHAPES for which in options.kernels]
     for chip in options.chips:
-        requests = [decode_cycles.request(SHAPES[name], KERNELS[which]) for name, which in asked]
+        cores = chips.CHIPS[chip].cores
+        shapes = SHAPES | {
+            f"7B, {few} on a core": dataclasses.replace(SHAPES["7B"], rows=few * cores)
+            for few in (1, 2)
+        }
+        asked = [(name, which) for name in shapes for which in options.kernels
+                 if name in SHAPES or which == "ours"]  # fmt: skip
+        requests = [decode_cycles.request(shapes[name], KERNELS[which]) for name, which in asked]
         programs = schedule.compile_for(chip, requests, timeout=3600)
         for (name, which), program in zip(asked, programs, strict=True):
             line = {"chip": chip, "model": name, "kernel": which}
@@ -62,7 +70,7 @@ def main():
                 print(json.dumps(line | {"error": program.error}), flush=True)
                 continue
             (kernel,) = program.kernels.values()
-            shape, ours = SHAPES[name], which == "ours"
+            shape, ours = shapes[name], which == "ours"
             cycles = decode_cycles.counted(kernel)
             counted = decode_cycles.cycle_seconds(chip, shape, cycles, seen=options.seen, ours=ours)
             moved = decode_cycles.traffic(chip, shape, seen=options.seen)

@@ -30,7 +30,7 @@ LANES, SUBLANES = 128, 8
 WRITTEN = 16  # positions that are written to HBM with a new one: a tile of bfloat16
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 HIDDEN = 2**30  # as a position: behind the end of every row
-BLOCK_BYTES = 2**19  # of keys and values of a row's block
+BLOCK_BYTES = 2**20  # of keys and values of a row's block
 MOST_PAGES = 32  # of a block
 TOGETHER = 4  # rows, at most
 UNROLLED = 4  # pages whose copies are started in one run of straight code
@@ -48,8 +48,8 @@ class Block:
 
 def page_for(kv_heads: int) -> int:
     """Positions of a page with a device's `kv_heads`: a copy takes some 30 cycles to start, in
-    which 16 to 32 KiB come."""
-    return 128 if kv_heads <= 4 else 64
+    which 16 to 40 KiB come."""
+    return {1: 256}.get(kv_heads, 128 if kv_heads <= 4 else 64)
 
 
 def takes(chip: str | None, *, page: int, head_dim: int) -> bool:
@@ -106,7 +106,7 @@ def decode_attention(
     def part(*shape):
         return pl.BlockSpec((B // cores, *shape), lambda core, *_: (core, *[0] * len(shape)))
 
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
     dtype = cache["k"].dtype
     columns = block.pages * block.heads * page
     out, keys, values = pl.pallas_call(
@@ -126,8 +126,9 @@ def decode_attention(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-            jax.ShapeDtypeStruct(cache["k"].shape, dtype),
-            jax.ShapeDtypeStruct(cache["v"].shape, dtype),
+            # Left to itself XLA copies a small cache to VMEM and back, in each layer.
+            pltpu.HBM(cache["k"].shape, dtype),
+            pltpu.HBM(cache["v"].shape, dtype),
         ],
         input_output_aliases={6: 1, 7: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
@@ -161,31 +162,47 @@ def _kernel(
         """Of the longest of `R` rows, those from number R · `rows` on."""
         return pl.cdiv(functools.reduce(jnp.maximum, [seen(rows * R + r) for r in range(R)]), page)
 
-    def copies(rows, start, slot, act):
-        """Starts or awaits the live pages of a block of `R` rows from their page `start` on."""
+    def live(row, start):
+        """Pages of a row from its page `start` on that are in a block."""
+        return jnp.clip(pl.cdiv(seen(row), page) - start, 0, n)
+
+    def start_copies(rows, start, slot):
+        """Of the live pages of a block of `R` rows from their page `start` on."""
 
         def of_row(r):
             row = rows * R + r
 
             def one(i):
                 for kind, (cached, buffer) in enumerate(pairs):
-                    act(pltpu.make_async_copy(
+                    pltpu.make_async_copy(
                         cached.at[layer, place(row, start + i)],
                         buffer.at[slot, r, i],
                         arrived.at[slot, kind],
-                    ))  # fmt: skip
+                    ).start()
 
             def some(i, _):
                 for u in range(UNROLLED):
                     one(i * UNROLLED + u)
 
-            live = jnp.clip(pl.cdiv(seen(row), page) - start, 0, n)
-            whole = live // UNROLLED
+            count = live(row, start)
+            whole = count // UNROLLED
             jax.lax.fori_loop(0, whole, some, None)
-            jax.lax.fori_loop(whole * UNROLLED, live, lambda i, _: one(i), None)
+            jax.lax.fori_loop(whole * UNROLLED, count, lambda i, _: one(i), None)
 
         for r in range(R):
             of_row(r)
+
+    def await_copies(rows, start, slot):
+        """A semaphore counts bytes, so that 1, 2, 4 ... pages are awaited at once."""
+        for r in range(R):
+            count = live(rows * R + r, start)
+            for size in (2**power for power in range(n.bit_length())):
+
+                @pl.when(count & size != 0)
+                def _(r=r, size=size):
+                    for kind, (_, buffer) in enumerate(pairs):
+                        arriving = buffer.at[slot, r, pl.ds(0, size)]
+                        pltpu.make_async_copy(arriving, arriving, arrived.at[slot, kind]).wait()
 
     def following(rows):
         """The first from `rows` on in which somebody sees anything."""
@@ -225,9 +242,9 @@ def _kernel(
 
             @pl.when(goes_on < count // R)
             def _():
-                copies(goes_on, ahead, 1 - slot, lambda copy: copy.start())
+                start_copies(goes_on, ahead, 1 - slot)
 
-            copies(rows, start, slot, lambda copy: copy.wait())
+            await_copies(rows, start, slot)
             ends = []
             for r in range(R):
                 row = rows * R + r
@@ -284,7 +301,7 @@ def _kernel(
 
     @pl.when(begin < count // R)
     def _():
-        copies(begin, 0, 0, lambda copy: copy.start())
+        start_copies(begin, 0, 0)
 
     jax.lax.fori_loop(0, count // R, of_rows, 0)
 

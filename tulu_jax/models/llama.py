@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from tulu_jax.kernels import target
 from tulu_jax.models import attention as attention_lib
-from tulu_jax.models import layers, lora
+from tulu_jax.models import layers, lora, streamed_layers
 from tulu_jax.models.config import LM_HEAD, SCORE, ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import balance, sharding
 
@@ -96,7 +96,8 @@ class Trunk(nnx.Module):
 
     def step(self, tokens, positions, cache: Cached, attend: Attend, blocks):
         """Hidden states [B, 1, D] of one token a row, [B, 1], and the new cache. With `blocks` of
-        `apart` layers are compiled one by one, with None in a loop.
+        `apart` layers are compiled one by one, with None in a loop; on TPUs kernels multiply where
+        they can (`streamed_layers.py`).
 
         Every device multiplies its part of each weight, where that lies: the residual is divided
         as weights are over `context`, and what attention has seen is whole there.
@@ -118,7 +119,11 @@ class Trunk(nnx.Module):
 
         for number, block in enumerate(blocks or ()):
             (x, cache), _ = body((x, cache), (block, number))
-        if blocks is None:
+        if blocks is not None:
+            return self.norm(x), cache
+        if rings := streamed_layers.rings(self.layers, x):
+            x, cache = streamed_layers.run(self.layers, x, angles, cache, attend, rings)
+        else:
             numbered = (self.layers, jnp.arange(self.config.num_layers))
             (x, cache), _ = jax.lax.scan(body, (x, cache), numbered)
         return self.norm(x), cache

@@ -21,6 +21,7 @@ from tulu_jax.planning import hlo
 from tulu_jax.planning.topology import Topology
 
 LATENCY = 1e-6  # seconds of a hop
+FETCH = 1e-6  # seconds until the first bytes of a kernel's copy from HBM come
 FLAG = 64  # bytes: what is no larger in a copy's shape is its semaphore
 
 
@@ -56,6 +57,28 @@ class Cost:
             "interconnect": self.interconnect,
         }
         return max(parts, key=parts.get)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """Seconds of one call of a kernel: `first` until it has something to compute with, `compute`,
+    `last` of that after the last bytes came, and `traffic` of HBM. Of the traffic the kernel before
+    started `begun`; `ahead` is what this one starts of the next one's."""
+
+    kind: str
+    first: float = 0.0
+    compute: float
+    last: float = 0.0
+    traffic: float
+    begun: float = 0.0
+    ahead: float = 0.0
+
+    def after(self, coming: float) -> tuple[float, float]:
+        """Seconds of the call while `coming` of HBM's traffic is on its way, and what is on its way
+        behind it."""
+        busy = self.traffic - self.begun + coming
+        seconds = max(self.first + self.compute, self.first + busy + self.last)
+        return seconds, max(0.0, self.ahead - (seconds - self.first - busy))
 
 
 def link_seconds(
@@ -137,7 +160,8 @@ class Estimator:
     """Costs of the parts of one module.
 
     `kernel_seconds` gives, of one call of the Mosaic kernel of a name and text, what it is
-    ("attention" or "matrix") and its time, or None if that is not known; `dynamic_trips` is how
+    ("attention" or "matrix") and its time, or a `Call`, or None if that is not known. What a call
+    starts for the next one comes while a collective stops compute. `dynamic_trips` is how
     often a loop runs whose count depends on data. Of a conditional the longer branch counts, with
     `shorter` the other: greedy decoding takes the one that draws nothing. With `prefetches` what a
     program copies beside its compute into VMEM takes the time of its traffic, as if nothing were
@@ -150,7 +174,7 @@ class Estimator:
     topology: Topology
     places: np.ndarray
     axes: Callable[[Sequence[int]], str]
-    kernel_seconds: Callable[[str, str], tuple[str, float] | None]
+    kernel_seconds: Callable[[str, str], tuple[str, float] | Call | None]
     dynamic_trips: float
     shorter: bool = False
     prefetches: bool = False
@@ -158,7 +182,7 @@ class Estimator:
 
     def __post_init__(self):
         self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
-        self.cost = Cost()
+        self.cost, self.coming = Cost(), 0.0  # seconds of HBM's traffic on its way
 
     def estimate(self) -> Cost:
         """The cost of the entry computation."""
@@ -192,6 +216,7 @@ class Estimator:
                     self.cost.hidden += spent * times
                 else:
                     self.cost.interconnect += (end - now) * times
+                    self.coming = max(0.0, self.coming - (end - now))
                     now = end
             elif transfers:
                 ends[i.name] = carried
@@ -200,6 +225,8 @@ class Estimator:
                 body = i.attribute(r"body=%([\w.\-]+)")
                 trips = self.module.trip_count(i)
                 trips = self.dynamic_trips if trips is None else trips
+                if self.coming:  # as a run leaves it, the next one finds it
+                    self._run(body, 0.0)
                 now += trips * self._run(body, times * trips)
             elif i.operation == "conditional":
                 now += self._run(self._usual(i), times)
@@ -266,7 +293,11 @@ class Estimator:
             if known is None:
                 self.cost.unknown[i.name] = times
                 return 0.0
-            kind, seconds = known
+            if isinstance(known, Call):
+                kind = known.kind
+                seconds, self.coming = known.after(self.coming)
+            else:
+                kind, seconds = known
             if kind == "matrix":
                 self.cost.matrix += seconds * times
             else:

@@ -20,18 +20,17 @@ import numpy as np
 from tulu_jax import step as step_lib
 from tulu_jax.decode import call, decoder, programs
 from tulu_jax.kernels import decode_attention
-from tulu_jax.models import llama, paged_attention
+from tulu_jax.models import llama, paged_attention, streamed_layers
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding, slices
 from tulu_jax.planning import aot, cost, decoding_faults, hlo
-from tulu_jax.planning.cycles import decode_cycles
+from tulu_jax.planning.cycles import decode_cycles, product_cycles
 from tulu_jax.planning.decoding_times import STEPS, Asked, Decoding
 from tulu_jax.planning.topology import Topology
 from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.1  # of HBM that is left beside weights and cache for temporaries
 MOST_ROWS = 256  # at once
-START = 2e-6  # seconds in which the first pages of a call of the attention kernel come
 
 
 def mesh_of(config: TrainConfig, topology: Topology) -> mesh_lib.MeshConfig:
@@ -70,13 +69,13 @@ class Programs:
         estimate = functools.partial(
             _estimated, topology=topology, mesh=mesh, prefetches=True, shorter=True
         )
-        attention = functools.partial(
-            _attention_seconds, config=config, topology=topology, mesh=mesh, page=self.page,
-            rows=-(-used // self.parts), live=math.ceil(asked.live),
+        kernels = functools.partial(
+            _step_kernel, config=config, topology=topology, mesh=mesh, page=self.page,
+            rows=rows // self.parts, used=-(-used // self.parts), live=math.ceil(asked.live),
         )  # fmt: skip
         step_module, fill_module = self.modules
         step, least, most = (
-            scaled(estimate(step_module, attention, believed=believed), 1 / STEPS)
+            scaled(estimate(step_module, kernels, believed=believed), 1 / STEPS)
             for believed in ("products", "none", "all")
         )
         in_row = _prompts_of_a_row(asked, self.parts, self.page, self.length)
@@ -284,22 +283,24 @@ def scaled(of: cost.Cost, by: float) -> cost.Cost:
     return cost.Cost(**times, wire=wire, top=top, unknown=of.unknown)
 
 
-def _attention_seconds(name, text, *, config, topology, mesh, rows, page, live):
-    """Of a call of the decode kernel by a device's `rows`, which see `live` positions each: counted
-    cycles or the traffic of live pages; None for another kernel, or where nobody counted."""
+def _step_kernel(name, text, *, config, topology, mesh, rows, used, page, live):
+    """What a call of a step's kernel takes of a device's `rows`, of which `used` see `live`
+    positions each; None for another kernel, or where nobody counted."""
     del text
-    if not name.startswith(decode_attention.NAME) or topology.chip not in decode_cycles.COUNTED:
-        return None
     tensor, model = mesh.shape["tensor"], config.model
-    shape = decode_cycles.Shape(
-        rows=rows,
-        heads=model.num_heads // tensor,
-        kv_heads=model.num_kv_heads // tensor,
-        page=page,
-        table=-(-live // page),
+    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
+    if name.startswith(decode_attention.NAME):
+        shape = decode_cycles.Shape(
+            rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=-(-live // page)
+        )
+        return decode_cycles.call(topology.chip, shape, used=used, seen=live)
+    kind = name.removeprefix(streamed_layers.NAME).split(".")[0]
+    if kind == name.split(".")[0]:
+        return None
+    shape = product_cycles.Shape(
+        rows=rows, embed=model.embed_dim, heads=heads, kv_heads=kv_heads, mlp=model.mlp_dim // tensor
     )
-    cycles = decode_cycles.COUNTED[topology.chip]
-    return "attention", START + decode_cycles.seconds(topology.chip, shape, cycles, seen=live)
+    return product_cycles.call(topology.chip, kind, shape)
 
 
 def _prompt_seconds(name, text, *, config, topology, length, prompts, prompt_length):

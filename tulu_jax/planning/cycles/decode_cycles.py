@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from tulu_jax import chips
 from tulu_jax.kernels import decode_attention as kernel
+from tulu_jax.planning import cost
 from tulu_jax.planning.cycles import schedule
 
 TARGET = f"{__file__}:ours"
@@ -60,30 +61,49 @@ def request(shape: Shape, target: str = TARGET) -> schedule.Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cycles:
-    """Of a block of pages of the rows that go side by side, of a page of one of them, of those rows
-    besides, and of a whole call besides."""
+    """Of a block of pages of the rows that go side by side and of each of its columns, of a page of
+    one of them, of those rows besides, and of a whole call besides."""
 
     block: float
+    column: float = 0.0
     page: float
     row: float
     call: float
 
 
-# By `benchmarks/decode_attention.py`, for four rows side by side with one product of heads each;
-# 4 heads of 4 and 8 heads of 1 key/value heads differ by 2 %.
+# By `benchmarks/decode_attention.py`, by how many rows go side by side, with one product of heads
+# each; 4 heads of 4 and 8 heads of 1 key/value heads differ by 2 %. A block is of 2,048 columns for
+# one row and for two, and of these and of 1,280 for four.
 COUNTED = {
-    "v4": Cycles(block=1841.0, page=46.0, row=137.0, call=2122.0),
-    "v5e": Cycles(block=1829.0, page=69.0, row=125.0, call=2520.0),
-    "v5p": Cycles(block=1850.0, page=67.0, row=136.0, call=2679.0),
-    "v6e": Cycles(block=1992.0, page=63.0, row=122.0, call=1939.0),
+    "v4": {
+        1: Cycles(block=898.0, page=40.0, row=53.0, call=975.0),
+        2: Cycles(block=1426.0, page=40.0, row=106.0, call=1735.0),
+        4: Cycles(block=488.0, column=1.1, page=40.0, row=363.0, call=3177.0),
+    },
+    "v5e": {
+        1: Cycles(block=892.0, page=62.0, row=62.0, call=992.0),
+        2: Cycles(block=1275.0, page=61.0, row=125.0, call=1868.0),
+        4: Cycles(block=718.0, column=0.77, page=61.0, row=391.0, call=3552.0),
+    },
+    "v5p": {
+        1: Cycles(block=907.0, page=59.0, row=69.0, call=1177.0),
+        2: Cycles(block=1308.0, page=59.0, row=136.0, call=2049.0),
+        4: Cycles(block=723.0, column=0.77, page=60.0, row=411.0, call=3711.0),
+    },
+    "v6e": {
+        1: Cycles(block=1077.0, page=55.0, row=64.0, call=722.0),
+        2: Cycles(block=1461.0, page=55.0, row=129.0, call=1326.0),
+        4: Cycles(block=1050.0, column=0.63, page=55.0, row=392.0, call=2458.0),
+    },
 }
 
 
 def counted(program: schedule.Kernel) -> Cycles:
     """Scheduled cycles by what they are paid for.
 
-    The innermost loop with products runs for every block; the loops in it start or await a page. A
-    branch is counted whenever its loop runs, which is too often for what ends a row.
+    The innermost loop with products runs for every block. The loops in it start pages, and the
+    branches in it that store registers put a row's own key and value. The others, most of which
+    await pages, are counted as though all were taken.
     """
     found = {"block": 0.0, "page": 0.0, "row": 0.0, "call": 0.0}
 
@@ -99,16 +119,16 @@ def counted(program: schedule.Kernel) -> Cycles:
             deeper = sum(map(multiplies, loops))
             if multiplies(block):
                 role = ("block", "row")[deeper] if deeper < 2 else "call"
+        if role == "block" and block.kind == "if" and not loops and block.slots.get("VSTORE"):
+            role = "row"
         found[role] += block.own
         for child in block.children:
             visit(child, role)
 
     copied: list[int] = []
     visit(program.whole, "call")
-    # Loops over four pages and over single ones, of every row; starting and awaiting.
-    whole = copied[::2]
-    rows = max(1, len(whole) // 2)
-    found["page"] = sum(whole) / kernel.UNROLLED / rows
+    whole = copied[::2]  # loops over four pages and over single ones, of every row
+    found["page"] = sum(whole) / kernel.UNROLLED / max(1, len(whole))
     return Cycles(**found)
 
 
@@ -118,21 +138,46 @@ def traffic(chip: str, shape: Shape, *, seen: int) -> float:
     return moved / chips.CHIPS[chip].bandwidth
 
 
+def _together(chip: str, shape: Shape) -> tuple[int, kernel.Block]:
+    """Rows of a core of our kernel, and its block."""
+    cores = chips.CHIPS[chip].cores
+    rows = shape.rows // cores if shape.rows % cores == 0 else shape.rows
+    return rows, kernel.fit(
+        rows=rows, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
+        table=shape.table, itemsize=2,
+    )  # fmt: skip
+
+
 def cycle_seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int, ours: bool) -> float:
     """Seconds of all rows with `seen` positions each by cycles alone, of our kernel or the public
     one, whose rows go one by one and whose blocks start all their pages."""
     hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
-    rows = -(-shape.rows // hardware.cores) if ours else shape.rows
-    block = kernel.fit(
-        rows=rows, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=128, page=shape.page,
-        table=shape.table, itemsize=2,
-    )  # fmt: skip
+    rows, block = _together(chip, shape) if ours else (shape.rows, None)
     together, pages = (block.rows, block.pages) if ours else (1, shape.public_pages)
-    each = cycles.block * -(-live // pages) + cycles.page * live * together + cycles.row
+    of_block = cycles.block + (cycles.column * block.pages * block.heads * shape.page if ours else 0)
+    each = of_block * -(-live // pages) + cycles.page * live * together + cycles.row
     return (each * rows / together + cycles.call) / hardware.clock
 
 
-def seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int) -> float:
-    """Of our kernel, for all rows with `seen` positions each: the longer of cycles and traffic."""
-    counted = cycle_seconds(chip, shape, cycles, seen=seen, ours=True)
-    return max(counted, traffic(chip, shape, seen=seen))
+def call(chip: str, shape: Shape, *, used: int, seen: int) -> cost.Call | None:
+    """What a dry run takes a call of our kernel for, in which `used` of the rows see `seen`
+    positions each and the others none; None where nobody counted."""
+    rows, block = _together(chip, shape)
+    cycles = COUNTED.get(chip, {}).get(block.rows)
+    if cycles is None:
+        return None
+    hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
+    own = -(-used * rows // shape.rows)  # of a core
+    blocks = -(-own // block.rows)
+    of_block = cycles.block + cycles.column * block.pages * block.heads * shape.page
+    each = of_block * -(-live // block.pages) + cycles.row
+    first = shape.page_bytes * min(live, block.pages) * min(own, block.rows)
+    every = cycles.page * live * own + each * blocks + cycles.call
+    first *= hardware.cores if rows < shape.rows else 1
+    return cost.Call(
+        kind="attention",
+        first=cost.FETCH,
+        compute=first / hardware.bandwidth + every / hardware.clock,
+        last=of_block / hardware.clock,
+        traffic=used * live * shape.page_bytes / hardware.bandwidth,
+    )

@@ -1,0 +1,439 @@
+"""Products of a decoding step's few rows with stacked weights, as Pallas kernels for TPUs.
+
+A step reads every weight once and multiplies little, so what counts is that HBM never waits. The
+weights of all layers [L, ...] stay in HBM. A kernel copies one layer's piece by piece into rings in
+VMEM, a few pieces ahead of the products. When it has started the last of its own, it starts the
+first pieces of the next kernel's weights, in rings which that takes over while they are on their
+way: sums over devices go on meanwhile.
+
+`multiply` is a product with weights of the same inputs, in pieces of the contraction; `mlp` is
+silu(x · gate) * (x · up) · down, in pieces of its middle. Both may normalise x first. Sums are
+float32. On chips of two cores each has half of the contraction, or of the middle, as two devices
+would, and rounds its sum; no ring is handed over, because each core has a memory of its own.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from tulu_jax import chips
+
+COMPILED = ("v5e", "v5p", "v6e")  # for which the compiler took them
+MOST_ROWS = 256  # with which it did
+LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a register of bfloat16
+PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
+LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
+RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
+VALUES = 4 * chips.MIB  # of VMEM, beside scratch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A layer's part of a stacked weight as it lies in HBM: `shape`, cut in pieces along `axis`.
+
+    `form` is what a piece is: 'rows' [in, out], 'turned' [out, in], 'heads' [heads, in, head] or
+    'between' [in, heads, head].
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    axis: int
+    between: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.shape[self.axis] // self.between
+
+    @property
+    def bytes(self) -> int:
+        """In bfloat16, with what fills up lanes."""
+        *above, lanes = self.shape
+        return 2 * math.prod(above) * -(-lanes // LANES) * LANES
+
+    def piece(self, size: int) -> tuple[int, ...]:
+        rows = size * self.between
+        return (*self.shape[: self.axis], rows, *self.shape[self.axis + 1 :])
+
+    def of(self, stacked: jax.Array) -> jax.Array:
+        """[L, *shape] of the weight as parameters have it; it lies so already."""
+        stacked = stacked.swapaxes(1, 2) if self.form in ("turned", "heads") else stacked
+        return stacked.reshape(-1, *self.shape)
+
+
+def weight(shape: tuple[int, ...], *, inputs: int, middle: bool) -> Weight:
+    """How a device's [*inputs, *outputs] of a layer lies on TPUs, where XLA puts minor what fills
+    whole lanes and keeps heads between rows where that fills whole tiles. With `middle` pieces are
+    of outputs."""
+    if inputs == 1 and len(shape) == 3:
+        D, N, H = shape
+        if N in (2, 4) or N % TILE == 0:
+            return Weight(form="between", shape=(D * N, H), axis=0, between=N)
+        return Weight(form="heads", shape=(N, D, H), axis=1)
+    D, F = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+    if F % LANES and D % LANES == 0:
+        return Weight(form="turned", shape=(F, D), axis=0 if middle else 1)
+    return Weight(form="rows", shape=(D, F), axis=1 if middle else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """What a kernel streams: `weights` of one length, of which a core has pieces of `size`, the
+    last perhaps shorter, `slots` at a time."""
+
+    weights: tuple[Weight, ...]
+    cores: int
+    size: int
+    slots: int
+
+    @property
+    def length(self) -> int:
+        return self.weights[0].length // self.cores
+
+    @property
+    def whole(self) -> int:
+        return self.length // self.size
+
+    @property
+    def rest(self) -> int:
+        return self.length % self.size
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights of a layer."""
+        return sum(weight.bytes for weight in self.weights)
+
+    @property
+    def begun(self) -> int:
+        """Bytes of the pieces that are on their way when a ring is handed over."""
+        pieces = min(self.slots, -(-self.length // self.size))
+        return min(self.bytes, self.bytes * pieces * self.size // self.length)
+
+    def shapes(self) -> list:
+        """Of its memory: a buffer for each weight, and semaphores."""
+        buffers = [pltpu.VMEM((self.slots, *w.piece(self.size)), jnp.bfloat16)
+                   for w in self.weights]  # fmt: skip
+        return [*buffers, pltpu.SemaphoreType.DMA((len(self.weights), self.slots))]
+
+
+def ring(weights: tuple[Weight, ...], *, cores: int, divides: bool) -> Ring | None:
+    """The ring of `weights`, whose pieces have one size if it `divides`; None where a core's part
+    cannot be cut."""
+    length = weights[0].length // cores
+    if any(w.length != cores * length for w in weights) or (cores > 1 and length % LANES):
+        return None
+    each = sum(w.bytes for w in weights) // weights[0].length
+    most = min(LONGEST, max(LANES, PIECE_BYTES[cores] // each // LANES * LANES))
+    sizes = range(LANES, min(most, length) + 1, LANES)
+    sizes = [size for size in sizes if length % size == 0 or not divides]
+    if not sizes:
+        return None
+    size = sizes[-1]
+    slots = min(max(2, RING_BYTES[cores] // (each * size)), -(-length // size))
+    return Ring(weights=weights, cores=cores, size=size, slots=slots)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """What a kernel starts for the next one: its ring, its weights and its layer."""
+
+    ring: Ring
+    weights: tuple[jax.Array, ...]
+    layer: jax.Array
+
+
+def multiply(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None]:
+    """x · w of all `weights`, side by side: [B, F], and the rest as `_run` has it; `name` is that
+    of the kernel."""
+    return _run(_multiply, name, x, weights, layer, **how)
+
+
+def mlp(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None]:
+    """silu(x · gate) * (x · up) · down of the three `weights`: [B, D], and the rest as `_run` has
+    it."""
+    return _run(_mlp, name, x, weights, layer, **how)
+
+
+def _in(space):
+    return pl.BlockSpec(memory_space=space)
+
+
+def _stacks(ring: Ring, weights, interpret: bool) -> list[jax.Array]:
+    """The weights as they lie, which stay in HBM."""
+    found = [w.of(one) for w, one in zip(ring.weights, weights, strict=True)]
+    return found if interpret else [pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in found]
+
+
+def _run(
+    body,
+    name: str,
+    x: Float[Array, "B D"],
+    weights: tuple[Array, ...],
+    layer: Int[Array, ""],
+    *,
+    ring: Ring,
+    begun: tuple | None = None,
+    ahead: Ahead | None = None,
+    scale: Float[Array, "D"] | None = None,
+    eps: float = 0.0,
+    interpret: bool,
+) -> tuple[Float[Array, "B F"], tuple | None]:
+    """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
+
+    With `scale` x is normalised first. `begun` is what the kernel before gave for this ring. Of a
+    layer behind the last nothing is started or multiplied, and the result is anything.
+    """
+    B, D = x.shape
+    x = jnp.pad(x, ((0, -B % PACKED), (0, 0)))
+    rows, K = x.shape[0], len(weights)
+    columns = [math.prod(w.shape) // D for w in ring.weights] if body is _multiply else [D]
+    hbm, vmem, semaphore = _in(pltpu.HBM), _in(pltpu.VMEM), _in(pltpu.SEMAPHORE)
+    alone = ring.cores == 1
+    inputs = [(x, vmem if alone else pl.BlockSpec(x.shape, lambda *_: (0, 0)))]
+    if scale is not None:
+        scale = scale.astype(jnp.float32)[None]
+        inputs.append((scale, vmem if alone else pl.BlockSpec(scale.shape, lambda *_: (0, 0))))
+    inputs += [(one, hbm) for one in _stacks(ring, weights, interpret)]
+    aliases = {}
+    outputs = [(jax.ShapeDtypeStruct((rows, sum(columns)), x.dtype), vmem)]
+    if not alone:
+        shape = (ring.cores, rows, sum(columns))
+        block = pl.BlockSpec((1, *shape[1:]), lambda core, *_: (core, 0, 0))
+        outputs = [(jax.ShapeDtypeStruct(shape, x.dtype), block)]
+    scratch = [
+        pltpu.VMEM((ring.whole, rows, ring.size) if body is _multiply else (1, rows, D), x.dtype),
+        pltpu.VMEM((rows, sum(columns)), jnp.float32),
+    ]
+    if begun is None:
+        scratch += ring.shapes()
+    else:
+        *buffers, semaphores = begun
+        aliases = {1 + len(inputs) + n: 1 + n for n in range(K)}
+        inputs += [(one, vmem) for one in buffers] + [(semaphores, semaphore)]
+        outputs += [(shape, vmem) for shape in ring.shapes()[:-1]]
+    if ahead is not None:
+        inputs += [(one, hbm) for one in _stacks(ahead.ring, ahead.weights, interpret)]
+        *shapes, last = ahead.ring.shapes()
+        outputs += [(shape, vmem) for shape in shapes] + [(last, semaphore)]
+
+    def kernel(layers, *refs):
+        refs = iter(refs)
+        take = lambda count: [next(refs) for _ in range(count)]  # noqa: E731
+        (x,), (scale,) = take(1), take(1) if scale_given else [None]
+        own = take(K)
+        buffers = None if begun is None else take(K + 1)
+        others = [] if ahead is None else take(len(ahead.weights))
+        (out,) = take(1)
+        if begun is not None:
+            buffers = take(K) + buffers[-1:]
+        following = [] if ahead is None else take(len(others) + 1)
+        normed, sums = take(2)
+        buffers = take(K + 1) if begun is None else buffers
+        core = 0 if alone else pl.program_id(0)
+        stream = _Stream(ring, own, buffers, layers[0], core)
+        next_ = ahead and _Stream(ahead.ring, others, following, layers[1], 0)
+
+        @pl.when(layers[0] < own[0].shape[0])
+        def _():
+            if begun is None:
+                stream.begin()
+            body(stream, next_, functools.partial(_put, x, scale, eps), normed, sums)
+            out[...] = sums[...].astype(out.dtype).reshape(out.shape)
+
+    scale_given = scale is not None
+    layers = [layer] if ahead is None else [layer, ahead.layer]
+    held = sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch[: None if begun is None else 2]
+               if s.dtype in (jnp.bfloat16, jnp.float32))  # fmt: skip
+    found = pl.pallas_call(
+        kernel,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=() if alone else (ring.cores,),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[spec for _, spec in outputs],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[shape for shape, _ in outputs],
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=None if alone else ("parallel",),
+            has_side_effects=ahead is not None or begun is not None,
+            vmem_limit_bytes=held + 4 * rows * (2 * D + 4 * sum(columns)) + VALUES,
+        ),
+        interpret=interpret,
+    )(jnp.stack(layers).astype(jnp.int32), *[one for one, _ in inputs])
+    out, *rest = found
+    if not alone:
+        out = out.astype(jnp.float32).sum(0).astype(x.dtype)
+    started = tuple(rest[0 if begun is None else K :]) or None
+    return out[:B], started
+
+
+def _put(x, scale, eps: float, put):
+    """`put(rows, x)` for every 16 rows of x [rows, D]: as they are, or with `scale` [1, D] as
+    `RMSNorm` makes them. In a loop, so that few values are alive."""
+
+    def one(block, _):
+        rows = pl.ds(pl.multiple_of(block * PACKED, PACKED), PACKED)
+        part = x[rows, :]
+        if scale is not None:
+            wide = part.astype(jnp.float32)
+            wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+            part = (wide * scale[...]).astype(x.dtype)
+        put(rows, part)
+
+    jax.lax.fori_loop(0, x.shape[0] // PACKED, one, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """A layer of weights `sources` on its way through the memory of a ring."""
+
+    ring: Ring
+    sources: list
+    memory: list
+    layer: jax.Array
+    core: jax.Array | int
+
+    def buffer(self, which: int, slot, size: int):
+        """The piece of weight number `which` in `slot`, of which `size` are filled."""
+        ref, weight = self.memory[which], self.ring.weights[which]
+        if size == self.ring.size:
+            return ref.at[slot]
+        return ref.at[(slot, *[slice(None)] * weight.axis, slice(0, size * weight.between))]
+
+    def copies(self, piece, slot, size: int):
+        first = self.core * self.ring.length + piece * self.ring.size
+        if not isinstance(first, int):
+            first = pl.multiple_of(first, LANES)
+        for which, weight in enumerate(self.ring.weights):
+            rows = pl.ds(first * weight.between, size * weight.between)
+            part = (self.layer, *[slice(None)] * weight.axis, rows)
+            yield pltpu.make_async_copy(
+                self.sources[which].at[part],
+                self.buffer(which, slot, size),
+                self.memory[-1].at[which, slot],
+            )
+
+    def start(self, piece, slot, size: int):
+        for copy in self.copies(piece, slot, size):
+            copy.start()
+
+    def begin(self):
+        """Starts what a ring holds, of a layer that there is."""
+        ring = self.ring
+
+        @pl.when(self.layer < self.sources[0].shape[0])
+        def _():
+            for piece in range(ring.slots):
+                self.start(piece, piece, ring.size if piece < ring.whole else ring.rest)
+
+    def run(self, ahead: "_Stream | None", process):
+        """`process(piece, slot, size)` for every piece as it has come, of a ring that has begun."""
+        ring = self.ring
+        count = ring.whole + (ring.rest > 0)
+        if ahead and count <= ring.slots:
+            ahead.begin()
+
+        def of(piece, slot, size):
+            for copy in self.copies(piece, slot, size):
+                copy.wait()
+            process(piece, slot, size)
+
+        def step(piece, _):
+            slot = jax.lax.rem(piece, ring.slots)
+            of(piece, slot, ring.size)
+            following = piece + ring.slots
+
+            @pl.when(following < ring.whole)
+            def _():
+                self.start(following, slot, ring.size)
+
+            if ring.rest:
+
+                @pl.when(following == ring.whole)
+                def _():
+                    self.start(following, slot, ring.rest)
+
+            if ahead and count > ring.slots:
+
+                @pl.when(following == count - 1)
+                def _():
+                    ahead.begin()
+
+        jax.lax.fori_loop(0, ring.whole, step, None)
+        if ring.rest:
+            of(ring.whole, ring.whole % ring.slots, ring.rest)
+
+
+def _multiply(stream: _Stream, ahead: _Stream | None, put, normed, sums):
+    ring = stream.ring
+
+    def cut(rows, x):
+        for piece in range(ring.whole):
+            of_cores = [
+                x[:, first : first + ring.size]
+                for first in range(piece * ring.size, x.shape[1], ring.length)
+            ]
+            found = of_cores[0]
+            for core in range(1, ring.cores):
+                found = jnp.where(stream.core == core, of_cores[core], found)
+            normed[piece, rows] = found
+
+    put(cut)
+    sums[...] = jnp.zeros_like(sums)
+
+    def process(piece, slot, size):
+        first = 0
+        for which, weight in enumerate(ring.weights):
+            for matrix in _matrices(weight, stream.buffer(which, slot, size)):
+                turned = weight.form == "turned"
+                wide = matrix.shape[0 if turned else 1]
+                sums[:, first : first + wide] += _dot(normed[piece], matrix, turned=turned)
+                first += wide
+
+    stream.run(ahead, process)
+
+
+def _mlp(stream: _Stream, ahead: _Stream | None, put, normed, sums):
+    def whole(rows, x):
+        normed[0, rows] = x
+
+    put(whole)
+    sums[...] = jnp.zeros_like(sums)
+
+    def process(piece, slot, size):
+        del piece
+        gate, up, down = (stream.buffer(which, slot, size)[...] for which in range(3))
+        turned = stream.ring.weights[0].form == "turned"
+        gate, up = (_dot(normed[0], one, turned=turned) for one in (gate, up))
+        middle = (jax.nn.silu(gate) * up).astype(normed.dtype)
+        sums[...] += _dot(middle, down, turned=False)
+
+    stream.run(ahead, process)
+
+
+def _dot(x, w, *, turned: bool):
+    dims = (((1,), (1 if turned else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def _matrices(weight: Weight, piece):
+    """The matrices [in, out] side by side in a piece that lies in the ref `piece`; [out, in] where
+    it is turned."""
+    if weight.form in ("rows", "turned"):
+        return [piece[...]]
+    if weight.form == "heads":
+        return [piece[n] for n in range(weight.shape[0])]
+    pairs, found = piece.bitcast(jnp.int32), []  # of heads, in a word
+    for n in range(weight.between // 2):
+        words = pairs[pl.ds(n, pairs.shape[0] * 2 // weight.between, weight.between // 2), :]
+        found += [words << 16, words & np.int32(-65536)]
+    return [pltpu.bitcast(words, jnp.float32).astype(jnp.bfloat16) for words in found]

@@ -1,0 +1,164 @@
+"""Cycles of a decoding step's products: compiled for a chip, counted (`schedule.py`)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from tulu_jax import chips
+from tulu_jax.kernels import decode_products as kernel
+from tulu_jax.planning import cost
+from tulu_jax.planning.cycles import schedule
+
+TARGET = f"{__file__}:product"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of a device: rows, the width of the residual, heads and key/value heads of 128 numbers, and
+    the middle of the MLP."""
+
+    rows: int
+    embed: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+    def weights(self, which: str) -> tuple[kernel.Weight, ...]:
+        D, H = self.embed, 128
+        if which == "qkv":
+            return tuple(kernel.weight((D, n, H), inputs=1, middle=False)
+                         for n in (self.heads, self.kv_heads, self.kv_heads))  # fmt: skip
+        if which == "o":
+            return (kernel.weight((self.heads, H, D), inputs=2, middle=False),)
+        across = kernel.weight((D, self.mlp), inputs=1, middle=True)
+        return across, across, kernel.weight((self.mlp, D), inputs=1, middle=False)
+
+    def ring(self, which: str, cores: int) -> kernel.Ring | None:
+        return kernel.ring(self.weights(which), cores=cores, divides=which != "mlp")
+
+
+KINDS = ("qkv", "o", "mlp")
+FIRST = "first"  # the first layer's, before which nothing has begun
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cycles:
+    """Of a core: the weights that it multiplies in a cycle, at the least, and of a whole call
+    besides; both for so many rows."""
+
+    weights: float
+    call: float
+
+
+# By `benchmarks/decode_step.py`, of the slowest of the shapes there; rows between are counted as
+# the next.
+COUNTED: dict[str, dict[int, Cycles]] = {
+    "v5e": {
+        16: Cycles(weights=995.0, call=560.0),
+        64: Cycles(weights=798.0, call=1913.0),
+        256: Cycles(weights=243.0, call=6971.0),
+    },
+    "v5p": {
+        16: Cycles(weights=981.0, call=1493.0),
+        64: Cycles(weights=587.0, call=3209.0),
+        256: Cycles(weights=216.0, call=11731.0),
+    },
+    "v6e": {
+        16: Cycles(weights=925.0, call=706.0),
+        64: Cycles(weights=868.0, call=1791.0),
+        256: Cycles(weights=444.0, call=6220.0),
+    },
+}
+
+
+def of_rows(chip: str, rows: int) -> Cycles | None:
+    """What is counted for at least so many rows; None where nobody counted."""
+    return next((of for most, of in COUNTED.get(chip, {}).items() if rows <= most), None)
+
+
+def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
+    """What a dry run takes a call for, in `streamed_layers.run`, where calls start each other's
+    weights but on two cores; None where nobody counted."""
+    hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
+    if counted is None:
+        return None
+    two = hardware.cores > 1
+    alone = two or which in ("o", FIRST)
+    which = KINDS[0] if which == FIRST else which
+    rings = {kind: shape.ring(kind, hardware.cores) for kind in KINDS}
+    ring, following = rings[which], rings[KINDS[(KINDS.index(which) + 1) % len(KINDS)]]
+    last = two or which == "qkv"  # before what is no product
+    each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
+    return cost.Call(
+        kind="matrix",
+        first=cost.FETCH if alone else 0.0,
+        compute=(each + counted.call) / hardware.clock,
+        last=each * min(1.0, ring.size / ring.length) / hardware.clock,
+        traffic=(ring.bytes + (_beside(shape, ring, which) if two else 0)) / hardware.bandwidth,
+        begun=0.0 if alone else ring.begun / hardware.bandwidth,
+        ahead=0.0 if last else following.begun / hardware.bandwidth,
+    )
+
+
+def product(which: str, shape: dict, cores: int):
+    """The jitted product and its abstract arguments."""
+    size = Shape(**shape)
+    ring = size.ring(which, cores)
+    run = kernel.mlp if which == "mlp" else kernel.multiply
+
+    def product(x, scale, layer, *stacked):
+        # As parameters have them; they lie as `ring` says.
+        stacked = tuple(
+            w.swapaxes(1, 2) if one.form in ("turned", "heads") else w
+            for one, w in zip(ring.weights, stacked, strict=True)
+        )
+        normed = {} if which == "o" else dict(scale=scale, eps=1e-5)
+        return run(x, stacked, layer, name=which, ring=ring, interpret=False, **normed)[0]
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    D = size.heads * 128 if which == "o" else size.embed
+    return jax.jit(product), (
+        of(size.rows, D), of(D, dtype=jnp.float32), of(dtype=jnp.int32),
+        *(of(2, *one.shape) for one in ring.weights),
+    )  # fmt: skip
+
+
+def request(which: str, shape: Shape, cores: int) -> schedule.Request:
+    arguments = dict(which=which, shape=dataclasses.asdict(shape), cores=cores)
+    return schedule.Request(target=TARGET, arguments=arguments, meshed=True)
+
+
+def _beside(shape: Shape, ring: kernel.Ring, which: str) -> int:
+    """Bytes of activations that two cores read and write in HBM; one has them in VMEM."""
+    inputs = shape.heads * 128 if which == "o" else shape.embed
+    outputs = {"qkv": (shape.heads + 2 * shape.kv_heads) * 128}.get(which, shape.embed)
+    return 2 * ring.cores * shape.rows * (inputs + outputs)
+
+
+def cycles(program: schedule.Kernel, ring: kernel.Ring) -> float:
+    """Of a core, for a whole call."""
+
+    def visit(block, times):
+        if block.kind == "loop":
+            times *= block.trips or ring.whole
+        return block.own * times + sum(visit(child, times) for child in block.children)
+
+    return float(visit(program.whole, 1))
+
+
+def counted(program: schedule.Kernel, ring: kernel.Ring) -> Cycles:
+    """What a kernel's loop over pieces multiplies in a cycle, and what all else takes but for a
+    shorter last piece, whose products are counted as the others'."""
+    loops = [block for block in program.whole.walk() if block.kind == "loop"]
+    (pieces,) = (block for block in loops if any(one.slots.get("MXU") for one in block.walk()))
+    of_piece = sum(block.own for block in pieces.walk())
+    weights = sum(math.prod(w.piece(ring.size)) for w in ring.weights)
+    if not ring.whole:
+        weights = 0
+    rest = of_piece * ring.rest / ring.size
+    call = cycles(program, ring) - of_piece * ring.whole - rest
+    return Cycles(weights=weights / of_piece, call=max(0.0, call))
