@@ -75,7 +75,7 @@ def test_the_mlp(small_pieces, middle, cores):
 
 
 def check(found, expected):
-    """To the rounding of the result and of what is rounded on the way, which may fall either way."""
+    """To the rounding of the result, and of what is rounded on the way and may fall either way."""
     assert found.dtype == jnp.bfloat16
     found, size = np.asarray(found, np.float64), np.abs(expected).max()
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=2**-8 * size)

@@ -72,13 +72,13 @@ def _run(
     ring: Ring,
     begun: tuple | None = None,
     ahead: Ahead | None = None,
-    scale: Float[Array, "D"] | None = None,
+    scale: jax.Array | None = None,
     eps: float = 0.0,
     interpret: bool,
 ) -> tuple[Float[Array, "B F"], tuple | None]:
     """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
 
-    With `scale` x is normalised first. `begun` is what the kernel before gave for this ring. Of a
+    With `scale` [D] x is normalised first. `begun` is what the kernel before gave for this ring. Of a
     layer behind the last nothing is started or multiplied, and the result is anything.
     """
     B, D = x.shape
@@ -140,8 +140,10 @@ def _run(
 
     scale_given = scale is not None
     layers = [layer] if ahead is None else [layer, ahead.layer]
-    held = sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch[: None if begun is None else 2]
-               if s.dtype in (jnp.bfloat16, jnp.float32))  # fmt: skip
+    held = sum(
+        math.prod(one.shape) * one.dtype.itemsize
+        for one in (scratch[:-1] if begun is None else scratch)  # without the semaphores
+    )
     found = pl.pallas_call(
         kernel,
         name=name,

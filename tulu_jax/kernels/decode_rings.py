@@ -1,5 +1,5 @@
-"""How the weights of a decoding step's kernel stream: their pieces, and the ring of VMEM that holds a
-few of them (`decode_products.py`)."""
+"""How weights of a kernel of `decode_products.py` stream: as they lie, in pieces, of which a ring in
+VMEM holds a few."""
 
 import dataclasses
 import math
