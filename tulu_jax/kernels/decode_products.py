@@ -78,8 +78,8 @@ def _run(
 ) -> tuple[Float[Array, "B F"], tuple | None]:
     """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
 
-    With `scale` [D] x is normalised first. `begun` is what the kernel before gave for this ring. Of a
-    layer behind the last nothing is started or multiplied, and the result is anything.
+    With `scale` [D] x is normalised first. `begun` is what the kernel before gave for this ring.
+    Of a layer behind the last nothing is started or multiplied, and the result is anything.
     """
     B, D = x.shape
     x = jnp.pad(x, ((0, -B % PACKED), (0, 0)))

@@ -1,5 +1,5 @@
-"""How weights of a kernel of `decode_products.py` stream: as they lie, in pieces, of which a ring in
-VMEM holds a few."""
+"""How the weights of a kernel of `decode_products.py` stream: as they lie, in pieces, of which a
+ring in VMEM holds a few."""
 
 import dataclasses
 import math

@@ -62,13 +62,13 @@ COUNTED: dict[str, dict[int, Cycles]] = {
         256: Cycles(weights=243.0, call=6971.0),
     },
     "v5p": {
-        16: Cycles(weights=981.0, call=1493.0),
-        64: Cycles(weights=587.0, call=3209.0),
+        16: Cycles(weights=978.0, call=1281.0),
+        64: Cycles(weights=587.0, call=3208.0),
         256: Cycles(weights=216.0, call=11731.0),
     },
     "v6e": {
-        16: Cycles(weights=925.0, call=706.0),
-        64: Cycles(weights=868.0, call=1791.0),
+        16: Cycles(weights=925.0, call=954.0),
+        64: Cycles(weights=868.0, call=2475.0),
         256: Cycles(weights=444.0, call=6220.0),
     },
 }
