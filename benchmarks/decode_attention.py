@@ -2,11 +2,11 @@
 
     python benchmarks/decode_attention.py --chips v5e v5p v6e
 
-For Llama 7B and 70B over 8 devices, and of 7B for as few rows as one or two on a core: milliseconds
-of a step's attention in one layer, by scheduled cycles and by the traffic of live pages; the longer
-of the two binds. `decode_cycles.COUNTED` is made of the first. Waits for HBM inside a kernel are not
-counted (`tulu_jax/planning/cycles/schedule.py`). The public kernel reads a cache of its own
-layout and writes no key or value.
+For Llama 7B and 70B over 8 devices, and of 7B for as few rows as one or two on a core:
+milliseconds of a step's attention in one layer, by scheduled cycles and by the traffic of live
+pages; the longer of the two binds. `decode_cycles.COUNTED` is made of the first. Waits for HBM
+inside a kernel are not counted (`tulu_jax/planning/cycles/schedule.py`). The public kernel reads a
+cache of its own layout and writes no key or value.
 """
 
 import argparse

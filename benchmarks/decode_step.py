@@ -1,7 +1,7 @@
 """Products of a decoding step's layer: the kernels that stream stacked weights against XLA's form,
 counted without a TPU.
 
-    python benchmarks/decode_step.py [--chips v4 v5e v5p v6e] [--rows 16 64]
+    python benchmarks/decode_step.py [--chips v5e v5p v6e] [--rows 16 64 256]
 
 For Llama 7B and 70B over 8 devices and 70B over 16, microseconds of one layer's products on a
 device: ours by scheduled cycles and by traffic of HBM, of which the longer binds, and what a dry

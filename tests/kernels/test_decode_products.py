@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tulu_jax.kernels import decode_products as products
+from tulu_jax.kernels import decode_rings
 
 L, ROWS = 3, 5  # rows are no multiple of a register's 16
 EPS = 1e-5
@@ -14,8 +15,8 @@ EPS = 1e-5
 def small_pieces(monkeypatch):
     """Several pieces, of which some are refilled."""
     for cores in (1, 2):
-        monkeypatch.setitem(products.PIECE_BYTES, cores, 2**18)
-        monkeypatch.setitem(products.RING_BYTES, cores, 2**19)
+        monkeypatch.setitem(decode_rings.PIECE_BYTES, cores, 2**18)
+        monkeypatch.setitem(decode_rings.RING_BYTES, cores, 2**19)
 
 
 def draw(rng, *shape, scale=1.0):
@@ -35,10 +36,10 @@ def test_weights_of_one_input(small_pieces, heads, cores):
     rng, D = np.random.default_rng(0), 512
     shapes = [(D, heads[0], 128), (D, heads[1], 128), (D, 256)]
     stacks = tuple(draw(rng, L, *shape, scale=0.05) for shape in shapes)
-    weights = tuple(products.weight(shape, inputs=1, middle=False) for shape in shapes)
+    weights = tuple(decode_rings.weight(shape, inputs=1, middle=False) for shape in shapes)
     assert [one.form for one in weights] == ["between", "heads", "rows"]
     x, scale = draw(rng, ROWS, D), jnp.asarray(rng.normal(size=D), jnp.float32)
-    ring = products.ring(weights, cores=cores, divides=True)
+    ring = decode_rings.ring(weights, cores=cores, divides=True)
     assert ring.whole > ring.slots or cores == 2
     found, _ = products.multiply(
         x, stacks, jnp.int32(1), name="qkv", ring=ring, scale=scale, eps=EPS, interpret=True
@@ -56,10 +57,10 @@ def test_the_mlp(small_pieces, middle, cores):
     rng, D = np.random.default_rng(1), 256
     gate, up = (draw(rng, L, D, middle, scale=0.1) for _ in range(2))
     down = draw(rng, L, middle, D, scale=0.1)
-    across = products.weight((D, middle), inputs=1, middle=True)
-    weights = (across, across, products.weight((middle, D), inputs=1, middle=False))
+    across = decode_rings.weight((D, middle), inputs=1, middle=True)
+    weights = (across, across, decode_rings.weight((middle, D), inputs=1, middle=False))
     assert across.form == ("turned" if middle % 128 else "rows")
-    ring = products.ring(weights, cores=cores, divides=False)
+    ring = decode_rings.ring(weights, cores=cores, divides=False)
     assert ring.whole + (ring.rest > 0) > ring.slots
     x, scale = draw(rng, ROWS, D), jnp.ones(D)
     found, _ = products.mlp(
@@ -74,7 +75,7 @@ def test_the_mlp(small_pieces, middle, cores):
 
 
 def check(found, expected):
-    """To the rounding of the result and of what is rounded on the way, which may fall either way."""
+    """To the rounding of the result, and of what is rounded on the way and may fall either way."""
     assert found.dtype == jnp.bfloat16
     found, size = np.asarray(found, np.float64), np.abs(expected).max()
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=2**-8 * size)
@@ -82,7 +83,7 @@ def check(found, expected):
 
 def test_what_cannot_be_cut_is_refused():
     """Halves of 1,376 fill no lanes; nor do 1,000 inputs."""
-    across = products.weight((4096, 1376), inputs=1, middle=True)
-    assert products.ring((across,), cores=2, divides=False) is None
-    square = products.weight((1000, 1000), inputs=1, middle=False)
-    assert products.ring((square,), cores=1, divides=True) is None
+    across = decode_rings.weight((4096, 1376), inputs=1, middle=True)
+    assert decode_rings.ring((across,), cores=2, divides=False) is None
+    square = decode_rings.weight((1000, 1000), inputs=1, middle=False)
+    assert decode_rings.ring((square,), cores=1, divides=True) is None

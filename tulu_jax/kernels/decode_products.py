@@ -24,119 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from tulu_jax import chips
+from tulu_jax.kernels.decode_rings import LANES, PACKED, Ring, Weight
 
 COMPILED = ("v5e", "v5p", "v6e")  # for which the compiler took them
 MOST_ROWS = 256  # with which it did
-LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a register of bfloat16
-PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
-LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
-RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
 VALUES = 4 * chips.MIB  # of VMEM, beside scratch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weight:
-    """A layer's part of a stacked weight as it lies in HBM: `shape`, cut in pieces along `axis`.
-
-    `form` is what a piece is: 'rows' [in, out], 'turned' [out, in], 'heads' [heads, in, head] or
-    'between' [in, heads, head].
-    """
-
-    form: str
-    shape: tuple[int, ...]
-    axis: int
-    between: int = 1
-
-    @property
-    def length(self) -> int:
-        return self.shape[self.axis] // self.between
-
-    @property
-    def bytes(self) -> int:
-        """In bfloat16, with what fills up lanes."""
-        *above, lanes = self.shape
-        return 2 * math.prod(above) * -(-lanes // LANES) * LANES
-
-    def piece(self, size: int) -> tuple[int, ...]:
-        rows = size * self.between
-        return (*self.shape[: self.axis], rows, *self.shape[self.axis + 1 :])
-
-    def of(self, stacked: jax.Array) -> jax.Array:
-        """[L, *shape] of the weight as parameters have it; it lies so already."""
-        stacked = stacked.swapaxes(1, 2) if self.form in ("turned", "heads") else stacked
-        return stacked.reshape(-1, *self.shape)
-
-
-def weight(shape: tuple[int, ...], *, inputs: int, middle: bool) -> Weight:
-    """How a device's [*inputs, *outputs] of a layer lies on TPUs, where XLA puts minor what fills
-    whole lanes and keeps heads between rows where that fills whole tiles. With `middle` pieces are
-    of outputs."""
-    if inputs == 1 and len(shape) == 3:
-        D, N, H = shape
-        if N in (2, 4) or N % TILE == 0:
-            return Weight(form="between", shape=(D * N, H), axis=0, between=N)
-        return Weight(form="heads", shape=(N, D, H), axis=1)
-    D, F = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    if F % LANES and D % LANES == 0:
-        return Weight(form="turned", shape=(F, D), axis=0 if middle else 1)
-    return Weight(form="rows", shape=(D, F), axis=1 if middle else 0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ring:
-    """What a kernel streams: `weights` of one length, of which a core has pieces of `size`, the
-    last perhaps shorter, `slots` at a time."""
-
-    weights: tuple[Weight, ...]
-    cores: int
-    size: int
-    slots: int
-
-    @property
-    def length(self) -> int:
-        return self.weights[0].length // self.cores
-
-    @property
-    def whole(self) -> int:
-        return self.length // self.size
-
-    @property
-    def rest(self) -> int:
-        return self.length % self.size
-
-    @property
-    def bytes(self) -> int:
-        """Of all weights of a layer."""
-        return sum(weight.bytes for weight in self.weights)
-
-    @property
-    def begun(self) -> int:
-        """Bytes of the pieces that are on their way when a ring is handed over."""
-        pieces = min(self.slots, -(-self.length // self.size))
-        return min(self.bytes, self.bytes * pieces * self.size // self.length)
-
-    def shapes(self) -> list:
-        """Of its memory: a buffer for each weight, and semaphores."""
-        buffers = [pltpu.VMEM((self.slots, *w.piece(self.size)), jnp.bfloat16)
-                   for w in self.weights]  # fmt: skip
-        return [*buffers, pltpu.SemaphoreType.DMA((len(self.weights), self.slots))]
-
-
-def ring(weights: tuple[Weight, ...], *, cores: int, divides: bool) -> Ring | None:
-    """The ring of `weights`, whose pieces have one size if it `divides`; None where a core's part
-    cannot be cut."""
-    length = weights[0].length // cores
-    if any(w.length != cores * length for w in weights) or (cores > 1 and length % LANES):
-        return None
-    each = sum(w.bytes for w in weights) // weights[0].length
-    most = min(LONGEST, max(LANES, PIECE_BYTES[cores] // each // LANES * LANES))
-    sizes = range(LANES, min(most, length) + 1, LANES)
-    sizes = [size for size in sizes if length % size == 0 or not divides]
-    if not sizes:
-        return None
-    size = sizes[-1]
-    slots = min(max(2, RING_BYTES[cores] // (each * size)), -(-length // size))
-    return Ring(weights=weights, cores=cores, size=size, slots=slots)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,10 +56,12 @@ def _in(space):
     return pl.BlockSpec(memory_space=space)
 
 
-def _stacks(ring: Ring, weights, interpret: bool) -> list[jax.Array]:
+def _stacks(ring: Ring, weights, interpret: bool) -> tuple[jax.Array, ...]:
     """The weights as they lie, which stay in HBM."""
-    found = [w.of(one) for w, one in zip(ring.weights, weights, strict=True)]
-    return found if interpret else [pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in found]
+    found = tuple(w.of(one) for w, one in zip(ring.weights, weights, strict=True))
+    if interpret:
+        return found
+    return tuple(pltpu.with_memory_space_constraint(one, pltpu.HBM) for one in found)
 
 
 def _run(
@@ -180,63 +74,39 @@ def _run(
     ring: Ring,
     begun: tuple | None = None,
     ahead: Ahead | None = None,
-    scale: Float[Array, "D"] | None = None,
+    scale: jax.Array | None = None,
     eps: float = 0.0,
     interpret: bool,
 ) -> tuple[Float[Array, "B F"], tuple | None]:
     """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
 
-    With `scale` x is normalised first. `begun` is what the kernel before gave for this ring. Of a
-    layer behind the last nothing is started or multiplied, and the result is anything.
+    With `scale` [D] x is normalised first. `begun` is what the kernel before gave for this ring.
+    Of a layer behind the last nothing is started or multiplied, and the result is anything.
     """
     B, D = x.shape
     x = jnp.pad(x, ((0, -B % PACKED), (0, 0)))
-    rows, K = x.shape[0], len(weights)
-    columns = [math.prod(w.shape) // D for w in ring.weights] if body is _multiply else [D]
-    hbm, vmem, semaphore = _in(pltpu.HBM), _in(pltpu.VMEM), _in(pltpu.SEMAPHORE)
-    alone = ring.cores == 1
-    inputs = [(x, vmem if alone else pl.BlockSpec(x.shape, lambda *_: (0, 0)))]
-    if scale is not None:
-        scale = scale.astype(jnp.float32)[None]
-        inputs.append((scale, vmem if alone else pl.BlockSpec(scale.shape, lambda *_: (0, 0))))
-    inputs += [(one, hbm) for one in _stacks(ring, weights, interpret)]
-    aliases = {}
-    outputs = [(jax.ShapeDtypeStruct((rows, sum(columns)), x.dtype), vmem)]
-    if not alone:
-        shape = (ring.cores, rows, sum(columns))
-        block = pl.BlockSpec((1, *shape[1:]), lambda core, *_: (core, 0, 0))
-        outputs = [(jax.ShapeDtypeStruct(shape, x.dtype), block)]
+    rows, alone = x.shape[0], ring.cores == 1
+    columns = sum(math.prod(w.shape) // D for w in ring.weights) if body is _multiply else D
+    scale = None if scale is None else scale.astype(jnp.float32)[None]
     scratch = [
         pltpu.VMEM((ring.whole, rows, ring.size) if body is _multiply else (1, rows, D), x.dtype),
-        pltpu.VMEM((rows, sum(columns)), jnp.float32),
+        pltpu.VMEM((rows, columns), jnp.float32),
     ]
+    held = sum(math.prod(one.shape) * one.dtype.itemsize for one in scratch)
     if begun is None:
-        scratch += ring.shapes()
-    else:
-        *buffers, semaphores = begun
-        aliases = {1 + len(inputs) + n: 1 + n for n in range(K)}
-        inputs += [(one, vmem) for one in buffers] + [(semaphores, semaphore)]
-        outputs += [(shape, vmem) for shape in ring.shapes()[:-1]]
-    if ahead is not None:
-        inputs += [(one, hbm) for one in _stacks(ahead.ring, ahead.weights, interpret)]
-        *shapes, last = ahead.ring.shapes()
-        outputs += [(shape, vmem) for shape in shapes] + [(last, semaphore)]
+        *buffers, semaphores = ring.shapes()
+        held += sum(math.prod(one.shape) * one.dtype.itemsize for one in buffers)
+        scratch += [*buffers, semaphores]
 
-    def kernel(layers, *refs):
-        refs = iter(refs)
-        take = lambda count: [next(refs) for _ in range(count)]  # noqa: E731
-        (x,), (scale,) = take(1), take(1) if scale_given else [None]
-        own = take(K)
-        buffers = None if begun is None else take(K + 1)
-        others = [] if ahead is None else take(len(ahead.weights))
-        (out,) = take(1)
-        if begun is not None:
-            buffers = take(K) + buffers[-1:]
-        following = [] if ahead is None else take(len(others) + 1)
-        normed, sums = take(2)
-        buffers = take(K + 1) if begun is None else buffers
-        core = 0 if alone else pl.program_id(0)
-        stream = _Stream(ring, own, buffers, layers[0], core)
+    def kernel(layers, x, scale, own, memory, others, out, buffers, following, normed, sums, *new):
+        """`buffers` are the same as those of `memory`."""
+        stream = _Stream(
+            ring,
+            own,
+            new if begun is None else (*buffers, memory[-1]),
+            layers[0],
+            0 if alone else pl.program_id(0),
+        )
         next_ = ahead and _Stream(ahead.ring, others, following, layers[1], 0)
 
         @pl.when(layers[0] < own[0].shape[0])
@@ -246,34 +116,50 @@ def _run(
             body(stream, next_, functools.partial(_put, x, scale, eps), normed, sums)
             out[...] = sums[...].astype(out.dtype).reshape(out.shape)
 
-    scale_given = scale is not None
+    def whole(one):  # an operand in VMEM
+        return _in(pltpu.VMEM) if alone else pl.BlockSpec(one.shape, lambda *_: (0, 0))
+
+    hbm, vmem, semaphore = _in(pltpu.HBM), _in(pltpu.VMEM), _in(pltpu.SEMAPHORE)
+    own, memory, others, following = _stacks(ring, weights, interpret), begun or (), (), ()
+    if ahead is not None:
+        others = _stacks(ahead.ring, ahead.weights, interpret)
+        following = tuple(ahead.ring.shapes())
+    kept, first = memory[:-1], 2 + (scale is not None) + len(own)  # of the operands
+    result = jax.ShapeDtypeStruct((rows, columns) if alone else (2, rows, columns), x.dtype)
+    of_core = vmem if alone else pl.BlockSpec((1, rows, columns), lambda core, *_: (core, 0, 0))
     layers = [layer] if ahead is None else [layer, ahead.layer]
-    held = sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch[: None if begun is None else 2]
-               if s.dtype in (jnp.bfloat16, jnp.float32))  # fmt: skip
-    found = pl.pallas_call(
+    out, _, started = pl.pallas_call(
         kernel,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=() if alone else (ring.cores,),
-            in_specs=[spec for _, spec in inputs],
-            out_specs=[spec for _, spec in outputs],
+            in_specs=[
+                whole(x),
+                None if scale is None else whole(scale),
+                (hbm,) * len(own),
+                (*[vmem] * len(kept), semaphore) if memory else (),
+                (hbm,) * len(others),
+            ],
+            out_specs=[
+                of_core,
+                (vmem,) * len(kept),
+                (*[vmem] * (len(following) - 1), semaphore) if following else (),
+            ],
             scratch_shapes=scratch,
         ),
-        out_shape=[shape for shape, _ in outputs],
-        input_output_aliases=aliases,
+        out_shape=[result, tuple(ring.shapes()[:-1]) if memory else (), following],
+        input_output_aliases={first + n: 1 + n for n in range(len(kept))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if alone else ("parallel",),
-            has_side_effects=ahead is not None or begun is not None,
-            vmem_limit_bytes=held + 4 * rows * (2 * D + 4 * sum(columns)) + VALUES,
+            has_side_effects=bool(memory or following),
+            vmem_limit_bytes=held + 4 * rows * (2 * D + 4 * columns) + VALUES,
         ),
         interpret=interpret,
-    )(jnp.stack(layers).astype(jnp.int32), *[one for one, _ in inputs])
-    out, *rest = found
+    )(jnp.stack(layers).astype(jnp.int32), x, scale, own, memory, others)
     if not alone:
         out = out.astype(jnp.float32).sum(0).astype(x.dtype)
-    started = tuple(rest[0 if begun is None else K :]) or None
-    return out[:B], started
+    return out[:B], started or None
 
 
 def _put(x, scale, eps: float, put):
@@ -297,8 +183,8 @@ class _Stream:
     """A layer of weights `sources` on its way through the memory of a ring."""
 
     ring: Ring
-    sources: list
-    memory: list
+    sources: tuple
+    memory: tuple
     layer: jax.Array
     core: jax.Array | int
 

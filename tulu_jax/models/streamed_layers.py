@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tulu_jax import chips
 from tulu_jax.kernels import decode_products as products
-from tulu_jax.kernels import target
+from tulu_jax.kernels import decode_rings, target
 from tulu_jax.models import layers as layers_lib
 from tulu_jax.parallel import sharding
 
@@ -27,7 +27,7 @@ def _projections(block) -> dict:
     return found | {name: getattr(mlp, f"{name}_proj") for name in KINDS["mlp"]}
 
 
-def rings(block, x) -> dict[str, products.Ring] | None:
+def rings(block, x) -> dict[str, decode_rings.Ring] | None:
     """How the stacked weights of `block` stream on the ambient device for rows x [B, 1, D]; None
     where they do not: on other devices than TPUs, of adapters, in other dtypes than bfloat16, where
     more than `tensor` divides weights, and for sizes that fill no lanes."""
@@ -40,7 +40,7 @@ def rings(block, x) -> dict[str, products.Ring] | None:
     return rings_of(block, chips.CHIPS[chip].cores)
 
 
-def rings_of(block, cores: int) -> dict[str, products.Ring] | None:
+def rings_of(block, cores: int) -> dict[str, decode_rings.Ring] | None:
     """`rings` on devices of so many `cores`, of weights that nothing but `tensor` divides."""
     tensor, weights = jax.sharding.get_abstract_mesh().shape.get("tensor", 1), {}
     for name, projection in _projections(block).items():
@@ -55,9 +55,9 @@ def rings_of(block, cores: int) -> dict[str, products.Ring] | None:
         if own[-1] % LANES and name not in ("gate", "up"):
             return None
         inputs = len(own) - len(projection.outputs)
-        weights[name] = products.weight(own, inputs=inputs, middle=name in ("gate", "up"))
+        weights[name] = decode_rings.weight(own, inputs=inputs, middle=name in ("gate", "up"))
     found = {
-        kind: products.ring(
+        kind: decode_rings.ring(
             tuple(weights[name] for name in names), cores=cores, divides=kind != "mlp"
         )
         for kind, names in KINDS.items()
@@ -65,7 +65,7 @@ def rings_of(block, cores: int) -> dict[str, products.Ring] | None:
     return None if None in found.values() else found
 
 
-def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
+def run(block, x, angles, cache, attend, rings: dict[str, decode_rings.Ring]):
     """Hidden states [B, 1, D] behind all layers, stacked in `block`, and the new cache; `attend` as
     in `Trunk.step`."""
     projections = _projections(block)
@@ -127,9 +127,7 @@ def run(block, x, angles, cache, attend, rings: dict[str, products.Ring]):
 
     cached = sharding.spec("layers", "rows", "kv_heads", None, None)
     cached = {"k": cached, "v": cached}
-    run = sharding.per_device(
-        local, (specs, jax.P(), jax.P(), jax.P(), cached), (jax.P(), cached)
-    )
+    run = sharding.per_device(local, (specs, jax.P(), jax.P(), jax.P(), cached), (jax.P(), cached))
     out, cache = run(weights, scales, x[:, 0], angles, cache)
     return out[:, None], cache
 

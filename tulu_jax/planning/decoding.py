@@ -298,7 +298,11 @@ def _step_kernel(name, text, *, config, topology, mesh, rows, used, page, live):
     if kind == name.split(".")[0]:
         return None
     shape = product_cycles.Shape(
-        rows=rows, embed=model.embed_dim, heads=heads, kv_heads=kv_heads, mlp=model.mlp_dim // tensor
+        rows=rows,
+        embed=model.embed_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp=model.mlp_dim // tensor,
     )
     return product_cycles.call(topology.chip, kind, shape)
 

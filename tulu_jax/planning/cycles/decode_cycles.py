@@ -154,7 +154,9 @@ def cycle_seconds(chip: str, shape: Shape, cycles: Cycles, *, seen: int, ours: b
     hardware, live = chips.CHIPS[chip], -(-seen // shape.page)
     rows, block = _together(chip, shape) if ours else (shape.rows, None)
     together, pages = (block.rows, block.pages) if ours else (1, shape.public_pages)
-    of_block = cycles.block + (cycles.column * block.pages * block.heads * shape.page if ours else 0)
+    of_block = cycles.block
+    if ours:
+        of_block += cycles.column * block.pages * block.heads * shape.page
     each = of_block * -(-live // pages) + cycles.page * live * together + cycles.row
     return (each * rows / together + cycles.call) / hardware.clock
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tulu_jax import chips
 from tulu_jax.kernels import decode_products as kernel
+from tulu_jax.kernels import decode_rings
 from tulu_jax.planning import cost
 from tulu_jax.planning.cycles import schedule
 
@@ -25,18 +26,18 @@ class Shape:
     kv_heads: int
     mlp: int
 
-    def weights(self, which: str) -> tuple[kernel.Weight, ...]:
+    def weights(self, which: str) -> tuple[decode_rings.Weight, ...]:
         D, H = self.embed, 128
         if which == "qkv":
-            return tuple(kernel.weight((D, n, H), inputs=1, middle=False)
+            return tuple(decode_rings.weight((D, n, H), inputs=1, middle=False)
                          for n in (self.heads, self.kv_heads, self.kv_heads))  # fmt: skip
         if which == "o":
-            return (kernel.weight((self.heads, H, D), inputs=2, middle=False),)
-        across = kernel.weight((D, self.mlp), inputs=1, middle=True)
-        return across, across, kernel.weight((self.mlp, D), inputs=1, middle=False)
+            return (decode_rings.weight((self.heads, H, D), inputs=2, middle=False),)
+        across = decode_rings.weight((D, self.mlp), inputs=1, middle=True)
+        return across, across, decode_rings.weight((self.mlp, D), inputs=1, middle=False)
 
-    def ring(self, which: str, cores: int) -> kernel.Ring | None:
-        return kernel.ring(self.weights(which), cores=cores, divides=which != "mlp")
+    def ring(self, which: str, cores: int) -> decode_rings.Ring | None:
+        return decode_rings.ring(self.weights(which), cores=cores, divides=which != "mlp")
 
 
 KINDS = ("qkv", "o", "mlp")
@@ -56,18 +57,18 @@ class Cycles:
 # the next.
 COUNTED: dict[str, dict[int, Cycles]] = {
     "v5e": {
-        16: Cycles(weights=995.0, call=560.0),
-        64: Cycles(weights=798.0, call=1913.0),
+        16: Cycles(weights=995.0, call=813.0),
+        64: Cycles(weights=762.0, call=2709.0),
         256: Cycles(weights=243.0, call=6971.0),
     },
     "v5p": {
-        16: Cycles(weights=981.0, call=1493.0),
-        64: Cycles(weights=587.0, call=3209.0),
+        16: Cycles(weights=978.0, call=1281.0),
+        64: Cycles(weights=587.0, call=3208.0),
         256: Cycles(weights=216.0, call=11731.0),
     },
     "v6e": {
-        16: Cycles(weights=925.0, call=706.0),
-        64: Cycles(weights=868.0, call=1791.0),
+        16: Cycles(weights=925.0, call=954.0),
+        64: Cycles(weights=868.0, call=2475.0),
         256: Cycles(weights=444.0, call=6220.0),
     },
 }
@@ -132,14 +133,14 @@ def request(which: str, shape: Shape, cores: int) -> schedule.Request:
     return schedule.Request(target=TARGET, arguments=arguments, meshed=True)
 
 
-def _beside(shape: Shape, ring: kernel.Ring, which: str) -> int:
+def _beside(shape: Shape, ring: decode_rings.Ring, which: str) -> int:
     """Bytes of activations that two cores read and write in HBM; one has them in VMEM."""
     inputs = shape.heads * 128 if which == "o" else shape.embed
     outputs = {"qkv": (shape.heads + 2 * shape.kv_heads) * 128}.get(which, shape.embed)
     return 2 * ring.cores * shape.rows * (inputs + outputs)
 
 
-def cycles(program: schedule.Kernel, ring: kernel.Ring) -> float:
+def cycles(program: schedule.Kernel, ring: decode_rings.Ring) -> float:
     """Of a core, for a whole call."""
 
     def visit(block, times):
@@ -150,7 +151,7 @@ def cycles(program: schedule.Kernel, ring: kernel.Ring) -> float:
     return float(visit(program.whole, 1))
 
 
-def counted(program: schedule.Kernel, ring: kernel.Ring) -> Cycles:
+def counted(program: schedule.Kernel, ring: decode_rings.Ring) -> Cycles:
     """What a kernel's loop over pieces multiplies in a cycle, and what all else takes but for a
     shorter last piece, whose products are counted as the others'."""
     loops = [block for block in program.whole.walk() if block.kind == "loop"]
