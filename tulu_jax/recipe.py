@@ -80,7 +80,7 @@ class TrainConfig:
 
     def _put_on(self, slice):
         """Sets what `slice` decides; the rule that this breaks, if it does."""
-        policy, parts = KEEP_NOTHING, 1
+        policy, parts, apart = KEEP_NOTHING, 1, False
         if slice != slices.ANY:
             try:
                 mesh, layout = slices.find(
@@ -97,7 +97,7 @@ class TrainConfig:
                         f"two: remove the mesh, or set SLICE = {slices.ANY!r} to keep it",
                     )
                 ]
-            policy, parts = layout.remat_policy, layout.row_parts
+            policy, parts, apart = layout.remat_policy, layout.row_parts, layout.products_apart
             micro = self.micro_batch_size or layout.micro_batch_size or self.batch_size
             object.__setattr__(self, "mesh", mesh)
             object.__setattr__(self, "micro_batch_size", micro)
@@ -105,6 +105,9 @@ class TrainConfig:
             self.execution,
             remat_policy=self.execution.remat_policy or policy,
             row_parts=self.execution.row_parts or parts,
+            products_apart=apart
+            if self.execution.products_apart is None
+            else self.execution.products_apart,
             balanced=_balanced(self.execution.balanced, self.data.packing),
             adapter=self.adapter,
         )

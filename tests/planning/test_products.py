@@ -22,15 +22,18 @@ SIZES = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("positions, inside", [(2048, False), (256, True)])
-def test_silu_and_its_gradient_are_computed_once(absent_slices, positions, inside):
-    """Of many positions no product has an exponential in it; of few some have, as XLA puts it."""
+@pytest.mark.parametrize(
+    "positions, apart, inside", [(2048, True, False), (256, True, True), (2048, False, True)]
+)
+def test_silu_and_its_gradient_are_computed_once(absent_slices, positions, apart, inside):
+    """Apart and of many positions no product has an exponential in it; else some have, as XLA puts
+    it."""
     slice_ = topology.parse("v5e:2x2")
     mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=4), slice_.devices())
 
     def made():
-        rngs = nnx.Rngs(0)
-        return layers.MLP(config.LlamaConfig(**SIZES), adapter=None, gather_dtype=None, rngs=rngs)
+        made = dict(adapter=None, gather_dtype=None, rngs=nnx.Rngs(0))
+        return layers.MLP(config.LlamaConfig(**SIZES), apart=apart, **made)
 
     graph, state = nnx.split(nnx.eval_shape(made))
 

@@ -171,7 +171,9 @@ class ExecutionConfig:
     layer in the backward pass, keeping what `remat_policy` says, one of REMAT_POLICIES: None takes
     what the slice of the run says (`parallel/slices.py`), and without one keeps nothing.
     `row_parts` is in how many parts a layer takes its rows where `tensor` divides them
-    (`layers.Block`): None takes what the slice says, and without one 1. `balanced` gives each
+    (`layers.Block`): None takes what the slice says, and without one 1. `products_apart` keeps what
+    is computed element by element out of the products of a TPU (`products.apart`): None takes what
+    the slice says, and without one does not. `balanced` gives each
     device along `context` two chunks of a row instead of one equal run (`parallel/balance.py`):
     None does so in a run whose rows hold one example each. `gather_dtype` 'int8' gathers the
     weights of linear layers over `fsdp` and `context` in codes, about half the bytes of bfloat16,
@@ -186,6 +188,7 @@ class ExecutionConfig:
     remat: bool = True
     remat_policy: str | None = None
     row_parts: int | None = None
+    products_apart: bool | None = None
     balanced: bool | None = None
     gather_dtype: str | None = None
     adapter: LoRAConfig | None = None

@@ -205,7 +205,8 @@ class SelfAttention(nnx.Module):
     `attend_in_rows` with what it needs to know, or that of a decoder over its cache.
     """
 
-    def __init__(self, config: LlamaConfig, **made):
+    def __init__(self, config: LlamaConfig, *, apart: bool = False, **made):
+        self.apart = apart
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = Projection("self_attn/q_proj", (D, N, H), **made)
         self.k_proj = Projection("self_attn/k_proj", (D, K, H), **made)
@@ -213,8 +214,10 @@ class SelfAttention(nnx.Module):
         self.o_proj = Projection("self_attn/o_proj", (N, H, D), inputs=2, **made)
 
     def __call__(self, parts, *, angles, attend, noise):
-        q = rotate(products.apart(_joined(self.q_proj(parts, noise))), *angles)
-        k = rotate(products.apart(_joined(self.k_proj(parts, noise))), *angles)
+        q, k = (_joined(project(parts, noise)) for project in (self.q_proj, self.k_proj))
+        if self.apart:
+            q, k = products.apart(q), products.apart(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
         v = _joined(self.v_proj(parts, noise))
         out, kept = attend(q, k, v)
         return self.o_proj(_parted(out, len(parts)), noise), kept
@@ -238,7 +241,8 @@ def attend_in_rows(q, k, v, *, visibility, keep: bool, balanced: bool, before=No
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, **made):
+    def __init__(self, config: LlamaConfig, *, apart: bool = False, **made):
+        self.apart = apart
         D, F = config.embed_dim, config.mlp_dim
         self.gate_proj = Projection("mlp/gate_proj", (D, F), **made)
         self.up_proj = Projection("mlp/up_proj", (D, F), **made)
@@ -247,8 +251,11 @@ class MLP(nnx.Module):
     def __call__(self, parts, noise):
         gates = [checkpoint_name(gate, "gate") for gate in self.gate_proj(parts, noise)]
         ups = [checkpoint_name(up, "up") for up in self.up_proj(parts, noise)]
-        gates, ups = ([products.apart(x) for x in both] for both in (gates, ups))
-        gated = [products.apart(jax.nn.silu(g) * up) for g, up in zip(gates, ups, strict=True)]
+        if self.apart:
+            gates, ups = ([products.apart(x) for x in both] for both in (gates, ups))
+        gated = [jax.nn.silu(gate) * up for gate, up in zip(gates, ups, strict=True)]
+        if self.apart:
+            gated = [products.apart(x) for x in gated]
         return self.down_proj(gated, noise)
 
 
@@ -261,15 +268,25 @@ class Block(nnx.Module):
     multiplied, because all that follows waits for it. Of two parts one moves while the other is
     multiplied. Weights are gathered once for all parts and their gradients scattered once. Where
     the matrix units bind anyway, halves of products are a little slower, so the table of slices
-    says where it pays (`parallel/slices.py`).
+    says where it pays (`parallel/slices.py`). So it does of `apart`, which keeps what is computed
+    element by element out of products (`products.apart`).
     """
 
-    def __init__(self, config: LlamaConfig, *, adapter, gather_dtype: str | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        adapter,
+        gather_dtype: str | None,
+        apart: bool = False,
+        rngs: nnx.Rngs,
+    ):
         made = dict(adapter=adapter, gather_dtype=gather_dtype, rngs=rngs)  # of each projection
+        self.apart = apart
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.self_attn = SelfAttention(config, **made)
+        self.self_attn = SelfAttention(config, apart=apart, **made)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = MLP(config, **made)
+        self.mlp = MLP(config, apart=apart, **made)
 
     def __call__(self, x, *, row_parts: int, noise=None, **attention_inputs):
         parts = _cut(x, row_parts)
@@ -286,29 +303,28 @@ class Block(nnx.Module):
 
     def _attended(self, parts, noise, attention_inputs):
         with jax.named_scope("attention"):
-            normed = _gathered(self.input_layernorm, parts)
+            normed = self._gathered(self.input_layernorm, parts)
             outs, kept = self.self_attn(normed, noise=noise, **attention_inputs)
             return [checkpoint_name(part, "residual") for part in _added(parts, outs)], kept
 
     def _fed_forward(self, parts, noise):
         with jax.named_scope("mlp"):
-            normed = _gathered(self.post_attention_layernorm, parts)
+            normed = self._gathered(self.post_attention_layernorm, parts)
             return _added(parts, self.mlp(normed, noise))
+
+    def _gathered(self, norm, parts):
+        """Each part normalised, with the positions of all devices along `tensor`."""
+        normed = [norm(part) for part in parts]
+        if sharding.axis_size("tensor") > 1:
+            normed = [sharding.gather(part, 1, "tensor") for part in normed]
+            normed = [checkpoint_name(part, "gathered") for part in normed]
+        return [products.apart(part) for part in normed] if self.apart else normed
 
 
 def _cut(x, row_parts: int):
     """[B, S, D] in `row_parts` parts along S, where there is something to move beside them."""
     divides = sharding.axis_size("tensor") > 1 and x.shape[1] % row_parts == 0
     return jnp.split(x, row_parts, axis=1) if divides else [x]
-
-
-def _gathered(norm, parts):
-    """Each part normalised, with the positions of all devices along `tensor`."""
-    normed = [norm(part) for part in parts]
-    if sharding.axis_size("tensor") > 1:
-        normed = [sharding.gather(part, 1, "tensor") for part in normed]
-        normed = [checkpoint_name(part, "gathered") for part in normed]
-    return [products.apart(part) for part in normed]
 
 
 def _added(parts, outs):

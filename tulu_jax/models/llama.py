@@ -82,6 +82,7 @@ class Trunk(nnx.Module):
                 config,
                 adapter=execution.adapter,
                 gather_dtype=execution.gather_dtype,
+                apart=bool(execution.products_apart),
                 rngs=rngs,
             )
 

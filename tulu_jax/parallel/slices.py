@@ -23,7 +23,7 @@ ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, and
-    in how many parts it takes its rows (`layers.Block`)."""
+    in how many parts it takes its rows and whether its products stand apart (`layers.Block`)."""
 
     fsdp: int
     context: int
@@ -31,6 +31,7 @@ class Layout:
     micro_batch_size: int | None = None
     remat_policy: str = "save_projections"
     row_parts: int = 1
+    products_apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ SLICES = {
         ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
         | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
-        | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered")},
+        | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered", products_apart=True)},
     ),
     "v5p_128": Slice(
         "v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 16, 4)}
@@ -103,10 +104,10 @@ SLICES = {
     "v6e_8": Slice("v6e:2x4", ALL, _OF_8),
     # For many rows an update, as the benchmarks have: weights are gathered ring by ring. On v5p
     # products bind then, and halves of them are 1.4 % slower.
-    "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128)}),
+    "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128, products_apart=True)}),
     "v6e_256_wide": Slice(
         "v6e:16x16", LARGEST,
-        {"sft": Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2)},
+        {"sft": Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2, products_apart=True)},
     ),
 }  # fmt: skip
 

@@ -20,7 +20,8 @@ MISSING, UNFINISHED, OTHER, DONE = "missing", "unfinished", "of another config",
 _NOT_COMPARED = (
     "workdir", "reference_dir", "logging", "checkpoint", "mesh", "micro_batch_size", "eval_every",
     "data.workers", "data.cache_dir", "data.data_root", "execution.adapter",
-    "execution.remat_policy", "execution.row_parts", "execution.balanced",
+    "execution.remat_policy", "execution.row_parts", "execution.products_apart",
+    "execution.balanced",
 )  # fmt: skip
 _PATHS = (
     "base",
