@@ -104,7 +104,10 @@ SLICES = {
     "v6e_8": Slice("v6e:2x4", ALL, _OF_8),
     # For many rows an update, as the benchmarks have: weights are gathered ring by ring. On v5p
     # products bind then, and halves of them are 1.4 % slower.
-    "v5p_512_wide": Slice("v5p:4x8x8", LARGEST, {"sft": Layout(64, 2, 2, micro_batch_size=128, products_apart=True)}),
+    "v5p_512_wide": Slice(
+        "v5p:4x8x8", LARGEST,
+        {"sft": Layout(64, 2, 2, micro_batch_size=128, products_apart=True)},
+    ),
     "v6e_256_wide": Slice(
         "v6e:16x16", LARGEST,
         {"sft": Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2, products_apart=True)},

@@ -240,8 +240,9 @@ def _step_program(config, weights, cache, rows: int, table: int):
     of_rows["stop_ids"] = np.zeros((rows, 1), np.int32)
     of_rows["table"] = np.zeros((rows, table), np.int32)
     return programs.run_steps.trace(
-        weights, cache, of_rows, np.int32(rows - 1), config=config.model, execution=config.execution,
-        steps=STEPS, attend=paged_attention.attend, key_impl="threefry2x32",
+        weights, cache, of_rows, np.int32(rows - 1), config=config.model,
+        execution=config.execution, steps=STEPS, attend=paged_attention.attend,
+        key_impl="threefry2x32",
     )  # fmt: skip
 
 
