@@ -136,7 +136,7 @@ def compile_step(
     length = config.data.max_length
     attention, whole = (
         len(networks) * _attention_flops(config, row_count * squares)
-        for squares in (held.visible(length), 2 * length**2)
+        for squares in (held.visible(length), 2.0 * length**2)
     )
     products = sum(network.flops_per_token(0) for network in networks) * row_count * length
     # Products of a pair of blocks: 2 forward and 5 backward where 6 are the model's.
