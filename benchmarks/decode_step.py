@@ -111,8 +111,7 @@ def _line(chip, kind, shape, program) -> dict:
     counted, call = product_cycles.counted(kernel, ring), product_cycles.call(chip, kind, shape)
     moved = ring.bytes / hardware.bandwidth
     cycles = product_cycles.cycles(kernel, ring) / hardware.clock
-    # In a chain: what it starts for the next is what was started for it.
-    expected = max(cycles, moved) if call is None else max(moved, call.after(call.begun)[0])
+    expected = max(cycles, moved) if call is None else call.seconds
     return {
         "weights a cycle": round(counted.weights),
         "call": round(counted.call),

@@ -41,7 +41,7 @@ def test_weights_of_one_input(small_pieces, heads, cores):
     x, scale = draw(rng, ROWS, D), jnp.asarray(rng.normal(size=D), jnp.float32)
     ring = decode_rings.ring(weights, cores=cores, divides=True)
     assert ring.whole > ring.slots or cores == 2
-    found, _ = products.multiply(
+    found = products.multiply(
         x, stacks, jnp.int32(1), name="qkv", ring=ring, scale=scale, eps=EPS, interpret=True
     )
     layer = np.concatenate([np.asarray(w[1], np.float64).reshape(D, -1) for w in stacks], axis=1)
@@ -63,7 +63,7 @@ def test_the_mlp(small_pieces, middle, cores):
     ring = decode_rings.ring(weights, cores=cores, divides=False)
     assert ring.whole + (ring.rest > 0) > ring.slots
     x, scale = draw(rng, ROWS, D), jnp.ones(D)
-    found, _ = products.mlp(
+    found = products.mlp(
         x, (gate, up, down), jnp.int32(2), name="mlp", ring=ring, scale=scale, eps=EPS,
         interpret=True,
     )  # fmt: skip

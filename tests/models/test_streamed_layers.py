@@ -51,8 +51,8 @@ def params():
     return jax.tree.map(lambda x: (3 * x if x.ndim > 2 else x).astype(jnp.bfloat16), drawn)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_step_is_what_xla_makes_of_it(params, tensor, monkeypatch):
+@pytest.mark.parametrize("tensor, cores", [(1, 1), (2, 2)])
+def test_a_step_is_what_xla_makes_of_it(params, tensor, cores, monkeypatch):
     devices = jax.devices()[:tensor]
     mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1, fsdp=1, context=1, tensor=tensor), devices)
     with jax.set_mesh(mesh):
@@ -62,7 +62,7 @@ def test_a_step_is_what_xla_makes_of_it(params, tensor, monkeypatch):
 
         def rings(block, x):
             used.append(x.shape)
-            return streamed_layers.rings_of(block, 2)  # cores that hand nothing over
+            return streamed_layers.rings_of(block, cores)
 
         monkeypatch.setattr(streamed_layers, "rings", rings)
         found = steps(params)

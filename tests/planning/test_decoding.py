@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import re
 
 import commands
 import jax
@@ -75,8 +74,7 @@ def test_programs_are_compiled_and_priced(priced):
 
 
 def test_weights_stream_and_nothing_copies_them(small, absent_slices, monkeypatch):
-    """With a key/value head for each device the kernels take weights as they lie, one of them over
-    from the other what is on its way."""
+    """With a key/value head for each device the kernels take weights as they lie."""
     monkeypatch.setenv(compiled.FOLDER, str(folder()))
     config = cli.load(str(small), workdir="unused")
     model = dataclasses.replace(config.model, num_kv_heads=4, embed_dim=512, mlp_dim=640)
@@ -88,15 +86,14 @@ def test_weights_stream_and_nothing_copies_them(small, absent_slices, monkeypatc
     text = found.texts["decode"]
     for kind in product_cycles.KINDS:
         assert f"%{streamed_layers.NAME}{kind}" in text
-    assert re.search(r"s32\[3,\d\]\{1,0:S\(2\)\}", text)  # semaphores go from kernel to kernel
-    assert not re.search(r"\{[^}]*S\(2\)\} copy\(", text)
+    kernels = [line for line in text.splitlines() if f"%{streamed_layers.NAME}" in line]
+    assert kernels and not any("S(2)" in line for line in kernels)  # no semaphore leaves a kernel
     products = {
         name.removeprefix(streamed_layers.NAME).split(".")[0]: (runs, kind)
         for _, runs, name, kind in found.step.top
         if name.startswith(streamed_layers.NAME)
     }
-    each = dict.fromkeys(product_cycles.KINDS, (2.0, "matrix kernel"))  # of two layers
-    assert products == each | {product_cycles.FIRST: (1.0, "matrix kernel")}
+    assert products == dict.fromkeys(product_cycles.KINDS, (2.0, "matrix kernel"))  # two layers
 
 
 def test_no_weight_moves(priced):

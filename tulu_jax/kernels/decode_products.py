@@ -1,15 +1,13 @@
 """Products of a decoding step's few rows with stacked weights, as Pallas kernels for TPUs.
 
 A step reads every weight once and multiplies little, so what counts is that HBM never waits. The
-weights of all layers [L, ...] stay in HBM. A kernel copies one layer's piece by piece into rings in
-VMEM, a few pieces ahead of the products. When it has started the last of its own, it starts the
-first pieces of the next kernel's weights, in rings which that takes over while they are on their
-way: sums over devices go on meanwhile.
+weights of all layers [L, ...] stay in HBM. A kernel copies one layer's piece by piece into a ring
+in VMEM, a few pieces ahead of the products, and awaits all that it started.
 
 `multiply` is a product with weights of the same inputs, in pieces of the contraction; `mlp` is
 silu(x · gate) * (x · up) · down, in pieces of its middle. Both may normalise x first. Sums are
 float32. On chips of two cores each has half of the contraction, or of the middle, as two devices
-would, and rounds its sum; no ring is handed over, because each core has a memory of its own.
+would, and rounds its sum.
 """
 
 import dataclasses
@@ -31,24 +29,14 @@ MOST_ROWS = 256  # with which it did
 VALUES = 4 * chips.MIB  # of VMEM, beside scratch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """What a kernel starts for the next one: its ring, its weights and its layer."""
-
-    ring: Ring
-    weights: tuple[jax.Array, ...]
-    layer: jax.Array
-
-
-def multiply(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None]:
-    """x · w of all `weights`, side by side: [B, F], and the rest as `_run` has it; `name` is that
-    of the kernel."""
+def multiply(x, weights, layer, *, name: str, **how) -> jax.Array:
+    """x · w of all `weights`, side by side: [B, F], as `_run` has it; `name` is that of the
+    kernel."""
     return _run(_multiply, name, x, weights, layer, **how)
 
 
-def mlp(x, weights, layer, *, name: str, **how) -> tuple[jax.Array, tuple | None]:
-    """silu(x · gate) * (x · up) · down of the three `weights`: [B, D], and the rest as `_run` has
-    it."""
+def mlp(x, weights, layer, *, name: str, **how) -> jax.Array:
+    """silu(x · gate) * (x · up) · down of the three `weights`: [B, D], as `_run` has it."""
     return _run(_mlp, name, x, weights, layer, **how)
 
 
@@ -72,63 +60,36 @@ def _run(
     layer: Int[Array, ""],
     *,
     ring: Ring,
-    begun: tuple | None = None,
-    ahead: Ahead | None = None,
     scale: jax.Array | None = None,
     eps: float = 0.0,
     interpret: bool,
-) -> tuple[Float[Array, "B F"], tuple | None]:
-    """The product in the dtype of x, bfloat16, and what has begun of the ring `ahead`.
-
-    With `scale` [D] x is normalised first. `begun` is what the kernel before gave for this ring.
-    Of a layer behind the last nothing is started or multiplied, and the result is anything.
-    """
+) -> Float[Array, "B F"]:
+    """The product with the weights of `layer`, in the dtype of x, bfloat16. With `scale` [D] x is
+    normalised first."""
     B, D = x.shape
     x = jnp.pad(x, ((0, -B % PACKED), (0, 0)))
     rows, alone = x.shape[0], ring.cores == 1
     columns = sum(math.prod(w.shape) // D for w in ring.weights) if body is _multiply else D
     scale = None if scale is None else scale.astype(jnp.float32)[None]
-    scratch = [
+    *buffers, semaphores = ring.shapes()
+    held = [
         pltpu.VMEM((ring.whole, rows, ring.size) if body is _multiply else (1, rows, D), x.dtype),
         pltpu.VMEM((rows, columns), jnp.float32),
+        *buffers,
     ]
-    held = sum(math.prod(one.shape) * one.dtype.itemsize for one in scratch)
-    if begun is None:
-        *buffers, semaphores = ring.shapes()
-        held += sum(math.prod(one.shape) * one.dtype.itemsize for one in buffers)
-        scratch += [*buffers, semaphores]
 
-    def kernel(layers, x, scale, own, memory, others, out, buffers, following, normed, sums, *new):
-        """`buffers` are the same as those of `memory`."""
-        stream = _Stream(
-            ring,
-            own,
-            new if begun is None else (*buffers, memory[-1]),
-            layers[0],
-            0 if alone else pl.program_id(0),
-        )
-        next_ = ahead and _Stream(ahead.ring, others, following, layers[1], 0)
-
-        @pl.when(layers[0] < own[0].shape[0])
-        def _():
-            if begun is None:
-                stream.begin()
-            body(stream, next_, functools.partial(_put, x, scale, eps), normed, sums)
-            out[...] = sums[...].astype(out.dtype).reshape(out.shape)
+    def kernel(layer, x, scale, own, out, normed, sums, *memory):
+        stream = _Stream(ring, own, memory, layer[0], 0 if alone else pl.program_id(0))
+        stream.begin()
+        body(stream, functools.partial(_put, x, scale, eps), normed, sums)
+        out[...] = sums[...].astype(out.dtype).reshape(out.shape)
 
     def whole(one):  # an operand in VMEM
         return _in(pltpu.VMEM) if alone else pl.BlockSpec(one.shape, lambda *_: (0, 0))
 
-    hbm, vmem, semaphore = _in(pltpu.HBM), _in(pltpu.VMEM), _in(pltpu.SEMAPHORE)
-    own, memory, others, following = _stacks(ring, weights, interpret), begun or (), (), ()
-    if ahead is not None:
-        others = _stacks(ahead.ring, ahead.weights, interpret)
-        following = tuple(ahead.ring.shapes())
-    kept, first = memory[:-1], 2 + (scale is not None) + len(own)  # of the operands
-    result = jax.ShapeDtypeStruct((rows, columns) if alone else (2, rows, columns), x.dtype)
-    of_core = vmem if alone else pl.BlockSpec((1, rows, columns), lambda core, *_: (core, 0, 0))
-    layers = [layer] if ahead is None else [layer, ahead.layer]
-    out, _, started = pl.pallas_call(
+    own = _stacks(ring, weights, interpret)
+    of_core = pl.BlockSpec((1, rows, columns), lambda core, *_: (core, 0, 0))
+    out = pl.pallas_call(
         kernel,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -137,29 +98,23 @@ def _run(
             in_specs=[
                 whole(x),
                 None if scale is None else whole(scale),
-                (hbm,) * len(own),
-                (*[vmem] * len(kept), semaphore) if memory else (),
-                (hbm,) * len(others),
+                (_in(pltpu.HBM),) * len(own),
             ],
-            out_specs=[
-                of_core,
-                (vmem,) * len(kept),
-                (*[vmem] * (len(following) - 1), semaphore) if following else (),
-            ],
-            scratch_shapes=scratch,
+            out_specs=_in(pltpu.VMEM) if alone else of_core,
+            scratch_shapes=[*held, semaphores],
         ),
-        out_shape=[result, tuple(ring.shapes()[:-1]) if memory else (), following],
-        input_output_aliases={first + n: 1 + n for n in range(len(kept))},
+        out_shape=jax.ShapeDtypeStruct((rows, columns) if alone else (2, rows, columns), x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if alone else ("parallel",),
-            has_side_effects=bool(memory or following),
-            vmem_limit_bytes=held + 4 * rows * (2 * D + 4 * columns) + VALUES,
+            vmem_limit_bytes=sum(math.prod(one.shape) * one.dtype.itemsize for one in held)
+            + 4 * rows * (2 * D + 4 * columns)
+            + VALUES,
         ),
         interpret=interpret,
-    )(jnp.stack(layers).astype(jnp.int32), x, scale, own, memory, others)
+    )(layer.astype(jnp.int32)[None], x, scale, own)
     if not alone:
         out = out.astype(jnp.float32).sum(0).astype(x.dtype)
-    return out[:B], started or None
+    return out[:B]
 
 
 def _put(x, scale, eps: float, put):
@@ -213,20 +168,14 @@ class _Stream:
             copy.start()
 
     def begin(self):
-        """Starts what a ring holds, of a layer that there is."""
+        """Starts what the ring holds."""
         ring = self.ring
+        for piece in range(ring.slots):
+            self.start(piece, piece, ring.size if piece < ring.whole else ring.rest)
 
-        @pl.when(self.layer < self.sources[0].shape[0])
-        def _():
-            for piece in range(ring.slots):
-                self.start(piece, piece, ring.size if piece < ring.whole else ring.rest)
-
-    def run(self, ahead: "_Stream | None", process):
-        """`process(piece, slot, size)` for every piece as it has come, of a ring that has begun."""
+    def run(self, process):
+        """`process(piece, slot, size)` for every piece as it has come, once the ring has begun."""
         ring = self.ring
-        count = ring.whole + (ring.rest > 0)
-        if ahead and count <= ring.slots:
-            ahead.begin()
 
         def of(piece, slot, size):
             for copy in self.copies(piece, slot, size):
@@ -248,18 +197,12 @@ class _Stream:
                 def _():
                     self.start(following, slot, ring.rest)
 
-            if ahead and count > ring.slots:
-
-                @pl.when(following == count - 1)
-                def _():
-                    ahead.begin()
-
         jax.lax.fori_loop(0, ring.whole, step, None)
         if ring.rest:
             of(ring.whole, ring.whole % ring.slots, ring.rest)
 
 
-def _multiply(stream: _Stream, ahead: _Stream | None, put, normed, sums):
+def _multiply(stream: _Stream, put, normed, sums):
     ring = stream.ring
 
     def cut(rows, x):
@@ -285,10 +228,10 @@ def _multiply(stream: _Stream, ahead: _Stream | None, put, normed, sums):
                 sums[:, first : first + wide] += _dot(normed[piece], matrix, turned=turned)
                 first += wide
 
-    stream.run(ahead, process)
+    stream.run(process)
 
 
-def _mlp(stream: _Stream, ahead: _Stream | None, put, normed, sums):
+def _mlp(stream: _Stream, put, normed, sums):
     def whole(rows, x):
         normed[0, rows] = x
 
@@ -303,7 +246,7 @@ def _mlp(stream: _Stream, ahead: _Stream | None, put, normed, sums):
         middle = (jax.nn.silu(gate) * up).astype(normed.dtype)
         sums[...] += _dot(middle, down, turned=False)
 
-    stream.run(ahead, process)
+    stream.run(process)
 
 
 def _dot(x, w, *, turned: bool):

@@ -91,12 +91,6 @@ class Ring:
         """Of all weights of a layer."""
         return sum(weight.bytes for weight in self.weights)
 
-    @property
-    def begun(self) -> int:
-        """Bytes of the pieces that are on their way when a ring is handed over."""
-        pieces = min(self.slots, -(-self.length // self.size))
-        return min(self.bytes, self.bytes * pieces * self.size // self.length)
-
     def shapes(self) -> list:
         """Of its memory: a buffer for each weight, and semaphores."""
         buffers = [pltpu.VMEM((self.slots, *w.piece(self.size)), jnp.bfloat16)

@@ -2,7 +2,7 @@
 
 Each device multiplies its heads and its part of the MLP by kernels that read stacked weights as
 they lie (`kernels/decode_products.py`); after the attention and after the MLP the devices along
-`tensor` sum the residual. Weights do not wait for that: each kernel starts the next one's.
+`tensor` sum the residual.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tulu_jax.models import layers as layers_lib
 from tulu_jax.parallel import sharding
 
 LANES = 128
-NAME = "decode_step_"  # of a kernel, before the kind of product, or "first"
+NAME = "decode_step_"  # of a kernel, before the kind of product
 KINDS = {"qkv": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up", "down")}
 
 
@@ -88,41 +88,29 @@ def run(block, x, angles, cache, attend, rings: dict[str, decode_rings.Ring]):
         )
         for kind, ring in rings.items()
     }
-    hands_over = rings["o"].cores == 1
 
     def local(weights, scales, x, angles, cache):
         B, L = x.shape[0], weights["q"].shape[0]
-        stacks = {kind: tuple(weights[name] for name in names) for kind, names in KINDS.items()}
 
-        def product(kind, x, layer, begun=None, following=None, name=None):
-            """With what it has begun of the product `following` = (kind, layer)."""
-            ahead, normed = None, {}
-            if hands_over and following is not None:
-                which, number = following
-                ahead = products.Ahead(ring=rings[which], weights=stacks[which], layer=number)
+        def product(kind, x, layer):
+            normed = {}
             if kind in scales:
-                at = jnp.minimum(layer, L - 1)
-                scale = jax.lax.dynamic_index_in_dim(scales[kind], at, keepdims=False)
+                scale = jax.lax.dynamic_index_in_dim(scales[kind], layer, keepdims=False)
                 normed = dict(scale=scale, eps=eps[kind])
-            own = dict(name=NAME + (name or kind), begun=begun, ahead=ahead, **normed)
-            return kernels[kind](x, stacks[kind], layer, **own)
+            stacks = tuple(weights[name] for name in KINDS[kind])
+            return kernels[kind](x, stacks, layer, name=NAME + kind, **normed)
 
         def body(carry, layer):
-            # Nothing is on its way between runs of the loop, nor beside attention: on v6e libtpu's
-            # memory space assignment aborts over what is.
-            x, joined, cache = carry
+            x, cache = carry
+            joined = product("qkv", x, layer)
             q, k, v = _heads(joined, [weights[name].shape[-2:] for name in "qkv"])
             q, k = (layers_lib.rotate(one, *angles) for one in (q, k))
             seen, cache = attend(q, k, v, cache, layer)
-            part, begun = product("o", seen.reshape(B, -1), layer, following=("mlp", layer))
-            x = x + sharding.total(part)
-            part, begun = product("mlp", x, layer, begun, ("qkv", layer + 1))
-            x = x + sharding.total(part)
-            joined, _ = product("qkv", x, layer + 1, begun)
-            return (x, joined, cache), None
+            x = x + sharding.total(product("o", seen.reshape(B, -1), layer))
+            x = x + sharding.total(product("mlp", x, layer))
+            return (x, cache), None
 
-        joined, _ = product("qkv", x, jnp.int32(0), name="first")
-        (x, _, cache), _ = jax.lax.scan(body, (x, joined, cache), jnp.arange(L))
+        (x, cache), _ = jax.lax.scan(body, (x, cache), jnp.arange(L))
         return x, cache
 
     cached = sharding.spec("layers", "rows", "kv_heads", None, None)

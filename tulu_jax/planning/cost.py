@@ -61,24 +61,18 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """Seconds of one call of a kernel: `first` until it has something to compute with, `compute`,
-    `last` of that after the last bytes came, and `traffic` of HBM. Of the traffic the kernel before
-    started `begun`; `ahead` is what this one starts of the next one's."""
+    """Seconds of one call of a kernel: `first` until bytes come, `compute` with what waits for the
+    first piece of them, `traffic` of HBM, and `last` of compute after the last bytes came."""
 
     kind: str
-    first: float = 0.0
+    first: float
     compute: float
-    last: float = 0.0
+    last: float
     traffic: float
-    begun: float = 0.0
-    ahead: float = 0.0
 
-    def after(self, coming: float) -> tuple[float, float]:
-        """Seconds of the call while `coming` of HBM's traffic is on its way, and what is on its way
-        behind it."""
-        busy = self.traffic - self.begun + coming
-        seconds = max(self.first + self.compute, self.first + busy + self.last)
-        return seconds, max(0.0, self.ahead - (seconds - self.first - busy))
+    @property
+    def seconds(self) -> float:
+        return self.first + max(self.compute, self.traffic + self.last)
 
 
 def link_seconds(
@@ -160,8 +154,7 @@ class Estimator:
     """Costs of the parts of one module.
 
     `kernel_seconds` gives, of one call of the Mosaic kernel of a name and text, what it is
-    ("attention" or "matrix") and its time, or a `Call`, or None if that is not known. What a call
-    starts for the next one comes while a collective stops compute. `dynamic_trips` is how
+    ("attention" or "matrix") and its time, or None if that is not known. `dynamic_trips` is how
     often a loop runs whose count depends on data. Of a conditional the longer branch counts, with
     `shorter` the other: greedy decoding takes the one that draws nothing. With `prefetches` what a
     program copies beside its compute into VMEM takes the time of its traffic, as if nothing were
@@ -174,7 +167,7 @@ class Estimator:
     topology: Topology
     places: np.ndarray
     axes: Callable[[Sequence[int]], str]
-    kernel_seconds: Callable[[str, str], tuple[str, float] | Call | None]
+    kernel_seconds: Callable[[str, str], tuple[str, float] | None]
     dynamic_trips: float
     shorter: bool = False
     prefetches: bool = False
@@ -182,7 +175,7 @@ class Estimator:
 
     def __post_init__(self):
         self.shapes = {i.name: i.shape for body in self.module.computations.values() for i in body}
-        self.cost, self.coming = Cost(), 0.0  # seconds of HBM's traffic on its way
+        self.cost = Cost()
 
     def estimate(self) -> Cost:
         """The cost of the entry computation."""
@@ -216,7 +209,6 @@ class Estimator:
                     self.cost.hidden += spent * times
                 else:
                     self.cost.interconnect += (end - now) * times
-                    self.coming = max(0.0, self.coming - (end - now))
                     now = end
             elif transfers:
                 ends[i.name] = carried
@@ -225,8 +217,6 @@ class Estimator:
                 body = i.attribute(r"body=%([\w.\-]+)")
                 trips = self.module.trip_count(i)
                 trips = self.dynamic_trips if trips is None else trips
-                if self.coming:  # as a run leaves it, the next one finds it
-                    self._run(body, 0.0)
                 now += trips * self._run(body, times * trips)
             elif i.operation == "conditional":
                 now += self._run(self._usual(i), times)
@@ -293,11 +283,7 @@ class Estimator:
             if known is None:
                 self.cost.unknown[i.name] = times
                 return 0.0
-            if isinstance(known, Call):
-                kind = known.kind
-                seconds, self.coming = known.after(self.coming)
-            else:
-                kind, seconds = known
+            kind, seconds = known
             if kind == "matrix":
                 self.cost.matrix += seconds * times
             else:

@@ -294,18 +294,20 @@ def _step_kernel(name, text, *, config, topology, mesh, rows, used, page, live):
         shape = decode_cycles.Shape(
             rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=-(-live // page)
         )
-        return decode_cycles.call(topology.chip, shape, used=used, seen=live)
-    kind = name.removeprefix(streamed_layers.NAME).split(".")[0]
-    if kind == name.split(".")[0]:
+        call = decode_cycles.call(topology.chip, shape, used=used, seen=live)
+    elif name.startswith(streamed_layers.NAME):
+        kind = name.removeprefix(streamed_layers.NAME).split(".")[0]
+        shape = product_cycles.Shape(
+            rows=rows,
+            embed=model.embed_dim,
+            heads=heads,
+            kv_heads=kv_heads,
+            mlp=model.mlp_dim // tensor,
+        )
+        call = product_cycles.call(topology.chip, kind, shape)
+    else:
         return None
-    shape = product_cycles.Shape(
-        rows=rows,
-        embed=model.embed_dim,
-        heads=heads,
-        kv_heads=kv_heads,
-        mlp=model.mlp_dim // tensor,
-    )
-    return product_cycles.call(topology.chip, kind, shape)
+    return call and (call.kind, call.seconds)
 
 
 def _prompt_seconds(name, text, *, config, topology, length, prompts, prompt_length):

@@ -41,7 +41,6 @@ class Shape:
 
 
 KINDS = ("qkv", "o", "mlp")
-FIRST = "first"  # the first layer's, before which nothing has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,26 +79,20 @@ def of_rows(chip: str, rows: int) -> Cycles | None:
 
 
 def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
-    """What a dry run takes a call for, in `streamed_layers.run`, where calls start each other's
-    weights but on two cores; None where nobody counted."""
+    """What a dry run takes a call for; None where nobody counted."""
     hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
     if counted is None:
         return None
-    two = hardware.cores > 1
-    alone = two or which in ("o", FIRST)
-    which = KINDS[0] if which == FIRST else which
-    rings = {kind: shape.ring(kind, hardware.cores) for kind in KINDS}
-    ring, following = rings[which], rings[KINDS[(KINDS.index(which) + 1) % len(KINDS)]]
-    last = two or which == "qkv"  # before what is no product
+    ring = shape.ring(which, hardware.cores)
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
+    piece = min(1.0, ring.size / ring.length)
+    moved = ring.bytes + (_beside(shape, ring, which) if hardware.cores > 1 else 0)
     return cost.Call(
         kind="matrix",
-        first=cost.FETCH if alone else 0.0,
-        compute=(each + counted.call) / hardware.clock,
-        last=each * min(1.0, ring.size / ring.length) / hardware.clock,
-        traffic=(ring.bytes + (_beside(shape, ring, which) if two else 0)) / hardware.bandwidth,
-        begun=0.0 if alone else ring.begun / hardware.bandwidth,
-        ahead=0.0 if last else following.begun / hardware.bandwidth,
+        first=cost.FETCH,
+        compute=piece * ring.bytes / hardware.bandwidth + (each + counted.call) / hardware.clock,
+        last=piece * each / hardware.clock,
+        traffic=moved / hardware.bandwidth,
     )
 
 
@@ -116,7 +109,7 @@ def product(which: str, shape: dict, cores: int):
             for one, w in zip(ring.weights, stacked, strict=True)
         )
         normed = {} if which == "o" else dict(scale=scale, eps=1e-5)
-        return run(x, stacked, layer, name=which, ring=ring, interpret=False, **normed)[0]
+        return run(x, stacked, layer, name=which, ring=ring, interpret=False, **normed)
 
     def of(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
