@@ -121,7 +121,22 @@ def _shifted(words, bits):
 
 
 def _take(table, index, axis):
-    return jnp.take_along_axis(table, index, axis=axis, mode="promise_in_bounds")
+    """`jnp.take_along_axis` for an index in bounds, of any integer type: that of newer jax widens
+    the index to int32, which a byte gather refuses, and spends cycles on negative ones."""
+    along = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+        operand_batching_dims=(1 - axis,),
+        start_indices_batching_dims=(1 - axis,),
+    )
+    return lax.gather(
+        table,
+        index.reshape(*index.shape, 1),
+        along,
+        slice_sizes=(1, 1),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
 
 
 def _decode_sublanes(words, scale, table):
