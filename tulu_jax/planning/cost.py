@@ -61,8 +61,8 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """Seconds of one call of a kernel: `first` until bytes come, `compute` with what waits for the
-    first piece of them, `traffic` of HBM, and `last` of compute after the last bytes came."""
+    """Seconds of one call of a kernel: `traffic` of HBM, `first` of it before there is something to
+    compute with, `compute`, and `last` of that after the last bytes came."""
 
     kind: str
     first: float
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def seconds(self) -> float:
-        return self.first + max(self.compute, self.traffic + self.last)
+        return FETCH + max(self.first + self.compute, self.traffic + self.last)
 
 
 def link_seconds(

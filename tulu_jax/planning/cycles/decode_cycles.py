@@ -178,8 +178,8 @@ def call(chip: str, shape: Shape, *, used: int, seen: int) -> cost.Call | None:
     first *= hardware.cores if rows < shape.rows else 1
     return cost.Call(
         kind="attention",
-        first=cost.FETCH,
-        compute=first / hardware.bandwidth + every / hardware.clock,
+        first=first / hardware.bandwidth,
+        compute=every / hardware.clock,
         last=of_block / hardware.clock,
         traffic=used * live * shape.page_bytes / hardware.bandwidth,
     )

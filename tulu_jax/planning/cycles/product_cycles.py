@@ -89,8 +89,8 @@ def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
     moved = ring.bytes + (_beside(shape, ring, which) if hardware.cores > 1 else 0)
     return cost.Call(
         kind="matrix",
-        first=cost.FETCH,
-        compute=piece * ring.bytes / hardware.bandwidth + (each + counted.call) / hardware.clock,
+        first=piece * ring.bytes / hardware.bandwidth,
+        compute=(each + counted.call) / hardware.clock,
         last=piece * each / hardware.clock,
         traffic=moved / hardware.bandwidth,
     )
