@@ -8,7 +8,6 @@ from tulu_jax.decode import pages as pages_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import paged_attention
 
-FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
 NO_ID = -1
 FIELDS = ("tokens", "segment_ids", "positions", "branches")
 
@@ -194,10 +193,12 @@ class Call:
         schedule, decoder = self.schedule, self.decoder
         by_part = [schedule.of_part(part) for part in range(schedule.parts)]
         most = max(map(len, by_part))
-        size = min(max(FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most))
+        size = min(
+            max(programs.FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most)
+        )
         if self.seats is not None:
             placed = list(self.seats.place(self.cache, by_part[0], decoder.steps).items())
-            size, pages, cached = max(FEWEST_ROWS, len(self.seats.rows)), 1, self.seats.arrays
+            size, pages, cached = len(self.seats.rows), 1, self.seats.arrays
         else:
             placed = [
                 (p * size + n, row) for p, rows in enumerate(by_part) for n, row in enumerate(rows)
@@ -238,7 +239,7 @@ class Call:
         waits, or else when what is left fits in a smaller program."""
         if self.schedule.waiting:
             return busy - 1
-        shrinks = self.schedule.parts == 1 and size > FEWEST_ROWS
+        shrinks = self.schedule.parts == 1 and size > programs.FEWEST_ROWS
         return min(busy - 1, 1 << ((size - 1).bit_length() - 1)) if shrinks else 0
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:

@@ -18,6 +18,8 @@ from tulu_jax.parallel import sharding
 # nothing.
 SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
+FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
+
 
 def rounded(count: int) -> int:
     """`count` rounded up to a power of two up to 8, then to three significant bits: few sizes."""

@@ -80,23 +80,19 @@ def attend(
     *,
     positions: Int[Array, "B"],
 ) -> tuple[Float[Array, "B 1 N H"], Rows]:
-    """What the query of each row sees up to its position, and the rows with `k` and `v` there; the
-    last of the queries, for which there are no `rows`, see nothing."""
-    B, _, N, H = q.shape
-    count, K, M, page, _ = rows[layer]["k"].shape
-    q, k, v, positions = (x[:count] for x in (q, k, v, positions))
+    """What the query of each row sees up to its position, and the rows with `k` and `v` there."""
+    N = q.shape[2]
+    B, K, M, page, H = rows[layer]["k"].shape
     own = _written(rows[layer], {"k": k[:, 0], "v": v[:, 0]}, positions)
     places = jnp.arange(M * page).reshape(1, 1, M, 1, page)
     visible = places <= positions[:, None, None, None, None]
     dtype = dict(preferred_element_type=jnp.float32)
-    scores = jnp.einsum("BKGH,BKMSH->BKMGS", q.reshape(count, K, N // K, H), own["k"], **dtype)
+    scores = jnp.einsum("BKGH,BKMSH->BKMGS", q.reshape(B, K, N // K, H), own["k"], **dtype)
     scores = jnp.where(visible, scores * H**-0.5, MASKED)
     exp = jnp.where(visible, jnp.exp(scores - scores.max((2, 4), keepdims=True)), 0.0)
     seen = jnp.einsum("BKMGS,BKMSH->BKMGH", exp.astype(v.dtype), own["v"], **dtype)
     out = _in_order(seen) / _in_order(exp.sum(-1, keepdims=True))
-    out = out.astype(q.dtype).reshape(count, 1, N, H)
-    out = jnp.pad(out, [(0, B - count), (0, 0), (0, 0), (0, 0)])
-    return out, (*rows[:layer], own, *rows[layer + 1 :])
+    return out.astype(q.dtype).reshape(B, 1, N, H), (*rows[:layer], own, *rows[layer + 1 :])
 
 
 def _in_order(x):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tulu_jax import step as step_lib
-from tulu_jax.decode import call, decoder, programs
+from tulu_jax.decode import decoder, programs
 from tulu_jax.kernels import decode_attention
 from tulu_jax.models import llama, paged_attention, streamed_layers
 from tulu_jax.parallel import mesh as mesh_lib
@@ -142,7 +142,7 @@ def compiled(
         else:
             most, needs = max(1, slots // parts), -(-(asked.length - 1) // page)
             pages = parts * programs.rounded(min(most, asked.rows) * needs + most + 1)
-            each = max(call.FEWEST_ROWS, min(most, -(-asked.rows // parts)))
+            each = max(programs.FEWEST_ROWS, min(most, -(-asked.rows // parts)))
         rows = parts * each
         shape = (config.model.num_layers, pages, config.model.num_kv_heads, page)
         cached = jax.ShapeDtypeStruct(
@@ -222,9 +222,9 @@ def _page_bytes(config: TrainConfig, mesh, page: int) -> int:
 def _rows(prompts: int, weights: int, row: int, topology: Topology) -> int:
     """How many of a part's prompts are decoded at once: all, or as many as there is room for."""
     room = topology.hardware.hbm * (1 - SPARE) - weights
-    most = max(call.FEWEST_ROWS, min(MOST_ROWS, int(room // row)))
+    most = max(programs.FEWEST_ROWS, min(MOST_ROWS, int(room // row)))
     if prompts <= most:
-        return max(call.FEWEST_ROWS, prompts)
+        return max(programs.FEWEST_ROWS, prompts)
     return 1 << (most.bit_length() - 1)
 
 
