@@ -141,8 +141,7 @@ class TuluTinyGerman(TuluTiny):
     name: ClassVar[str] = "tulu_tiny_german"
 
     def _asked(self) -> list[tuple[str, list[dict], str]]:
-        groups = tiny_german.held_out_groups()
-        return [(g, *one) for g, one in zip(groups, tiny_german.held_out(), strict=True)]
+        return tiny_german.items().held_out()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +151,7 @@ class TuluTinyPrograms(TuluTiny):
     name: ClassVar[str] = "tulu_tiny_programs"
 
     def _asked(self) -> list[tuple[str, list[dict], str]]:
-        groups = tiny_programs.held_out_groups()
-        return [(g, *one) for g, one in zip(groups, tiny_programs.held_out(), strict=True)]
+        return tiny_programs.items().held_out()
 
 
 def summary(

@@ -7,11 +7,12 @@ are held out.
 
 import functools
 import itertools
-import random
+
+from tulu_jax.data.sources import tiny_items
 
 SEED = 20231118
 NUM_TRAIN = 3000
-HELD_OUT = 30  # prompts a family, or a quarter of them
+HELD_OUT, HELD_OUT_SHARE = 30, 1 / 4  # prompts a family, or a quarter of them
 
 WORDS = ["Katze", "Hund", "Kuh", "Huhn", "Fuchs", "Eule", "Biene", "rot", "blau", "weiss", "grau"]
 OPPOSITES = [
@@ -25,33 +26,8 @@ WORDINGS = {  # the last of each family is the mixed one
 }
 MIXED = "mixed"  # the group of held-out prompts in both languages
 
-Item = tuple[str, str, str]  # group, question, answer
 
-
-def held_out() -> list[tuple[list[dict], str]]:
-    """(prompt messages, right answer) of every held-out prompt; no train row has that prompt."""
-    return [([{"role": "user", "content": asked}], said) for _, asked, said in _split()[1]]
-
-
-def held_out_groups() -> list[str]:
-    """The group of each of `held_out`: its family, or `MIXED`."""
-    return [group for group, _, _ in _split()[1]]
-
-
-def sft_rows(split: str) -> list[dict]:
-    """Rows `{"messages"}`, all answers terse."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": said},
-            ]
-        }
-        for _, asked, said in _split()[1 if split == "validation" else 0]
-    ]
-
-
-def _items(family: str) -> list[Item]:
+def _items(family: str) -> list[tiny_items.Item]:
     if family == "gegenteil":
         facts = OPPOSITES + [(b, a) for a, b in OPPOSITES]
     else:
@@ -68,14 +44,14 @@ def _items(family: str) -> list[Item]:
 
 
 @functools.cache
-def _split() -> tuple[list[Item], list[Item]]:
-    rng, train, validation = random.Random(SEED), [], []
-    for family in WORDINGS:
-        items = _items(family)
-        rng.shuffle(items)
-        held = min(HELD_OUT, len(items) // 4)
-        validation += items[:held]
-        train += itertools.islice(itertools.cycle(items[held:]), NUM_TRAIN // len(WORDINGS))
-    rng.shuffle(train)
-    rng.shuffle(validation)
-    return train, validation
+def items() -> tiny_items.Items:
+    """The items by their family, or as `MIXED`."""
+    families = {family: _items(family) for family in WORDINGS}
+    return tiny_items.split(
+        families, seed=SEED, train=NUM_TRAIN, held=HELD_OUT, share=HELD_OUT_SHARE
+    )
+
+
+def sft_rows(split: str) -> list[dict]:
+    """Rows `{"messages"}`, all answers terse."""
+    return items().rows(split)

@@ -6,39 +6,13 @@ numbers of a range. Some of each family are held out.
 
 import functools
 import itertools
-import random
 
-from tulu_jax.data.sources import tiny_instructions
+from tulu_jax.data.sources import tiny_instructions, tiny_items
 
 SEED = 20231119
 NUM_TRAIN = 4000
 HELD_OUT = 30  # programs a family
 NAMES = "abcd"
-
-Item = tuple[str, str, str]  # family, program, what it prints
-
-
-def held_out() -> list[tuple[list[dict], str]]:
-    """(prompt messages, right answer) of every held-out program; no train row has that program."""
-    return [([{"role": "user", "content": asked}], said) for _, asked, said in _split()[1]]
-
-
-def held_out_groups() -> list[str]:
-    """The family of each of `held_out`."""
-    return [family for family, _, _ in _split()[1]]
-
-
-def sft_rows(split: str) -> list[dict]:
-    """Rows `{"messages"}`: a program, and what it prints."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": said},
-            ]
-        }
-        for _, asked, said in _split()[1 if split == "validation" else 0]
-    ]
 
 
 def _two() -> list[tuple[str, str, str, str]]:
@@ -87,13 +61,15 @@ FAMILIES = {"value": _value, "swapped": _swapped, "listed": _listed, "ranged": _
 
 
 @functools.cache
-def _split() -> tuple[list[Item], list[Item]]:
-    rng, train, validation = random.Random(SEED), [], []
-    for family, made in FAMILIES.items():
-        items = [(family, asked, said) for asked, said in made()]
-        rng.shuffle(items)
-        validation += items[:HELD_OUT]
-        train += itertools.islice(itertools.cycle(items[HELD_OUT:]), NUM_TRAIN // len(FAMILIES))
-    rng.shuffle(train)
-    rng.shuffle(validation)
-    return train, validation
+def items() -> tiny_items.Items:
+    """The programs and what they print, by family."""
+    families = {
+        family: [(family, asked, said) for asked, said in made()]
+        for family, made in FAMILIES.items()
+    }
+    return tiny_items.split(families, seed=SEED, train=NUM_TRAIN, held=HELD_OUT)
+
+
+def sft_rows(split: str) -> list[dict]:
+    """Rows `{"messages"}`: a program, and what it prints."""
+    return items().rows(split)
