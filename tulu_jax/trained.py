@@ -207,8 +207,7 @@ class RewardModel:
     def of_ids(self, rows: list[list[int]]) -> list[float]:
         """The score at the last of each row's ids, which are one or more. Raises `UsageError` for
         scores that are not finite, by their places."""
-        shape = self.mesh.shape
-        count, pieces = shape["data"] * shape["fsdp"], shape["context"] * shape["tensor"]
+        count, pieces = (sharding.shards(x, self.mesh.shape)[1] for x in ("batch", "positions"))
         by_length: dict[int, list[int]] = {}
         for place, ids in enumerate(rows):
             length = max(1 << (len(ids) - 1).bit_length(), FEWEST)

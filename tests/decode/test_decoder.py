@@ -19,6 +19,7 @@ from tulu_jax.models import llama, lora
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding as sharding_lib
+from tulu_jax.parallel import slices
 from tulu_jax.quant import nf4
 
 FLOAT32 = ExecutionConfig(compute_dtype="float32", remat=False)
@@ -164,11 +165,18 @@ def test_rows_of_real_lengths_have_the_same_bits_in_every_batch():
         assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(context=2)])
-def test_a_mesh_generates_and_scores_the_same(ours, sizes):
+MESHES = (
+    mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2),
+    mesh_lib.MeshConfig(context=2),
+    slices.resident(8, CONFIG.axis_sizes),
+)
+
+
+@pytest.mark.parametrize("laid", MESHES, ids=["data, fsdp, tensor", "context, fsdp", "resident"])
+def test_a_mesh_generates_and_scores_the_same(ours, laid):
     expected = ours(PROMPTS, dataclasses.replace(DRAWN, samples=2))
     scores = ours.decoder.score(params(), PROMPTS, [result.ids for result in expected[::2]])
-    mesh = mesh_lib.make(mesh_lib.MeshConfig(**dict(fsdp=-1) | sizes))
+    mesh = mesh_lib.make(laid)
     decoder = Decoder(CONFIG, FLOAT32, **SMALL | dict(slots=8, cache_positions=512))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params(), sharding_lib.param_shardings(mesh, params()))

@@ -10,19 +10,19 @@ import pytest
 from tulu_jax.models import kept_keys, llama, paged_attention, streamed_layers
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
-from tulu_jax.parallel import sharding
+from tulu_jax.parallel import sharding, slices
 
 CONFIG = LlamaConfig(
     vocab_size=64, num_layers=3, embed_dim=256, mlp_dim=512, num_heads=4, num_kv_heads=2,
     head_dim=128, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, max_positions=64,
 )  # fmt: skip
 EXECUTION = ExecutionConfig(compute_dtype="bfloat16")
-ROWS, PAGE = 3, 16
+ROWS, PAGE = 4, 16
 
 
-def steps(params):
-    """Hidden states of two steps of three rows, and the cache behind them."""
-    table = 1 + jnp.arange(ROWS, dtype=jnp.int32)[:, None]
+def steps(params, parts):
+    """Hidden states of two steps of four rows, in `parts`, and the cache behind them."""
+    table = jnp.tile(1 + jnp.arange(ROWS // parts, dtype=jnp.int32), parts)[:, None]
 
     @jax.jit
     def run(params, cache, tokens, positions):
@@ -36,10 +36,10 @@ def steps(params):
             CONFIG, EXECUTION, params, cache, see, tokens=tokens, positions=positions
         )
 
-    cache = paged_attention.empty_cache(CONFIG, pages=1 + ROWS, page=PAGE, dtype="bfloat16")
+    cache = paged_attention.empty_cache(CONFIG, pages=parts + ROWS, page=PAGE, dtype="bfloat16")
     found = []
     for position in range(2):
-        tokens = jnp.array([5, 6, 7]) + position
+        tokens = jnp.array([5, 6, 7, 8]) + position
         hidden, cache = run(params, cache, tokens, jnp.full(ROWS, position, jnp.int32))
         found.append(hidden)
     return [np.asarray(x, np.float32) for x in (*found, cache["k"], cache["v"])]
@@ -51,13 +51,14 @@ def params():
     return jax.tree.map(lambda x: (3 * x if x.ndim > 2 else x).astype(jnp.bfloat16), drawn)
 
 
-@pytest.mark.parametrize("tensor, cores", [(1, 1), (2, 2)])
-def test_a_step_is_what_xla_makes_of_it(params, tensor, cores, monkeypatch):
-    devices = jax.devices()[:tensor]
-    mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1, fsdp=1, context=1, tensor=tensor), devices)
+@pytest.mark.parametrize("devices, cores", [(1, 1), (2, 2), (4, 1)])
+def test_a_step_is_what_xla_makes_of_it(params, devices, cores, monkeypatch):
+    mesh = mesh_lib.make(slices.resident(devices, CONFIG.axis_sizes), jax.devices()[:devices])
+    parts = max(1, devices // CONFIG.num_kv_heads)
+    assert dict(mesh.shape).get("group", 1) == parts
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.param_shardings(mesh, params))
-        expected = steps(params)
+        expected = steps(params, parts)
         used = []
 
         def rings(block, x):
@@ -65,7 +66,7 @@ def test_a_step_is_what_xla_makes_of_it(params, tensor, cores, monkeypatch):
             return streamed_layers.rings_of(block, cores)
 
         monkeypatch.setattr(streamed_layers, "rings", rings)
-        found = steps(params)
+        found = steps(params, parts)
     assert used == [(ROWS, 1, CONFIG.embed_dim)]
     for one, other in zip(found, expected, strict=True):
         # Some thirty roundings to bfloat16 lie between, of which a few fall another way.

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"'
 )
 
-# Heads as the kernel takes them; two key/value heads on four chips leave an axis for the residual.
+# Heads as the kernel takes them; two of them on four chips leave an axis for the residual.
 SMALL = """from __gin__ import dynamic_registration
 from tulu_jax.models import config
 include 'tulu_tiny_sft.gin'
 config.LlamaConfig.num_layers = 2
 config.LlamaConfig.embed_dim = 256
-config.LlamaConfig.num_heads = 4
+config.LlamaConfig.num_heads = 2
 config.LlamaConfig.num_kv_heads = 2
 config.LlamaConfig.head_dim = 128
 config.ExecutionConfig.compute_dtype = 'bfloat16'
@@ -73,15 +73,18 @@ def test_programs_are_compiled_and_priced(priced):
     assert result["bytes"]["cache"] == 2 * 2 * 3 * 256 * 128 * 2
 
 
-def test_weights_stream_and_nothing_copies_them(small, absent_slices, monkeypatch):
-    """With a key/value head for each device the kernels take weights as they lie."""
+@pytest.mark.parametrize("kv_heads, mesh", [(4, dict(tensor=4)), (2, dict(tensor=2, group=2))])
+def test_weights_stream_and_nothing_copies_them(small, kv_heads, mesh, absent_slices, monkeypatch):
+    """With a key/value head for each device or for two the kernels take weights as they lie."""
     monkeypatch.setenv(compiled.FOLDER, str(folder()))
     config = cli.load(str(small), workdir="unused")
-    model = dataclasses.replace(config.model, num_kv_heads=4, embed_dim=512, mlp_dim=640)
+    heads = dict(num_heads=4, num_kv_heads=kv_heads)
+    model = dataclasses.replace(config.model, **heads, embed_dim=512, mlp_dim=640)
     config = dataclasses.replace(config, model=model)
     asked = decoding.Asked(prompts=4, prompt_length=200, new_tokens=56)
     found = decoding.price(config, topology.parse("v5e:2x2"), asked)
-    assert found.mesh["tensor"] == 4 and not found.faults and not found.relaid
+    assert {name: size for name, size in found.mesh.items() if size > 1} == mesh
+    assert not found.faults and not found.relaid
     assert not found.step.unknown
     text = found.texts["decode"]
     for kind in product_cycles.KINDS:

@@ -229,5 +229,5 @@ class Decoder:
 
 def _ways(axis: str) -> int:
     """Into how many parts the ambient mesh divides `axis`."""
-    mesh = jax.sharding.get_abstract_mesh().shape
-    return math.prod(mesh.get(name, 1) for name in sharding.AXIS_RULES[axis])
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    return sharding.shards(axis, mesh)[1] if mesh else 1

@@ -190,15 +190,17 @@ def most_rows(
     return flash_attention.most_rows(tiling, **sizes)
 
 
-def _size(axis: str) -> int:
-    """Devices along an axis of the ambient mesh; 1 without one and for one device's part."""
-    return 1 if num_devices() == 1 else jax.sharding.get_abstract_mesh().shape[axis]
+def _shards(axis: str) -> int:
+    """Into how many parts the ambient mesh divides `axis`; 1 without one and for one device's
+    part."""
+    if num_devices() == 1:
+        return 1
+    return sharding.shards(axis, jax.sharding.get_abstract_mesh().shape)[1]
 
 
 def _plan(ids, query_offset, *, tiling, heads, itemsize):
     """The lists of each device, one after the other on a leading axis over LISTS."""
     N, K, H = heads
-    tensor = _size(sharding.AXIS_RULES["heads"])
     divided = num_devices() > 1  # else this is one device's part, or there is one device
 
     def local(segment_ids, kv_segment_ids, branches, kv_branches, query_offset):
@@ -218,8 +220,8 @@ def _plan(ids, query_offset, *, tiling, heads, itemsize):
                 tiles,
                 queries=segment_ids.shape[1],
                 keys=kv_segment_ids.shape[1],
-                heads=N // tensor,
-                kv_heads=K // tensor,
+                heads=N // _shards("heads"),
+                kv_heads=K // _shards("kv_heads"),
                 head_dim=H,
                 itemsize=itemsize,
             ),

@@ -11,6 +11,7 @@ neither on how long other rows are nor on where its pages lie.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +64,22 @@ def attend(
     `v` [B, 1, K, H] at `positions`; rows that are not `active` see zeros or anything.
 
     On TPUs a kernel does it, which reads what the tables name up to `positions`
-    (`kernels/decode_attention.py`), for heads of whole lanes in pages of whole tiles.
+    (`kernels/decode_attention.py`), for heads of whole lanes in pages of whole tiles. Inside
+    `per_device` the arguments are of all rows, of q, k and v the device's own heads: along `group`
+    devices exchange queries, so that each sees those of its rows.
     """
-    rows, heads = sharding.spec("rows"), sharding.spec("rows", None, "heads", None)
-    kv_heads, cached = sharding.spec("rows", None, "kv_heads", None), sharding.spec(*AXES)
+    if sharding.axis_size("rows") > 1:
+        own = functools.partial(sharding.own, axis=0, logical_axis="rows")
+        k, v, table, positions, active = (own(x) for x in (k, v, table, positions, active))
+        q = sharding.exchange(q, cut=0, joined=2, mesh_axis=sharding.GROUP)
+        out, cache = _attend(q, k, v, cache, layer, table, positions, active)
+        return sharding.exchange(out, cut=2, joined=0, mesh_axis=sharding.GROUP), cache
+    rows, heads = sharding.spec("rows"), sharding.spec("rows", None, "kv_heads", None)
+    cached = sharding.spec(*AXES)
     cached = {"k": cached, "v": cached}
     run = sharding.per_device(
         _attend,
-        (heads, kv_heads, kv_heads, cached, jax.P(), sharding.spec("rows", None), rows, rows),
+        (heads, heads, heads, cached, jax.P(), sharding.spec("rows", None), rows, rows),
         (heads, cached),
     )
     return run(q, k, v, cache, layer, table, positions, active)

@@ -1,8 +1,8 @@
 """A decoding step through the layers on TPUs, with weights that stream.
 
 Each device multiplies its heads and its part of the MLP by kernels that read stacked weights as
-they lie (`kernels/decode_products.py`); after the attention and after the MLP the devices along
-`tensor` sum the residual.
+they lie (`kernels/decode_products.py`); after the attention and after the MLP the devices sum the
+residual.
 """
 
 import functools
@@ -30,9 +30,10 @@ def _projections(block) -> dict:
 def rings(block, x) -> dict[str, decode_rings.Ring] | None:
     """How the stacked weights of `block` stream on the ambient device for rows x [B, 1, D]; None
     where they do not: on other devices than TPUs, of adapters, in other dtypes than bfloat16, where
-    more than `tensor` divides weights, and for sizes that fill no lanes."""
+    more than `tensor` and `group` divide weights, and for sizes that fill no lanes."""
     chip, divided = target.chip(), dict(jax.sharding.get_abstract_mesh().shape)
-    divided.pop("tensor", None)
+    for name in ("tensor", sharding.GROUP):
+        divided.pop(name, None)
     if target.platform() != "tpu" or chip not in products.COMPILED or set(divided.values()) - {1}:
         return None
     if x.shape[0] > products.MOST_ROWS or x.dtype != jnp.bfloat16:
@@ -41,15 +42,15 @@ def rings(block, x) -> dict[str, decode_rings.Ring] | None:
 
 
 def rings_of(block, cores: int) -> dict[str, decode_rings.Ring] | None:
-    """`rings` on devices of so many `cores`, of weights that nothing but `tensor` divides."""
-    tensor, weights = jax.sharding.get_abstract_mesh().shape.get("tensor", 1), {}
+    """`rings` on devices of so many `cores`, of weights that are whole along D."""
+    mesh, weights = jax.sharding.get_abstract_mesh().shape, {}
     for name, projection in _projections(block).items():
         kernel = projection.kernel.get_value()
         if isinstance(kernel, dict) or kernel.dtype != jnp.bfloat16:
             return None
         axes = sharding.param_axes(f"{projection.path}/kernel")[1:]
         own = tuple(
-            size // (tensor if sharding.AXIS_RULES[axis] == "tensor" else 1)
+            size // (sharding.shards(axis, mesh)[1] if mesh else 1)
             for size, axis in zip(kernel.shape[1:], axes, strict=True)
         )
         if own[-1] % LANES and name not in ("gate", "up"):

@@ -57,7 +57,7 @@ def back(x: jax.Array) -> jax.Array:
     """[B, T / (C · M), ...] of this device's positions between blocks, moved to the device along
     `context` and `tensor` (M) that has their equal run of the row."""
     context, tensor = sharding.axis_size("length"), sharding.axis_size("tensor")
-    names = tuple(sharding.AXIS_RULES["positions"])
+    names = tuple(sharding.rule("positions", jax.sharding.get_abstract_mesh().axis_names))
     owners = [(k, 0) if k < context else (2 * context - 1 - k, 1) for k in range(2 * context)]
     if tensor > 1:  # a device has a part of one chunk
         half = tensor // 2

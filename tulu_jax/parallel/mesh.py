@@ -67,6 +67,17 @@ class MeshConfig:
         return sizes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingMesh(MeshConfig):
+    """A mesh that only decodes. Its last axis, `group`, divides the query heads that share a
+    key/value head (`sharding.GROUP`)."""
+
+    group: int = 1
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        return super().sizes(num_devices // self.group) | {"group": self.group}
+
+
 def slice_devices(topology: str) -> int:
     """The jax devices of a slice, e.g. 256 of 'v5p:4x8x8' and 512 of '2*v5e:16x16'.
 
@@ -103,7 +114,7 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
 
 
 def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.ndarray:
-    """TPU devices [data, fsdp, context, tensor], laid along the torus of a slice.
+    """TPU devices in an array of `sizes`, laid along the torus of a slice.
 
     Where `context` and `tensor` share a torus axis, one of them has its neighbours there. It is
     `tensor`, unless that has as many links without (a ring of every other chip has those of a line
@@ -126,7 +137,7 @@ def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.n
         group = np.moveaxis(placed, list(sizes).index(axis), -1).reshape(-1, sizes[axis])[0]
         return links(np.array([device.coords for device in group]), shape, chip.wraps)
 
-    usual = along(AXES)
+    usual = along(tuple(sizes))
     if chip is None or min(sizes["context"], sizes["tensor"]) == 1:
         return usual
     beside = along(("data", "fsdp", "tensor", "context"))

@@ -9,7 +9,7 @@ it, for optimizer, decoding and metrics, XLA places what the tables say.
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +72,37 @@ AXIS_RULES = {
     "norm": None,
 }
 
+# The fifth axis of a mesh that only decodes (`slices.resident`): it divides the query heads that
+# share a key/value head, and with them the MLP; each device along it has that head for rows of its
+# own. Where a mesh has it these stand in place of the lines above.
+GROUP = "group"
+WITH_GROUP = {
+    "rows": ("data", "fsdp", "context", GROUP),
+    "positions": ("context", "tensor", GROUP),
+    "tensor": ("tensor", GROUP),
+    "mlp": ("tensor", GROUP),
+    "heads": ("tensor", GROUP),
+    "vocab": ("tensor", GROUP),
+    "adapter_heads": ("tensor", GROUP, "fsdp", "context"),
+    "adapter_mlp": ("tensor", GROUP, "fsdp", "context"),
+}
+
 # Of an adapter's leaf without `embed`: the logical axis that is left when it has been gathered
 # along the mesh axes of `embed`, which are the minor ones of its own.
 WITHOUT_EMBED = {"adapter_heads": "heads", "adapter_kv_heads": "kv_heads", "adapter_mlp": "mlp"}
 
 
-def spec(*logical_axes: str | None) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions carry these logical names (None: replicated)."""
-    return PartitionSpec(*(AXIS_RULES[axis] if axis else None for axis in logical_axes))
+def rule(logical_axis: str, mesh_axes: Collection[str]) -> str | tuple[str, ...] | None:
+    """Which of `mesh_axes` divide `logical_axis`."""
+    rules = AXIS_RULES | WITH_GROUP if GROUP in mesh_axes else AXIS_RULES
+    return rules[logical_axis]
+
+
+def spec(*logical_axes: str | None, mesh: Mesh | None = None) -> PartitionSpec:
+    """The axes of `mesh`, by default the ambient one, of an array whose dimensions carry these
+    logical names (None: replicated)."""
+    names = (mesh or jax.sharding.get_abstract_mesh()).axis_names
+    return PartitionSpec(*(rule(axis, names) if axis else None for axis in logical_axes))
 
 
 def num_devices() -> int:
@@ -106,8 +129,9 @@ def per_device(function: Callable, in_specs, out_specs) -> Callable:
 
 def _bound(logical_axis: str) -> list[str]:
     """Mesh axes of `logical_axis` that this device can talk over, the major one first."""
-    mesh, rule = jax.sharding.get_abstract_mesh(), AXIS_RULES[logical_axis]
-    names = (rule,) if isinstance(rule, str) else rule or ()
+    mesh = jax.sharding.get_abstract_mesh()
+    divides = rule(logical_axis, mesh.axis_names)
+    names = (divides,) if isinstance(divides, str) else divides or ()
     return [name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1]
 
 
@@ -188,6 +212,14 @@ def own(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, axis_index(logical_axis) * size, size, axis)
 
 
+def exchange(x: jax.Array, *, cut: int, joined: int, mesh_axis: str) -> jax.Array:
+    """`x` with `joined` whole, of which the devices along `mesh_axis` have a part each, and of
+    `cut`, which all of them have whole, this device's part alone."""
+    if mesh_axis not in jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    return jax.lax.all_to_all(x, mesh_axis, split_axis=cut, concat_axis=joined, tiled=True)
+
+
 def whole(param: jax.Array, name: str, *, but: tuple[str, ...] = ()) -> jax.Array:
     """The parameter called `name` gathered from its shards, except along logical axes `but`.
 
@@ -243,15 +275,15 @@ def param_shardings(mesh: Mesh, params, more: Table = ()):
     PARAM_AXES does not have."""
 
     def leaf(path, _):
-        return NamedSharding(mesh, spec(*param_axes(path_name(path), more)))
+        return NamedSharding(mesh, spec(*param_axes(path_name(path), more), mesh=mesh))
 
     return jax.tree.map_with_path(leaf, params)
 
 
 def shards(logical_axis: str, mesh_sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """The mesh axes that divide `logical_axis`, and into how many shards."""
-    rule = AXIS_RULES[logical_axis]
-    names = (rule,) if isinstance(rule, str) else rule or ()
+    divides = rule(logical_axis, mesh_sizes)
+    names = (divides,) if isinstance(divides, str) else divides or ()
     return names, math.prod(mesh_sizes[name] for name in names)
 
 

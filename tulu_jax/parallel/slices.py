@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from tulu_jax import validation
 from tulu_jax.parallel import sharding
-from tulu_jax.parallel.mesh import AXES, MeshConfig
+from tulu_jax.parallel.mesh import AXES, DecodingMesh, MeshConfig
 
 ANY = "any"
 SIZES = {"7b": 6.74e9, "13b": 13.0e9, "34b": 33.7e9, "70b": 69.0e9}  # parameters
@@ -166,13 +166,20 @@ def resident(num_devices: int, sizes: Mapping[str, int]) -> MeshConfig:
     """The mesh of `num_devices` on which a decoder's weights stay where they are: each device
     multiplies its part of every weight, and only activations move.
 
-    `tensor` is the most that divides heads and the MLP; `context` the rest, over which the residual
+    `tensor` is the most that divides heads and the MLP. Where a device has one key/value head then,
+    `group` divides the query heads that share it. `context` is the rest, over which the residual
     is divided. Sizes as those of `anywhere`; raises `UsageError` where they do not divide.
     """
-    for tensor in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
-        axes = dict(data=1, fsdp=1, context=num_devices // tensor, tensor=tensor)
-        if all(size % sharding.shards(axis, axes)[1] == 0 for axis, size in sizes.items()):
-            return MeshConfig(**axes)
+    divisors = [n for n in range(num_devices, 0, -1) if num_devices % n == 0]
+    for tensor in divisors:
+        for group in divisors if tensor == sizes["kv_heads"] else [1]:
+            context, rest = divmod(num_devices, tensor * group)
+            axes = dict(data=1, fsdp=1, context=context, tensor=tensor)
+            axes |= {sharding.GROUP: group} if group > 1 else {}
+            if rest == 0 and all(
+                size % sharding.shards(axis, axes)[1] == 0 for axis, size in sizes.items()
+            ):
+                return DecodingMesh(**axes) if group > 1 else MeshConfig(**axes)
     raise validation.UsageError(
         f"{num_devices} devices cannot hold the weights of sizes {dict(sizes)} in equal parts; "
         "expected a number of devices that divides them"

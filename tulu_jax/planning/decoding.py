@@ -71,7 +71,7 @@ class Programs:
         )
         kernels = functools.partial(
             _step_kernel, config=config, topology=topology, mesh=mesh, page=self.page,
-            rows=rows // self.parts, used=-(-used // self.parts), live=math.ceil(asked.live),
+            rows=rows, used=used, live=math.ceil(asked.live),
         )  # fmt: skip
         step_module, fill_module = self.modules
         step, least, most = (
@@ -285,24 +285,29 @@ def scaled(of: cost.Cost, by: float) -> cost.Cost:
 
 
 def _step_kernel(name, text, *, config, topology, mesh, rows, used, page, live):
-    """What a call of a step's kernel takes of a device's `rows`, of which `used` see `live`
-    positions each; None for another kernel, or where nobody counted."""
+    """What a call of a step's kernel takes of all `rows`, of which `used` see `live` positions
+    each; None for another kernel, or where nobody counted."""
     del text
-    tensor, model = mesh.shape["tensor"], config.model
-    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
+    model = config.model
+    ways = {axis: sharding.shards(axis, mesh.shape)[1] for axis in ("heads", "kv_heads", "rows")}
+    kv_heads = model.num_kv_heads // ways["kv_heads"]
     if name.startswith(decode_attention.NAME):
         shape = decode_cycles.Shape(
-            rows=rows, heads=heads, kv_heads=kv_heads, page=page, table=-(-live // page)
+            rows=rows // ways["rows"],
+            heads=model.num_heads // ways["kv_heads"],
+            kv_heads=kv_heads,
+            page=page,
+            table=-(-live // page),
         )
-        call = decode_cycles.call(topology.chip, shape, used=used, seen=live)
+        call = decode_cycles.call(topology.chip, shape, used=-(-used // ways["rows"]), seen=live)
     elif name.startswith(streamed_layers.NAME):
         kind = name.removeprefix(streamed_layers.NAME).split(".")[0]
         shape = product_cycles.Shape(
             rows=rows,
             embed=model.embed_dim,
-            heads=heads,
+            heads=model.num_heads // ways["heads"],
             kv_heads=kv_heads,
-            mlp=model.mlp_dim // tensor,
+            mlp=model.mlp_dim // ways["heads"],
         )
         call = product_cycles.call(topology.chip, kind, shape)
     else:
