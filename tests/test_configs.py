@@ -209,6 +209,25 @@ def test_every_layout_serves_a_run():
             assert {id(layout) for layout in slice_.layouts.values() if layout} <= used, name
 
 
+@pytest.mark.parametrize(
+    "run, devices, axes",
+    [
+        ("sft_7b", 8, dict(tensor=8)),
+        ("sft_7b", 64, dict(context=2, tensor=32)),
+        ("sft_13b", 32, dict(context=4, tensor=8)),
+        ("sft_70b", 8, dict(tensor=8)),
+        ("sft_70b", 16, dict(tensor=8, group=2)),
+        ("sft_70b", 256, dict(context=4, tensor=8, group=8)),
+        ("sft_70b", 4, dict(tensor=4)),
+    ],
+)
+def test_where_a_decoder_has_its_weights(run, devices, axes):
+    """A key/value head for each device along `tensor`; its query heads go to those along `group`,
+    as far as heads, MLP and vocabulary divide."""
+    laid = slices.resident(devices, load(run).axis_sizes)
+    assert {name: n for name, n in laid.sizes(devices).items() if n > 1} == axes
+
+
 def updates(config, rows_per_epoch):
     number = config.num_updates(rows_per_epoch)
     return number, optim.num_warmup(config.optimizer, number)
