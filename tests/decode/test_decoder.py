@@ -165,6 +165,13 @@ def test_rows_of_real_lengths_have_the_same_bits_in_every_batch():
         assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]
 
 
+def test_a_packed_row_is_no_longer_for_large_pages():
+    for page in (64, 128, 256):
+        decoder = Decoder(CONFIG, FLOAT32, page=page)
+        found = [decoder.bucket(n) for n in (1, 200, 257, 1098, 5000)]
+        assert found == [page, max(page, 256), 512, 1280, 5120]
+
+
 MESHES = (
     mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2),
     mesh_lib.MeshConfig(context=2),

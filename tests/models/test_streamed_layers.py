@@ -63,7 +63,7 @@ def test_a_step_is_what_xla_makes_of_it(params, devices, cores, monkeypatch):
 
         def rings(block, x):
             used.append(x.shape)
-            return streamed_layers.rings_of(block, cores)
+            return streamed_layers.rings_of(block, ROWS, cores)
 
         monkeypatch.setattr(streamed_layers, "rings", rings)
         found = steps(params, parts)
@@ -78,6 +78,6 @@ def test_where_weights_do_not_stream(params):
     model = llama.trunk(CONFIG, EXECUTION, params)
     x = jnp.zeros((ROWS, 1, CONFIG.embed_dim), jnp.bfloat16)
     assert streamed_layers.rings(model.layers, x) is None  # no TPU
-    assert streamed_layers.rings_of(model.layers, 2) is not None
+    assert streamed_layers.rings_of(model.layers, ROWS, 2) is not None
     wide = llama.init_params(CONFIG, jax.random.key(0))
-    assert streamed_layers.rings_of(llama.trunk(CONFIG, EXECUTION, wide).layers, 1) is None
+    assert streamed_layers.rings_of(llama.trunk(CONFIG, EXECUTION, wide).layers, ROWS, 1) is None

@@ -26,6 +26,8 @@ from tulu_jax.models import llama, paged_attention
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
+STEP = 64  # positions by which the lengths of packed rows differ, or the pages if they are smaller
+
 
 class Decoder:
     """Compiled programs of a model, without its parameters.
@@ -139,10 +141,11 @@ class Decoder:
 
     def bucket(self, length: int) -> int:
         """The length of the packed row that `length` positions are computed in: whole pages that
-        the mesh divides, few of them different."""
-        ways = _ways("positions")
-        unit = math.lcm(self.page, ways)
-        return unit * programs.rounded(-(-length // unit))
+        the mesh divides, few of them different, and no more for large pages."""
+        unit = math.lcm(self.page, _ways("positions"))
+        step = math.gcd(unit, STEP)
+        few = step * programs.rounded(-(-length // step))
+        return unit * -(-few // unit)
 
     def fits(self, prompt: int, sampling: Sampling) -> int:
         """New tokens that a prompt of that many ids may have."""

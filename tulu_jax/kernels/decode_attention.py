@@ -33,6 +33,7 @@ HIDDEN = 2**30  # as a position: behind the end of every row
 BLOCK_BYTES = 2**20  # of keys and values of a row's block
 MOST_PAGES = 32  # of a block
 TOGETHER = 4  # rows, at most
+FEWEST = 2  # that a program has; of so few most often one is idle
 UNROLLED = 4  # pages whose copies are started in one run of straight code
 
 
@@ -70,7 +71,7 @@ def fit(
     return Block(
         pages=max(1, min(BLOCK_BYTES // size, MOST_PAGES, table)),
         heads=together,
-        rows=math.gcd(rows, TOGETHER),
+        rows=math.gcd(rows, TOGETHER) if rows > FEWEST else 1,
     )
 
 

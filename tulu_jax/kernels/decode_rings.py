@@ -12,6 +12,9 @@ from tulu_jax import chips
 
 LANES, TILE, PACKED = 128, 8, 16  # columns and rows of a tile, rows of a register of bfloat16
 PIECE_BYTES = {1: 3 * chips.MIB, 2: chips.MIB}  # of a piece of all weights, about, by cores
+# The products of a last piece stand beside no copy. Those of few rows are far faster than HBM, so
+# that small pieces, which multiply fewer weights in a cycle, cost nothing.
+FEW_ROWS, FEW_BYTES, HALF = 16, chips.MIB, LANES // 2
 LONGEST = 1024  # inputs or outputs of a piece, whose products are straight code
 RING_BYTES = {1: 16 * chips.MIB, 2: 6 * chips.MIB}
 
@@ -98,16 +101,19 @@ class Ring:
         return [*buffers, pltpu.SemaphoreType.DMA((len(self.weights), self.slots))]
 
 
-def ring(weights: tuple[Weight, ...], *, cores: int, divides: bool) -> Ring | None:
-    """The ring of `weights`, whose pieces have one size if it `divides`; None where a core's part
-    cannot be cut."""
+def ring(weights: tuple[Weight, ...], *, rows: int, cores: int, divides: bool) -> Ring | None:
+    """The ring of `weights` for so many `rows`, whose pieces have one size if it `divides`; None
+    where a core's part cannot be cut."""
     length = weights[0].length // cores
     cut = LANES if cores > 1 or divides else PACKED
     if length % cut or any(w.length != cores * length for w in weights):
         return None
     each = sum(w.bytes for w in weights) // weights[0].length
-    most = min(LONGEST, max(LANES, PIECE_BYTES[cores] // each // LANES * LANES))
-    sizes = range(LANES, min(most, length) + 1, LANES)
+    piece, unit = PIECE_BYTES[cores], LANES
+    if rows <= FEW_ROWS:
+        piece, unit = FEW_BYTES, HALF if weights[0].form == "turned" and not divides else LANES
+    most = min(LONGEST, max(unit, piece // each // unit * unit))
+    sizes = range(unit, min(most, length) + 1, unit)
     sizes = [size for size in sizes if length % size == 0 or not divides]
     if not sizes:
         return None

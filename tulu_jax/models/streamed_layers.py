@@ -38,11 +38,11 @@ def rings(block, x) -> dict[str, decode_rings.Ring] | None:
         return None
     if x.shape[0] > products.MOST_ROWS or x.dtype != jnp.bfloat16:
         return None
-    return rings_of(block, chips.CHIPS[chip].cores)
+    return rings_of(block, x.shape[0], chips.CHIPS[chip].cores)
 
 
-def rings_of(block, cores: int) -> dict[str, decode_rings.Ring] | None:
-    """`rings` on devices of so many `cores`, of weights that are whole along D."""
+def rings_of(block, rows: int, cores: int) -> dict[str, decode_rings.Ring] | None:
+    """`rings` for so many `rows` on devices of so many `cores`, where D is whole."""
     mesh, weights = jax.sharding.get_abstract_mesh().shape, {}
     for name, projection in _projections(block).items():
         kernel = projection.kernel.get_value()
@@ -59,7 +59,10 @@ def rings_of(block, cores: int) -> dict[str, decode_rings.Ring] | None:
         weights[name] = decode_rings.weight(own, inputs=inputs, middle=name in ("gate", "up"))
     found = {
         kind: decode_rings.ring(
-            tuple(weights[name] for name in names), cores=cores, divides=kind != "mlp"
+            tuple(weights[name] for name in names),
+            rows=rows,
+            cores=cores,
+            divides=kind != "mlp",
         )
         for kind, names in KINDS.items()
     }

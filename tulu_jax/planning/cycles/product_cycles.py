@@ -37,7 +37,9 @@ class Shape:
         return across, across, decode_rings.weight((self.mlp, D), inputs=1, middle=False)
 
     def ring(self, which: str, cores: int) -> decode_rings.Ring | None:
-        return decode_rings.ring(self.weights(which), cores=cores, divides=which != "mlp")
+        return decode_rings.ring(
+            self.weights(which), rows=self.rows, cores=cores, divides=which != "mlp"
+        )
 
 
 KINDS = ("qkv", "o", "mlp")
@@ -52,38 +54,42 @@ class Cycles:
     call: float
 
 
-# By `benchmarks/decode_step.py`, of the slowest of the shapes there; rows between are counted as
-# the next.
-COUNTED: dict[str, dict[int, Cycles]] = {
+def _of_kinds(**counted: tuple[float, float]) -> dict[str, Cycles]:
+    return {kind: Cycles(weights=weights, call=call) for kind, (weights, call) in counted.items()}
+
+
+# By `benchmarks/decode_step.py`, of the slowest of the shapes there, by rows; rows between are
+# counted as the next.
+COUNTED: dict[str, dict[int, dict[str, Cycles]]] = {
     "v5e": {
-        16: Cycles(weights=995.0, call=813.0),
-        64: Cycles(weights=762.0, call=2709.0),
-        256: Cycles(weights=243.0, call=6971.0),
+        16: _of_kinds(qkv=(975, 1547), o=(1273, 310), mlp=(755, 880)),
+        64: _of_kinds(qkv=(762, 2346), o=(867, 996), mlp=(798, 2706)),
+        256: _of_kinds(qkv=(238, 8056), o=(245, 3552), mlp=(243, 10470)),
     },
     "v5p": {
-        16: Cycles(weights=978.0, call=1281.0),
-        64: Cycles(weights=587.0, call=3208.0),
-        256: Cycles(weights=216.0, call=11731.0),
+        16: _of_kinds(qkv=(978, 1239), o=(1273, 379), mlp=(1767, 847)),
+        64: _of_kinds(qkv=(588, 3188), o=(757, 1041), mlp=(930, 2923)),
+        256: _of_kinds(qkv=(216, 10001), o=(235, 3549), mlp=(251, 10747)),
     },
     "v6e": {
-        16: Cycles(weights=925.0, call=954.0),
-        64: Cycles(weights=868.0, call=2475.0),
-        256: Cycles(weights=444.0, call=6220.0),
+        16: _of_kinds(qkv=(834, 2088), o=(1116, 303), mlp=(744, 1166)),
+        64: _of_kinds(qkv=(923, 2459), o=(1378, 720), mlp=(868, 2436)),
+        256: _of_kinds(qkv=(426, 7891), o=(456, 2252), mlp=(444, 9188)),
     },
 }
 
 
-def of_rows(chip: str, rows: int) -> Cycles | None:
+def of_rows(chip: str, rows: int) -> dict[str, Cycles] | None:
     """What is counted for at least so many rows; None where nobody counted."""
     return next((of for most, of in COUNTED.get(chip, {}).items() if rows <= most), None)
 
 
 def call(chip: str, which: str, shape: Shape) -> cost.Call | None:
     """What a dry run takes a call for; None where nobody counted."""
-    hardware, counted = chips.CHIPS[chip], of_rows(chip, shape.rows)
-    if counted is None:
+    hardware, of_kinds = chips.CHIPS[chip], of_rows(chip, shape.rows)
+    if of_kinds is None:
         return None
-    ring = shape.ring(which, hardware.cores)
+    counted, ring = of_kinds[which], shape.ring(which, hardware.cores)
     each = sum(math.prod(w.shape) for w in ring.weights) / hardware.cores / counted.weights
     piece = min(1.0, ring.size / ring.length)
     moved = ring.bytes + (_beside(shape, ring, which) if hardware.cores > 1 else 0)
