@@ -54,8 +54,12 @@ class Cycles:
     call: float
 
 
-def _of_kinds(**counted: tuple[float, float]) -> dict[str, Cycles]:
-    return {kind: Cycles(weights=weights, call=call) for kind, (weights, call) in counted.items()}
+def _of_kinds(**counted: tuple[int, int]) -> dict[str, Cycles]:
+    """Of each kind, from its weights a cycle and the cycles of a call besides."""
+    return {
+        kind: Cycles(weights=float(weights), call=float(call))
+        for kind, (weights, call) in counted.items()
+    }
 
 
 # By `benchmarks/decode_step.py`, of the slowest of the shapes there, by rows; rows between are
