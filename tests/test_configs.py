@@ -394,7 +394,8 @@ from tulu_jax.planning import topology
 for name, configs in json.load(sys.stdin).items():
     found = topology.parse(name).devices()
     for config in configs:
-        made = mesh.make(mesh.MeshConfig(**config), list(found))
+        kind = mesh.DecodingMesh if "group" in config else mesh.MeshConfig
+        made = mesh.make(kind(**config), list(found))
         assert len(set(made.devices.flat)) == made.size
         assert dict(made.shape).items() <= config.items()
     print(name, len(found))
@@ -403,13 +404,15 @@ for name, configs in json.load(sys.stdin).items():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_meshes_are_placed_on_the_devices_of_the_compiler():
-    """Every slice's mesh on its topology, as libtpu describes it."""
+    """Every slice's meshes on its topology, as libtpu describes it: a run's and its decoder's."""
     meshes = {}
     for run in RUNS:
         for pod in slices_of(run):
-            found = load(run, pod=pod).mesh
-            known = meshes.setdefault(found.topology, [])
-            known += [c] if (c := dataclasses.asdict(found)) not in known else []
+            config = load(run, pod=pod)
+            known = meshes.setdefault(config.mesh.topology, [])
+            devices = mesh.slice_devices(config.mesh.topology)
+            for found in (config.mesh, slices.resident(devices, config.axis_sizes)):
+                known += [c] if (c := dataclasses.asdict(found)) not in known else []
     environment = os.environ | schedule.ENVIRONMENT
     done = subprocess.run(
         [sys.executable, "-c", PLACE],

@@ -345,9 +345,10 @@ def test_random_models_say_what_they_say_in_transformers(tmp_path, tied, kv_head
 
 
 def test_a_quantised_base_with_an_adapter_beside_it():
+    """On one device, and on four of which two share each key/value head."""
     adapter = lora.LoRAConfig(rank=4, dropout=0.25)
     config = dataclasses.replace(
-        CONFIG, embed_dim=64, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=32
+        CONFIG, embed_dim=128, mlp_dim=256, num_heads=8, num_kv_heads=2, head_dim=32
     )
     execution = dataclasses.replace(FLOAT32, adapter=adapter)
     params = nf4.quantise_params(random_params(config, scale=0.2), nf4.QuantConfig())
@@ -358,6 +359,12 @@ def test_a_quantised_base_with_an_adapter_beside_it():
             params["model"]["layers"][part][name] |= leaves
     results = Decoder(config, execution, **SMALL).generate(params, PROMPTS, GREEDY, KEY)
     assert_likeliest(config, execution, params, results)
+    mesh = mesh_lib.make(slices.resident(4, config.axis_sizes), jax.devices()[:4])
+    assert mesh.shape["group"] == 2
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding_lib.param_shardings(mesh, params))
+        again = Decoder(config, execution, **SMALL).generate(placed, PROMPTS, GREEDY, KEY)
+    assert [r.ids for r in again] == [r.ids for r in results]
 
 
 def test_bfloat16_runs_from_either_storage(ours):

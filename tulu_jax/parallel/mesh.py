@@ -140,7 +140,7 @@ def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.n
     usual = along(tuple(sizes))
     if chip is None or min(sizes["context"], sizes["tensor"]) == 1:
         return usual
-    beside = along(("data", "fsdp", "tensor", "context"))
+    beside = along(sorted(sizes, key=["data", "fsdp", "tensor", "context", "group"].index))
     better = found(beside, "context") > found(usual, "context")
     return beside if better and found(beside, "tensor") >= found(usual, "tensor") else usual
 
