@@ -142,13 +142,14 @@ def row(result: dict) -> str:
         return f"| {result['file']} | {result['topology']} | does not fit | | | | | | | | | |"
     mesh = " x ".join(f"{k} {v}" for k, v in result["mesh"].items() if v > 1)
     step, (low, high) = result["seconds"]["step"], (result["band"][k] for k in ("low", "high"))
+    star = "*" if result["band"]["extrapolated"] else ""
     compiled = f"{result['process_seconds']:.0f} s, {result['process_gb']:.1f} GB"
     if result["same_as"] != result["file"]:
         compiled = f"as {result['same_as']}"
     return (
         f"| {result['file']} | {result['topology']} | {mesh} | {result['remat_policy']} "
         f"| {result['bytes']['peak'] / 2**30:.1f} / {result['bytes']['hbm'] / 2**30:.0f} "
-        f"({result['spare']:.0%}) | {step:.2f} ({low * step:.2f} to {high * step:.2f}) "
+        f"({result['spare']:.0%}) | {step:.2f} ({low * step:.2f} to {high * step:.2f}{star}) "
         f"| {result['tokens_per_second_per_chip']:,.0f} "
         f"| {result['mfu']:.0%} / {result['mfu_whole_attention']:.0%} "
         f"| {result['binding']} | {result['hours']:.1f} | {result['chip_hours']:,.0f} "

@@ -233,13 +233,15 @@ def test_the_links_of_a_group(places, shape, wraps, links):
         ("v6e:16x16", (16, 8, 2), 1, 1),  # two of every eighth chip would have a quarter
         ("v5p:4x8x8", (16, 2, 8), 1, 2),
         ("2*v5e:16x16", (16, 2, 8), 1, 1),
+        ("v3:16x16", (1, 64, 8), 1 / 2 + 1 / 2, 1 + 1),  # every other chip; a square of four
+        ("v3:16x16", (1, 64, 8, True), 1 + 1, 1 / 2),  # two whole rows; every other chip of a line
     ],
 )
-def test_context_has_the_neighbours_where_tensor_loses_no_link(
+def test_context_has_the_neighbours_where_tensor_loses_no_link_or_it_is_first(
     absent_slices, name, sizes, context, tensor
 ):
     slice_ = topology.parse(name)
-    axes = dict(zip(mesh_lib.AXES[1:], sizes, strict=True))
+    axes = dict(zip((*mesh_lib.AXES[1:], "context_first"), sizes, strict=False))
     devices = mesh_lib.make(mesh_lib.MeshConfig(data=-1, **axes), slice_.devices()).devices
     assert len(set(devices.flat)) == slice_.num_devices
     groups = devices[0, 0, :, 0], devices[0, 0, 0, :]

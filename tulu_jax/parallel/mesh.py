@@ -22,7 +22,9 @@ class MeshConfig:
     `data` replicates parameters (and spans slices); `fsdp` and `context` shard them over their
     embed axis, and a batch by its rows and along the sequence; `tensor` shards heads, the MLP and
     the vocabulary. `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or
-    '2*v5e:16x16' for two slices; the dry run compiles for it.
+    '2*v5e:16x16' for two slices; the dry run compiles for it. Where `context` and `tensor` share
+    torus axes, `context_first` says that `context` has the most links, as suits a run whose weights
+    are most of what moves.
     """
 
     data: int = 1
@@ -30,6 +32,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     topology: str | None = None
+    context_first: bool = False
 
     def __post_init__(self):
         validation.check(self, self._rules)
@@ -109,16 +112,18 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
     if devices[0].platform != "tpu":
         placed = np.asarray(devices).reshape(tuple(sizes.values()))
     else:
-        placed = _laid(sizes, devices, slices)
+        placed = _laid(sizes, devices, slices, config.context_first)
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
 
 
-def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.ndarray:
+def _laid(
+    sizes: dict[str, int], devices: list[jax.Device], slices: int, context_first: bool
+) -> np.ndarray:
     """TPU devices in an array of `sizes`, laid along the torus of a slice.
 
     Where `context` and `tensor` share a torus axis, one of them has its neighbours there. It is
     `tensor`, unless that has as many links without (a ring of every other chip has those of a line
-    of half of them) and `context` more with them.
+    of half of them) and `context` more with them, or `context_first`.
     """
     chip = chips.CHIPS.get(chips.name(devices[0].device_kind))
     shape = (np.ptp([device.coords for device in devices], axis=0) + 1).tolist()
@@ -142,7 +147,8 @@ def _laid(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.n
         return usual
     beside = along(sorted(sizes, key=["data", "fsdp", "tensor", "context", "group"].index))
     better = found(beside, "context") > found(usual, "context")
-    return beside if better and found(beside, "tensor") >= found(usual, "tensor") else usual
+    free = context_first or found(beside, "tensor") >= found(usual, "tensor")
+    return beside if better and free else usual
 
 
 def links(places: Int[np.ndarray, "N axes"], shape: Sequence[int], wraps: int) -> float:

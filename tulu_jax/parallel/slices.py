@@ -22,8 +22,9 @@ ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, and
-    in how many parts it takes its rows and whether its products stand apart (`layers.Block`)."""
+    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, in
+    how many parts it takes its rows and whether its products stand apart (`layers.Block`), and
+    whether `context` has the most links (`mesh.MeshConfig`)."""
 
     fsdp: int
     context: int
@@ -32,6 +33,7 @@ class Layout:
     remat_policy: str = "save_projections"
     row_parts: int = 1
     products_apart: bool = False
+    context_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,10 @@ SLICES = {
     "v3_256": Slice(
         "v3:8x16", ALL, _256 | {"sft_70b": dataclasses.replace(_PARTED, remat_policy="save_gate")}
     ),
-    "v3_512": Slice("v3:16x16", LARGEST, {"sft": Layout(16, 4, 8), "dpo": Layout(1, 64, 8)}),
+    "v3_512": Slice(
+        "v3:16x16", LARGEST,
+        {"sft": Layout(16, 4, 8), "dpo": Layout(1, 64, 8, context_first=True)},
+    ),
     "v4_512": Slice("v4:4x8x8", ALL, _256),
     "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER),
     "v5p_64": Slice(
@@ -136,7 +141,8 @@ def find(name: str, *, num_params: int, stage: str) -> tuple[MeshConfig, Layout]
     layout = slice_.layout(stage, size) if slice_ else None
     if layout is not None:
         axes = dict(fsdp=layout.fsdp, context=layout.context, tensor=layout.tensor)
-        return MeshConfig(**axes, topology=slice_.topology), layout
+        axes |= dict(topology=slice_.topology, context_first=layout.context_first)
+        return MeshConfig(**axes), layout
     what = f"{size} {stage}" if size else f"a model of {num_params:,} parameters"
     found = f"has no layout for {what}" if slice_ else "is not known"
     near = "" if slice_ else validation.nearest(str(name), [ANY, *SLICES])

@@ -212,6 +212,7 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
             context=context,
             tensor=tensor,
             topology=topology.name,
+            context_first=False,
         )
         # Where a device holds many positions between blocks, two parts hide what `tensor` moves.
         parts = 2 if tensor > 1 and config.data.max_length >= LONG * context * tensor else 1
