@@ -89,7 +89,8 @@ SLICES = {
         | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered", products_apart=True)},
     ),
     "v5p_128": Slice(
-        "v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 16, 4)}
+        "v5p:4x4x4", LARGEST,
+        {"sft": Layout(16, 1, 4, row_parts=2, products_apart=True), "dpo": Layout(1, 16, 4)},
     ),
     "v5p_512": Slice("v5p:4x8x8", ALL, _256),
     "v6e_64": Slice(
