@@ -86,6 +86,7 @@ SLICES = {
         ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
         | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+        | {"sft_13b": Layout(16, 1, 2, row_parts=2, products_apart=True)}
         | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered", products_apart=True)},
     ),
     "v5p_128": Slice(
