@@ -86,12 +86,16 @@ SLICES = {
         ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
         | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+        | {"sft_13b": Layout(16, 1, 2, row_parts=2, products_apart=True)}
         | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered", products_apart=True)},
     ),
     "v5p_128": Slice(
-        "v5p:4x4x4", LARGEST, {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 16, 4)}
+        "v5p:4x4x4", LARGEST,
+        {"sft": Layout(16, 1, 4, row_parts=2, products_apart=True), "dpo": Layout(1, 16, 4)},
     ),
-    "v5p_512": Slice("v5p:4x8x8", ALL, _256),
+    "v5p_512": Slice(
+        "v5p:4x8x8", ALL, _256 | {"sft_70b": dataclasses.replace(_PARTED, products_apart=True)}
+    ),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
         {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
