@@ -73,7 +73,9 @@ _PIECES = dataclasses.replace(_8, fsdp=2, context=4, micro_batch_size=2)
 
 SLICES = {
     "v3_256": Slice(
-        "v3:8x16", ALL, _256 | {"sft_70b": dataclasses.replace(_PARTED, remat_policy="save_gate")}
+        "v3:8x16", ALL,
+        _256 | {"sft_70b": dataclasses.replace(_PARTED, remat_policy="save_gate")}
+        | {"dpo_70b": Layout(1, 32, 8, context_first=True)},
     ),
     "v3_512": Slice(
         "v3:16x16", LARGEST,
