@@ -7,13 +7,15 @@ import pytest
 from tulu_jax.kernels import decode_products as products
 from tulu_jax.kernels import decode_rings
 
-L, ROWS = 3, 5  # rows are no multiple of a register's 16
+L = 3
+ROWS = pytest.mark.parametrize("rows", [5, 20])  # few and more; no multiples of a register's 16
 EPS = 1e-5
 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Several pieces, of which some are refilled."""
+    monkeypatch.setattr(decode_rings, "FEW_BYTES", 2**17)
     for cores in (1, 2):
         monkeypatch.setitem(decode_rings.PIECE_BYTES, cores, 2**18)
         monkeypatch.setitem(decode_rings.RING_BYTES, cores, 2**19)
@@ -29,17 +31,18 @@ def normalised(x, scale):
     return np.asarray(jnp.asarray(wide * np.asarray(scale), jnp.bfloat16), np.float64)
 
 
+@ROWS
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("heads", [(4, 1), (2, 3)], ids=str)
-def test_weights_of_one_input(small_pieces, heads, cores):
+def test_weights_of_one_input(small_pieces, heads, cores, rows):
     """Heads between rows, heads apart, and a matrix, side by side and normalised."""
     rng, D = np.random.default_rng(0), 512
     shapes = [(D, heads[0], 128), (D, heads[1], 128), (D, 256)]
     stacks = tuple(draw(rng, L, *shape, scale=0.05) for shape in shapes)
     weights = tuple(decode_rings.weight(shape, inputs=1, middle=False) for shape in shapes)
     assert [one.form for one in weights] == ["between", "heads", "rows"]
-    x, scale = draw(rng, ROWS, D), jnp.asarray(rng.normal(size=D), jnp.float32)
-    ring = decode_rings.ring(weights, cores=cores, divides=True)
+    x, scale = draw(rng, rows, D), jnp.asarray(rng.normal(size=D), jnp.float32)
+    ring = decode_rings.ring(weights, rows=rows, cores=cores, divides=True)
     assert ring.whole > ring.slots or cores == 2
     found = products.multiply(
         x, stacks, jnp.int32(1), name="qkv", ring=ring, scale=scale, eps=EPS, interpret=True
@@ -48,21 +51,22 @@ def test_weights_of_one_input(small_pieces, heads, cores):
     check(found, normalised(x, scale) @ layer)
 
 
+@ROWS
 @pytest.mark.parametrize(
     "middle, cores",
     [(1376, 1), (640, 1), (1024, 2)],
     ids=["7B over 8 devices, turned", "a shorter last piece", "two cores"],
 )
-def test_the_mlp(small_pieces, middle, cores):
+def test_the_mlp(small_pieces, middle, cores, rows):
     rng, D = np.random.default_rng(1), 256
     gate, up = (draw(rng, L, D, middle, scale=0.1) for _ in range(2))
     down = draw(rng, L, middle, D, scale=0.1)
     across = decode_rings.weight((D, middle), inputs=1, middle=True)
     weights = (across, across, decode_rings.weight((middle, D), inputs=1, middle=False))
     assert across.form == ("turned" if middle % 128 else "rows")
-    ring = decode_rings.ring(weights, cores=cores, divides=False)
+    ring = decode_rings.ring(weights, rows=rows, cores=cores, divides=False)
     assert ring.whole + (ring.rest > 0) > ring.slots
-    x, scale = draw(rng, ROWS, D), jnp.ones(D)
+    x, scale = draw(rng, rows, D), jnp.ones(D)
     found = products.mlp(
         x, (gate, up, down), jnp.int32(2), name="mlp", ring=ring, scale=scale, eps=EPS,
         interpret=True,
@@ -84,6 +88,6 @@ def check(found, expected):
 def test_what_cannot_be_cut_is_refused():
     """Halves of 1,376 fill no lanes; nor do 1,000 inputs."""
     across = decode_rings.weight((4096, 1376), inputs=1, middle=True)
-    assert decode_rings.ring((across,), cores=2, divides=False) is None
+    assert decode_rings.ring((across,), rows=64, cores=2, divides=False) is None
     square = decode_rings.weight((1000, 1000), inputs=1, middle=False)
-    assert decode_rings.ring((square,), cores=1, divides=True) is None
+    assert decode_rings.ring((square,), rows=64, cores=1, divides=True) is None
