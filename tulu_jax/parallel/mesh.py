@@ -21,18 +21,18 @@ class MeshConfig:
 
     `data` replicates parameters (and spans slices); `fsdp` and `context` shard them over their
     embed axis, and a batch by its rows and along the sequence; `tensor` shards heads, the MLP and
-    the vocabulary. `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or
-    '2*v5e:16x16' for two slices; the dry run compiles for it. Where `context` and `tensor` share
-    torus axes, `context_first` says that `context` has the most links, as suits a run whose weights
-    are most of what moves.
+    the vocabulary. Where `context` and `tensor` share torus axes, `context_first` says that
+    `context` has the most links, as suits a run whose weights are most of what moves. `topology` is
+    the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
+    dry run compiles for it.
     """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
-    topology: str | None = None
     context_first: bool = False
+    topology: str | None = None
 
     def __post_init__(self):
         validation.check(self, self._rules)
