@@ -120,7 +120,7 @@ class Decoder:
         rows = score_rows.lay_out(prompts, continuations, length=length)
         rows.sort(key=lambda row: -row.length)  # a batch is as long as its longest
         params = programs.in_compute_dtype(params, self.execution)
-        ways, found = _ways("batch"), []
+        ways, found = sharding.ways("batch"), []
         places, entries = score_rows.sizes(rows)
         for first in range(0, len(rows), ways):
             batch = score_rows.batch(
@@ -137,12 +137,12 @@ class Decoder:
     @property
     def parts(self) -> int:
         """Into how many parts the ambient mesh divides rows and their pages."""
-        return _ways("rows")
+        return sharding.ways("rows")
 
     def bucket(self, length: int) -> int:
         """The length of the packed row that `length` positions are computed in: whole pages that
         the mesh divides, few of them different, and no more for large pages."""
-        unit = math.lcm(self.page, _ways("positions"))
+        unit = math.lcm(self.page, sharding.ways("positions"))
         step = math.gcd(unit, STEP)
         few = step * programs.rounded(-(-length // step))
         return unit * -(-few // unit)
@@ -228,9 +228,3 @@ class Decoder:
                 f"{self.max_length:,} positions"
             )
         return problems
-
-
-def _ways(axis: str) -> int:
-    """Into how many parts the ambient mesh divides `axis`."""
-    mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    return sharding.shards(axis, mesh)[1] if mesh else 1

@@ -190,14 +190,6 @@ def most_rows(
     return flash_attention.most_rows(tiling, **sizes)
 
 
-def _shards(axis: str) -> int:
-    """Into how many parts the ambient mesh divides `axis`; 1 without one and for one device's
-    part."""
-    if num_devices() == 1:
-        return 1
-    return sharding.shards(axis, jax.sharding.get_abstract_mesh().shape)[1]
-
-
 def _plan(ids, query_offset, *, tiling, heads, itemsize):
     """The lists of each device, one after the other on a leading axis over LISTS."""
     N, K, H = heads
@@ -220,8 +212,8 @@ def _plan(ids, query_offset, *, tiling, heads, itemsize):
                 tiles,
                 queries=segment_ids.shape[1],
                 keys=kv_segment_ids.shape[1],
-                heads=N // _shards("heads"),
-                kv_heads=K // _shards("kv_heads"),
+                heads=N // sharding.ways("heads"),
+                kv_heads=K // sharding.ways("kv_heads"),
                 head_dim=H,
                 itemsize=itemsize,
             ),

@@ -43,15 +43,14 @@ def rings(block, x) -> dict[str, decode_rings.Ring] | None:
 
 def rings_of(block, rows: int, cores: int) -> dict[str, decode_rings.Ring] | None:
     """`rings` for so many `rows` on devices of so many `cores`, where D is whole."""
-    mesh, weights = jax.sharding.get_abstract_mesh().shape, {}
+    weights = {}
     for name, projection in _projections(block).items():
         kernel = projection.kernel.get_value()
         if isinstance(kernel, dict) or kernel.dtype != jnp.bfloat16:
             return None
         axes = sharding.param_axes(f"{projection.path}/kernel")[1:]
         own = tuple(
-            size // (sharding.shards(axis, mesh)[1] if mesh else 1)
-            for size, axis in zip(kernel.shape[1:], axes, strict=True)
+            size // sharding.ways(axis) for size, axis in zip(kernel.shape[1:], axes, strict=True)
         )
         if own[-1] % LANES and name not in ("gate", "up"):
             return None

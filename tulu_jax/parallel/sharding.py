@@ -112,6 +112,14 @@ def num_devices() -> int:
     return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
+def ways(logical_axis: str) -> int:
+    """Into how many parts XLA divides `logical_axis` here: by the ambient mesh; 1 without one, and
+    inside `per_device`."""
+    if num_devices() == 1:
+        return 1
+    return shards(logical_axis, jax.sharding.get_abstract_mesh().shape)[1]
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """`x` placed by its logical axes on the ambient mesh, if XLA divides it over one."""
     if num_devices() == 1:
