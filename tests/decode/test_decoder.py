@@ -15,7 +15,7 @@ from tulu_jax.decode import programs
 from tulu_jax.decode.decoder import Decoder
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.interop import hf
-from tulu_jax.models import llama, lora
+from tulu_jax.models import llama, lora, paged_attention
 from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import sharding as sharding_lib
@@ -144,9 +144,15 @@ def test_a_request_has_the_same_bits_in_every_batch(ours, drawn):
     assert found[0] == found[1]
 
 
-def test_rows_of_real_lengths_have_the_same_bits_in_every_batch():
+def in_pages(*inputs, **settings):
+    """The attention of a step in pages, as no row has a seat of its own."""
+    return paged_attention.attend(*inputs, **settings)
+
+
+@pytest.mark.parametrize("attend", [paged_attention.attend, in_pages], ids=["seats", "pages"])
+def test_rows_of_real_lengths_have_the_same_bits_in_every_batch(attend):
     """Large enough for XLA's other ways to sum, over several groups of pages, beside shorter and
-    longer rows and alone."""
+    longer rows, alone, and where there is one slot."""
     wide = dataclasses.replace(
         CONFIG, vocab_size=2048, num_layers=1, embed_dim=128, mlp_dim=256, num_heads=6,
         num_kv_heads=6, head_dim=48, max_positions=1024,
@@ -156,12 +162,14 @@ def test_rows_of_real_lengths_have_the_same_bits_in_every_batch():
     lengths = (600, 250, 3, 500, 120)
     prompts = [rng.integers(0, 2048, n).tolist() for n in lengths]
     drawn = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9)
-    together = Decoder(wide, FLOAT32, slots=8, row_length=512)
+    together, apart = (
+        Decoder(wide, FLOAT32, slots=slots, row_length=512, attend=attend) for slots in (8, 1)
+    )
     keys = jax.random.split(KEY, len(prompts))
     found = together.generate(weights, prompts, drawn, keys)
-    for at in ([0], [1], [2, 3], [3, 1, 4]):
+    for decoder, at in ((together, [0]), (apart, [1, 2]), (together, [2, 3]), (together, [3, 1, 4])):
         fewer = [prompts[n] for n in at]
-        alone = together.generate(weights, fewer, drawn, keys[np.array(at)])
+        alone = decoder.generate(weights, fewer, drawn, keys[np.array(at)])
         assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]
 
 

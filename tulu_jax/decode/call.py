@@ -85,6 +85,7 @@ class Call:
         )  # fmt: skip
         by_row = parts == 1 and programs.goes_by_row(decoder.config, params, decoder.attend)
         self.seats = seats.Seats(decoder.page) if by_row else None
+        self.stepped = programs.with_head(params) if by_row else params
         self.each: dict[int, Sampling] = {}
         self.words: dict[tuple[int, int], np.ndarray] = {}
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters
@@ -193,9 +194,8 @@ class Call:
         schedule, decoder = self.schedule, self.decoder
         by_part = [schedule.of_part(part) for part in range(schedule.parts)]
         most = max(map(len, by_part))
-        size = min(
-            max(programs.FEWEST_ROWS, 1 << (most - 1).bit_length()), max(schedule.slots, most)
-        )
+        size = min(1 << (most - 1).bit_length(), max(schedule.slots, most))
+        size = max(size, programs.FEWEST_ROWS)
         if self.seats is not None:
             placed = list(self.seats.place(self.cache, by_part[0], decoder.steps).items())
             size, pages, cached = len(self.seats.rows), 1, self.seats.arrays
@@ -205,7 +205,7 @@ class Call:
             ]
             pages, cached = -(-decoder.max_length // decoder.page), self.cache
         out, steps, cached = programs.run_steps(
-            self.params,
+            self.stepped,
             cached,
             self._arrays(placed, size * schedule.parts, pages),
             np.int32(self._least(len(placed), size)),
@@ -239,7 +239,8 @@ class Call:
         waits, or else when what is left fits in a smaller program."""
         if self.schedule.waiting:
             return busy - 1
-        shrinks = self.schedule.parts == 1 and size > programs.FEWEST_ROWS
+        fewest = programs.FEWEST_ROWS if self.seats is None else 1
+        shrinks = self.schedule.parts == 1 and size > fewest
         return min(busy - 1, 1 << ((size - 1).bit_length() - 1)) if shrinks else 0
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:

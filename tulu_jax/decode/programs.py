@@ -18,7 +18,7 @@ from tulu_jax.parallel import sharding
 # nothing.
 SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
-FEWEST_ROWS = 2  # of a program: XLA multiplies a single row in another order
+FEWEST_ROWS = 2  # of a product: XLA multiplies a single row in another order
 
 
 def rounded(count: int) -> int:
@@ -90,6 +90,13 @@ def goes_by_row(config, params, attend) -> bool:
     return suits and attend is paged_attention.attend
 
 
+@jax.jit
+def with_head(params: llama.Params) -> llama.Params:
+    """A tied embedding with its transpose for a head beside it, by which a CPU multiplies few rows
+    in half the time."""
+    return {"lm_head": {"kernel": llama.unembedding(params).T}} | params
+
+
 begin = functools.partial(jax.jit, donate_argnums=0)(row_attention.begun)
 seat = functools.partial(jax.jit, static_argnames="pages")(row_attention.seated)
 
@@ -121,6 +128,7 @@ def run_steps(params, cache, rows, least, *, config, execution, steps, attend, k
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
     by_row = isinstance(cache, tuple)
+    beside = ((0, max(FEWEST_ROWS - B, 0)),)  # rows that are multiplied, no more, of one seat
     blocks = kept_keys.apart(config, execution, params) if by_row else None
 
     def step(state):
@@ -134,9 +142,10 @@ def run_steps(params, cache, rows, least, *, config, execution, steps, attend, k
             )
         hidden, cached = kept_keys.step(
             config, execution, params, cached, see,
-            tokens=rows["token"], positions=rows["position"], blocks=blocks,
+            tokens=jnp.pad(rows["token"], beside), positions=jnp.pad(rows["position"], beside),
+            blocks=blocks,
         )  # fmt: skip
-        logits = llama.project_one(hidden, params)
+        logits = llama.project_one(hidden, params)[:B]
         tokens, logps = sampling_lib.choose(
             logits, count=rows["count"], key_impl=key_impl, **settings
         )

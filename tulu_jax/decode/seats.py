@@ -10,7 +10,7 @@ from tulu_jax.models import paged_attention, row_attention
 class Seats:
     """Which row has which place of `arrays`, where it stays until it ends.
 
-    There are places for 2, 4, 8, ... rows: with few rows left they move together.
+    There are places for 1, 2, 4, ... rows: with few rows left they move together.
     """
 
     def __init__(self, page: int):
@@ -20,7 +20,7 @@ class Seats:
 
     def place(self, cache: paged_attention.Cache, rows: list[Row], steps: int) -> dict[int, Row]:
         """The places of `rows` for so many steps; those that have begun are copied from `cache`."""
-        size = max(programs.FEWEST_ROWS, 1 << (len(rows) - 1).bit_length())
+        size = 1 << (len(rows) - 1).bit_length()
         last = max(row.position + min(steps, row.most - len(row.ids)) for row in rows)
         width = programs.rounded(-(-last // self.page))
         if size == len(self.rows):
