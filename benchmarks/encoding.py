@@ -25,7 +25,7 @@ import trl
 from tulu_jax.data import cache_files, chat, components, encode, examples, registry
 from tulu_jax.interop import tokenizer_export
 
-TARGET = 3.0
+TARGET = 3.5
 PAPER_ROWS, PAPER_MEAN_LENGTH, PAPER_MINUTES = 326_154, 1_097, 10
 SOURCES = ("lima", "gpt4_alpaca", "code_alpaca", "dolly", "stanford_alpaca", "orca_preferred")
 TRL_TEMPLATE = (

@@ -182,6 +182,37 @@ def test_adversarial_contents_are_masked_exactly(tokenizer, llama2, content):
         assert len(trained) == 1 + len(tok.encode("\n" + content)) - len(tok.encode("\n"))
 
 
+BORDERS = ["\n", "\n\n", " ", "</s>", "<s>", "a", "é", "\r", "\t", "<|assistant|>\n"]
+BESIDE_BORDERS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant"]),
+            "content": st.lists(st.sampled_from(BORDERS), max_size=6).map("".join),
+        }
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(BESIDE_BORDERS, st.sampled_from(chat.MODES))
+def test_counted_borders_are_the_places_in_the_text(tokenizer, llama2, conversation, mode):
+    for tok in (tokenizer, llama2):
+        for messages, is_plain in ((conversation, False), (CONVERSATION, True)):
+            rendered = chat.render(messages, chat=mode)
+            encoding = tok.backend.encode(rendered.text, add_special_tokens=False)
+            ids = np.array([tok.bos_id, *encoding.ids], np.int32)
+            counted = chat._counted_borders(rendered, ids, tok)
+            if is_plain:
+                assert counted is not None
+            if counted is not None:
+                assert counted == [
+                    chat._turn_borders(turn, encoding, ids, tok.eos_id, "of the test")
+                    for turn in rendered.turns
+                ]
+
+
 def test_generation_prompt_is_the_start_of_the_training_ids(tokenizer, llama2):
     for tok in (tokenizer, llama2):
         prompt = chat.generation_prompt(CONVERSATION[:-1], tok, chat="spec")

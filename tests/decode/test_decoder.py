@@ -150,11 +150,13 @@ def in_pages(*inputs, **settings):
 
 
 @pytest.mark.parametrize("attend", [paged_attention.attend, in_pages], ids=["seats", "pages"])
-def test_rows_of_real_lengths_have_the_same_bits_in_every_batch(attend):
+@pytest.mark.parametrize("widths", [(128, 256), (896, 256), (128, 1408)], ids=str)
+def test_rows_of_real_lengths_have_the_same_bits_in_every_batch(attend, widths):
     """Large enough for XLA's other ways to sum, over several groups of pages, beside shorter and
-    longer rows, alone, and where there is one slot."""
+    longer rows, alone, and where there is one slot; and of widths at which XLA multiplies 2 or 8
+    rows in another order than more."""
     wide = dataclasses.replace(
-        CONFIG, vocab_size=2048, num_layers=1, embed_dim=128, mlp_dim=256, num_heads=6,
+        CONFIG, vocab_size=2048, num_layers=1, embed_dim=widths[0], mlp_dim=widths[1], num_heads=6,
         num_kv_heads=6, head_dim=48, max_positions=1024,
     )  # fmt: skip
     rng = np.random.default_rng(0)
@@ -162,12 +164,12 @@ def test_rows_of_real_lengths_have_the_same_bits_in_every_batch(attend):
     lengths = (600, 250, 3, 500, 120)
     prompts = [rng.integers(0, 2048, n).tolist() for n in lengths]
     drawn = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9)
-    together, apart = (
+    many, one = (
         Decoder(wide, FLOAT32, slots=slots, row_length=512, attend=attend) for slots in (8, 1)
     )
     keys = jax.random.split(KEY, len(prompts))
-    found = together.generate(weights, prompts, drawn, keys)
-    for decoder, at in ((together, [0]), (apart, [1, 2]), (together, [2, 3]), (together, [3, 1, 4])):
+    found = many.generate(weights, prompts, drawn, keys)
+    for decoder, at in ((many, [0]), (one, [1, 2]), (many, [2, 3]), (many, [3, 1, 4])):
         fewer = [prompts[n] for n in at]
         alone = decoder.generate(weights, fewer, drawn, keys[np.array(at)])
         assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]

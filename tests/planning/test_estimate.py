@@ -1,6 +1,7 @@
 """The dry run's arithmetic: slices by name, programs as text, links, rows and candidates."""
 # ruff: noqa: E501 (a program's text)
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from tulu_jax import cli
 from tulu_jax.parallel import mesh as mesh_lib
+from tulu_jax.parallel import slices
 from tulu_jax.planning import aot, cost, hlo, plan, rows, topology
 
 PROGRAM = """HloModule jit_step
@@ -310,6 +312,21 @@ def test_the_search_knows_rings_and_keeps_what_fits(absent_slices):
             if c.mesh.tensor == 8 and c.micro_batch_size == 64}  # fmt: skip
     assert full[2].execution.remat_policy == "nothing_saveable"
     assert all(c.optimizer.mu_dtype == "float32" for c in found)
+
+
+def test_the_search_lays_context_first_where_that_is_another_mesh(absent_slices):
+    slice_ = topology.parse("v3:16x16")
+    found = plan.ranked(cli.load("dpo_70b.gin", workdir=None), slice_)
+    by_axes = collections.defaultdict(list)
+    for place, candidate in enumerate(found):
+        axes = tuple(candidate.mesh.sizes(512).values())
+        by_axes[*axes, candidate.micro_batch_size].append((place, candidate.mesh.context_first))
+    for (_, _, context, tensor, _), ways in by_axes.items():
+        assert len(ways) == len({first for _, first in ways})
+        assert len(ways) == 1 or min(context, tensor) > 1
+    # Weights are most of what moves: `context` has the links, and so has the table's line.
+    assert next(first for _, first in by_axes[1, 1, 64, 8, 3]) is True
+    assert slices.SLICES["v3_512"].layout("dpo", "70b").context_first
 
 
 def test_nothing_fits_a_slice_that_is_too_small(absent_slices):

@@ -41,13 +41,14 @@ _AROUND_SPECIAL = re.compile(rf"\s*({'|'.join(SPECIAL)})\s*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTokenizer:
-    """A tokenizer with single-id BOS and `</s>`. `fingerprint` is a hash of its content; `source`
-    is the path it was loaded from."""
+    """A tokenizer with single-id BOS and `</s>`. `newline_id` is the last id of a newline alone,
+    `fingerprint` a hash of its content; `source` is the path it was loaded from."""
 
     backend: Any  # tokenizers.Tokenizer
     vocab_size: int
     bos_id: int
     eos_id: int
+    newline_id: int
     fingerprint: str
     source: str
 
@@ -109,6 +110,7 @@ def load_tokenizer(path: str) -> ChatTokenizer:
         vocab_size=backend.get_vocab_size(),
         bos_id=_single_id(backend, BOS, path),
         eos_id=_single_id(backend, EOS, path),
+        newline_id=backend.encode("\n", add_special_tokens=False).ids[-1],
         fingerprint=hashlib.sha256(backend.to_str().encode()).hexdigest(),
         source=path,
     )
@@ -175,13 +177,35 @@ def _borders(
     for messages, name in zip(conversations, names, strict=True):
         check_messages(messages, name)
     rendered = [render(messages, chat=chat) for messages in conversations]
-    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+    whole = dict(add_special_tokens=False)
+    encodings = tokenizer.backend.encode_batch_fast([r.text for r in rendered], **whole)
     results = []
     for text, encoding, name in zip(rendered, encodings, names, strict=True):
         ids = np.array([tokenizer.bos_id, *encoding.ids], np.int32)
-        at = [_turn_borders(turn, encoding, ids, tokenizer.eos_id, name) for turn in text.turns]
+        at = _counted_borders(text, ids, tokenizer)
+        if at is None:
+            encoding = tokenizer.backend.encode(text.text, **whole)
+            at = [_turn_borders(turn, encoding, ids, tokenizer.eos_id, name) for turn in text.turns]
         results.append((ids, np.array(at, np.int32).reshape(-1, 3)))
     return rendered, results
+
+
+def _counted_borders(rendered: Rendered, ids: np.ndarray, tokenizer: ChatTokenizer):
+    """The borders of each turn by the newlines and `</s>` before them, which takes half of what
+    places in the text take; None unless each of these has an id of its own and comes before."""
+    text, found = rendered.text, []
+    newlines = np.flatnonzero(ids == tokenizer.newline_id)
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    if len(newlines) != text.count("\n") or len(ends) != text.count(EOS):
+        return None
+    for turn in rendered.turns:
+        is_swallowed = turn.behind == turn.end
+        if text[turn.start - 1] != "\n" or not (is_swallowed or text[turn.behind - 1] == "\n"):
+            return None
+        end = ends[text.count(EOS, 0, turn.content_end)]
+        behind = end if is_swallowed else newlines[text.count("\n", 0, turn.behind) - 1]
+        found.append((newlines[text.count("\n", 0, turn.start) - 1], end, behind))
+    return found
 
 
 def _trained(

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tulu_jax.decode import continuation, programs, results, seats
+from tulu_jax.decode import continuation, programs, results, same_bits, seats
 from tulu_jax.decode import pages as pages_lib
 from tulu_jax.decode.sampling import Sampling
 from tulu_jax.models import paged_attention
@@ -85,7 +85,10 @@ class Call:
         )  # fmt: skip
         by_row = parts == 1 and programs.goes_by_row(decoder.config, params, decoder.attend)
         self.seats = seats.Seats(decoder.page) if by_row else None
-        self.stepped = programs.with_head(params) if by_row else params
+        self.fewest = same_bits.fewest_rows(
+            decoder.config, params, dtype=decoder.execution.compute_dtype, slots=decoder.slots
+        )
+        self.stepped = programs.with_head(params) if self.fewest else params
         self.each: dict[int, Sampling] = {}
         self.words: dict[tuple[int, int], np.ndarray] = {}
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}  # ids and characters
@@ -214,6 +217,7 @@ class Call:
             steps=decoder.steps,
             attend=decoder.attend,
             key_impl=self.key_impl,
+            multiplied=max(self.fewest, same_bits.filled(size)) if self.fewest else 1,
         )
         if self.seats is not None:
             self.seats.arrays = cached

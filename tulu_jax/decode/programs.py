@@ -7,18 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tulu_jax.decode import same_bits, score_rows
 from tulu_jax.decode import sampling as sampling_lib
-from tulu_jax.decode import score_rows
 from tulu_jax.models import kept_keys, llama, lora, paged_attention, row_attention
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
-# On a CPU XLA gives large sums and exponentials to a library and small ones not, whose bits differ:
-# a row would depend on how many are beside it. Products alone stay with it. Elsewhere this says
-# nothing.
-SAME_BITS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-
-FEWEST_ROWS = 2  # of a product: XLA multiplies a single row in another order
+FEWEST_ROWS = 2  # of a program
 
 
 def rounded(count: int) -> int:
@@ -68,7 +63,7 @@ class Known:
     jax.jit,
     static_argnames=("config", "execution", "page"),
     donate_argnames="cache",
-    compiler_options=SAME_BITS,
+    compiler_options=same_bits.OPTIONS,
 )
 def fill(params, cache, rows, taken, places, known, *, config, execution, page):
     """The cache with the prompts of packed `rows`; with `known` None none of them has begun."""
@@ -108,16 +103,19 @@ def copy(cache, taken, places):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "execution", "steps", "attend", "key_impl"),
+    static_argnames=("config", "execution", "steps", "attend", "key_impl", "multiplied"),
     donate_argnames="cache",
-    compiler_options=SAME_BITS,
+    compiler_options=same_bits.OPTIONS,
 )
-def run_steps(params, cache, rows, least, *, config, execution, steps, attend, key_impl):
+def run_steps(
+    params, cache, rows, least, *, config, execution, steps, attend, key_impl, multiplied=1
+):
     """`tokens` and `logps` [steps, B], how many steps there were, and the cache, or what stands for
     it on a CPU (`row_attention.Rows`).
 
     A row that has no tokens `left` is idle. The step after which no more than `least` rows go on is
-    the last one.
+    the last one. Fewer rows than `multiplied` are multiplied beside rows of nobody's
+    (`same_bits.py`), and all else is theirs alone.
     """
     rows = {
         name: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()
@@ -128,7 +126,7 @@ def run_steps(params, cache, rows, least, *, config, execution, steps, attend, k
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
     by_row = isinstance(cache, tuple)
-    beside = ((0, max(FEWEST_ROWS - B, 0)),)  # rows that are multiplied, no more, of one seat
+    pad = functools.partial(_padded, rows=max(multiplied, B))
     blocks = kept_keys.apart(config, execution, params) if by_row else None
 
     def step(state):
@@ -140,10 +138,14 @@ def run_steps(params, cache, rows, least, *, config, execution, steps, attend, k
             see = functools.partial(
                 attend, table=table, positions=rows["position"], active=active.astype(jnp.int32)
             )
+
+        def attended(q, k, v, cached, layer):
+            seen, cached = see(q[:B], k[:B], v[:B], cached, layer)
+            return pad(seen), cached
+
         hidden, cached = kept_keys.step(
-            config, execution, params, cached, see,
-            tokens=jnp.pad(rows["token"], beside), positions=jnp.pad(rows["position"], beside),
-            blocks=blocks,
+            config, execution, params, cached, attended,
+            tokens=pad(rows["token"]), positions=pad(rows["position"]), blocks=blocks,
         )  # fmt: skip
         logits = llama.project_one(hidden, params)[:B]
         tokens, logps = sampling_lib.choose(
@@ -169,7 +171,13 @@ def run_steps(params, cache, rows, least, *, config, execution, steps, attend, k
     return jax.tree.map(sharding.replicate, out), sharding.replicate(i), cached
 
 
-@functools.partial(jax.jit, static_argnames=("config", "execution"), compiler_options=SAME_BITS)
+def _padded(x, *, rows: int):
+    return jnp.pad(x, ((0, rows - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "execution"), compiler_options=same_bits.OPTIONS
+)
 def score(params, batch, *, config, execution):
     """Of each entry [B, E] the log-probability of its target and whether that is the likeliest."""
     hidden = llama.hidden_states(

@@ -72,19 +72,17 @@ def begun(
 
 
 def attend(
-    q: Float[Array, "R 1 N H"],
-    k: Float[Array, "R 1 K H"],
-    v: Float[Array, "R 1 K H"],
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
     rows: Rows,
     layer: int,
     *,
     positions: Int[Array, "B"],
-) -> tuple[Float[Array, "R 1 N H"], Rows]:
-    """What the query of each row sees up to its position, and the rows with `k` and `v` there; of
-    the queries beyond B nothing, which sees zeros."""
-    R, _, N, _ = q.shape
+) -> tuple[Float[Array, "B 1 N H"], Rows]:
+    """What the query of each row sees up to its position, and the rows with `k` and `v` there."""
+    N = q.shape[2]
     B, K, M, page, H = rows[layer]["k"].shape
-    q, k, v = q[:B], k[:B], v[:B]
     own = _written(rows[layer], {"k": k[:, 0], "v": v[:, 0]}, positions)
     places = jnp.arange(M * page).reshape(1, 1, M, 1, page)
     visible = places <= positions[:, None, None, None, None]
@@ -94,8 +92,7 @@ def attend(
     exp = jnp.where(visible, jnp.exp(scores - scores.max((2, 4), keepdims=True)), 0.0)
     seen = jnp.einsum("BKMGS,BKMSH->BKMGH", exp.astype(v.dtype), own["v"], **dtype)
     out = _in_order(seen) / _in_order(exp.sum(-1, keepdims=True))
-    out = jnp.pad(out.astype(q.dtype).reshape(B, 1, N, H), ((0, R - B), *[(0, 0)] * 3))
-    return out, (*rows[:layer], own, *rows[layer + 1 :])
+    return out.astype(q.dtype).reshape(B, 1, N, H), (*rows[:layer], own, *rows[layer + 1 :])
 
 
 def _in_order(x):

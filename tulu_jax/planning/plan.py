@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -85,6 +86,7 @@ class Result:
         seconds = step.cost.seconds
         return about | {
             "mesh": step.mesh,
+            "context_first": self.config.mesh.context_first,
             "micro_batch_size": self.config.micro_batch_size or self.config.batch_size,
             "remat_policy": self.config.execution.remat_policy,
             "row_parts": self.config.execution.row_parts,
@@ -205,18 +207,17 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
         left = topology.num_devices // (tensor * context)
         if left % topology.slices:
             continue
-        mesh = dataclasses.replace(
-            config.mesh,
-            data=topology.slices,
-            fsdp=left // topology.slices,
-            context=context,
-            tensor=tensor,
-            topology=topology.name,
-            context_first=False,
-        )
+        axes = (topology.slices, left // topology.slices, context, tensor)
         # Where a device holds many positions between blocks, two parts hide what `tensor` moves.
         parts = 2 if tensor > 1 and config.data.max_length >= LONG * context * tensor else 1
-        for micro in micros:
+        ways = {_order(topology, axes, first): first for first in (True, False)}
+        for context_first, micro in itertools.product(sorted(ways.values()), micros):
+            mesh = dataclasses.replace(
+                config.mesh,
+                **dict(zip(mesh_lib.AXES, axes, strict=True)),
+                topology=topology.name,
+                context_first=context_first,
+            )
             found = [
                 dataclasses.replace(
                     config,
@@ -253,7 +254,7 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     again = 1.0 if full else mlp * sum(name not in kept_names for name in ("gate", "up"))
     compute = cost.ideal_seconds(flops * (1 + again / 3), topology) / 0.85
     shards = sizes["fsdp"] * sizes["context"]
-    seconds = _link_seconds(topology, tuple(sizes.items()))
+    seconds = _link_seconds(topology, tuple(sizes.values()), config.mesh.context_first)
     weights = 2 * model.num_params / sizes["tensor"]  # bytes, whole over fsdp x context
     scattered = weights * seconds["fsdp"] + weights / sizes["fsdp"] * seconds["context"]
     if sizes["fsdp"] > math.prod(sorted(topology.shape)[-2:]):
@@ -293,14 +294,26 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
 
 
 @functools.cache
-def _link_seconds(topology: Topology, sizes: tuple[tuple[str, int], ...]) -> dict[str, float]:
+def _made(topology: Topology, sizes: tuple[int, ...], context_first: bool) -> jax.sharding.Mesh:
+    axes = dict(zip(mesh_lib.AXES, sizes, strict=True))
+    config = mesh_lib.MeshConfig(**axes, context_first=context_first)
+    return mesh_lib.make(config, topology.devices())
+
+
+def _order(topology: Topology, sizes: tuple[int, ...], context_first: bool) -> tuple[int, ...]:
+    return tuple(device.id for device in _made(topology, sizes, context_first).devices.flat)
+
+
+@functools.cache
+def _link_seconds(
+    topology: Topology, shape: tuple[int, ...], context_first: bool
+) -> dict[str, float]:
     """Seconds that each axis of a mesh needs to gather a byte, the largest of its groups."""
-    names, shape = zip(*sizes, strict=True)
-    made = mesh_lib.make(mesh_lib.MeshConfig(**dict(sizes)), topology.devices())
-    places, ids = aot.places(made, topology), np.arange(topology.num_devices).reshape(shape)
+    places = aot.places(_made(topology, shape, context_first), topology)
+    ids = np.arange(topology.num_devices).reshape(shape)
     size = 1e9
     found = {}
-    for axis, name in enumerate(names):
+    for axis, name in enumerate(mesh_lib.AXES):
         groups = np.moveaxis(ids, axis, -1).reshape(-1, shape[axis])
         found[name] = max(
             cost.link_seconds("all-gather", size, group, places, topology)[0] / size
@@ -349,8 +362,8 @@ def search(
     config: TrainConfig, topology: Topology, *, compiles: int, out: epath.Path
 ) -> list[Result]:
     """The results of the `compiles` most promising candidates that were compiled, best first; the
-    fragment of the best, with the attention blocks that count least for its part of a row, is
-    written to `out`. The same inputs give the same choice.
+    fragment of the best, with products apart if that takes less and with the attention blocks that
+    count least for its part of a row, is written to `out`. The same inputs give the same choice.
 
     Raises `UsageError` if nothing divides the slice.
     """
@@ -362,9 +375,19 @@ def search(
     ]
     results.sort(key=lambda r: (not (r.fits and r.spare >= SPARE), r.hours))
     if results[0].fits:
-        results[0] = with_best_blocks(results[0])
+        results[0] = with_best_blocks(with_best_products(results[0]))
         atomic.write_text(out / "slice.gin", fragment(results[0]))
     return results
+
+
+def with_best_products(result: Result) -> Result:
+    """`result`, or what it is with products apart if they were not, or the other way round: what
+    takes less, compiled."""
+    execution = result.config.execution
+    other = dataclasses.replace(execution, products_apart=not execution.products_apart)
+    again = price(dataclasses.replace(result.config, execution=other), result.topology)
+    suits = again.fits and again.spare >= min(SPARE, result.spare)
+    return again if suits and again.hours < result.hours else result
 
 
 def with_best_blocks(result: Result) -> Result:
@@ -419,6 +442,7 @@ def fragment(result: Result) -> str:
         "SLICE = 'any'  # the mesh is this one",
         f"mesh.MeshConfig.topology = {result.topology.name!r}",
         *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
+        f"mesh.MeshConfig.context_first = {config.mesh.context_first}",
         "recipe.TrainConfig.micro_batch_size = "
         f"{'%BATCH_SIZE' if whole else config.micro_batch_size}",
         f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",
