@@ -175,6 +175,20 @@ def test_rows_of_real_lengths_have_the_same_bits_in_every_batch(attend, widths):
         assert [(r.ids, r.logps) for r in alone] == [(found[n].ids, found[n].logps) for n in at]
 
 
+def test_short_prompts_have_the_same_bits_in_packed_rows_of_small_pages():
+    wide = dataclasses.replace(
+        CONFIG, vocab_size=512, num_layers=2, embed_dim=704, mlp_dim=256, max_positions=256
+    )
+    rng = np.random.default_rng(0)
+    weights = random_params(wide, scale=0.1)
+    prompts = [rng.integers(0, 512, n).tolist() for n in (5, 40, 12, 60)]
+    decoder = Decoder(wide, FLOAT32, page=4, row_length=128)
+    found = decoder.generate(weights, prompts, GREEDY, KEY)
+    for n, prompt in enumerate(prompts):
+        (alone,) = decoder.generate(weights, [prompt], GREEDY, KEY)
+        assert (alone.ids, alone.logps) == (found[n].ids, found[n].logps)
+
+
 def test_a_packed_row_is_no_longer_for_large_pages():
     for page in (64, 128, 256):
         decoder = Decoder(CONFIG, FLOAT32, page=page)

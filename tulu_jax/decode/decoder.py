@@ -27,6 +27,7 @@ from tulu_jax.models.config import ExecutionConfig, LlamaConfig
 from tulu_jax.parallel import sharding
 
 STEP = 64  # positions by which the lengths of packed rows differ, or the pages if they are smaller
+LEAST = 64  # positions of a packed row: XLA multiplies fewer in another order on a CPU
 
 
 class Decoder:
@@ -144,7 +145,7 @@ class Decoder:
         the mesh divides, few of them different, and no more for large pages."""
         unit = math.lcm(self.page, sharding.ways("positions"))
         step = math.gcd(unit, STEP)
-        few = step * programs.rounded(-(-length // step))
+        few = step * programs.rounded(-(-max(length, LEAST) // step))
         return unit * -(-few // unit)
 
     def fits(self, prompt: int, sampling: Sampling) -> int:
