@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tulu_jax.kernels import target
-from tulu_jax.models import llama, lora
+from tulu_jax.models import llama, lora, row_attention
 from tulu_jax.models.config import LlamaConfig
-from tulu_jax.parallel import sharding
 
 # Large sums and exponentials go to a library and small ones not, whose bits differ. Products alone
 # stay with it. Elsewhere than on a CPU this says nothing.
@@ -28,7 +26,7 @@ def fewest_rows(config: LlamaConfig, params: llama.Params, *, dtype: str, slots:
     """The fewest rows, a power of two, of which and of twice as many, … up to the larger of `slots`
     and `MANY` each has the same bits behind the matrices of a model; 0 elsewhere than on one CPU,
     where no bits are promised."""
-    if target.platform() != "cpu" or sharding.num_devices() > 1:
+    if not row_attention.on_one_cpu():
         return 0
     leaves = jax.tree_util.tree_leaves_with_path(params)
     ranks = {leaf.shape[-1] for path, leaf in leaves if path[-1].key == lora.A}

@@ -25,11 +25,14 @@ MOST_LAYERS = 24  # which are compiled one by one
 MOST_WEIGHTS = 1 << 31  # bytes of the layers, of which a program has a copy
 
 
+def on_one_cpu() -> bool:
+    return target.platform() == "cpu" and sharding.num_devices() == 1
+
+
 def suits(config: LlamaConfig, layers) -> bool:
     """Whether steps of a model run so: on one CPU, few layers that are not large."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
-    small = config.num_layers <= MOST_LAYERS and size <= MOST_WEIGHTS
-    return target.platform() == "cpu" and sharding.num_devices() == 1 and small
+    return on_one_cpu() and config.num_layers <= MOST_LAYERS and size <= MOST_WEIGHTS
 
 
 def seated(rows: Rows, cache: paged_attention.Cache, slots: Int[Array, "B"], *, pages: int) -> Rows:

@@ -210,14 +210,9 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
         axes = (topology.slices, left // topology.slices, context, tensor)
         # Where a device holds many positions between blocks, two parts hide what `tensor` moves.
         parts = 2 if tensor > 1 and config.data.max_length >= LONG * context * tensor else 1
-        ways = {_order(topology, axes, first): first for first in (True, False)}
-        for context_first, micro in itertools.product(sorted(ways.values()), micros):
-            mesh = dataclasses.replace(
-                config.mesh,
-                **dict(zip(mesh_lib.AXES, axes, strict=True)),
-                topology=topology.name,
-                context_first=context_first,
-            )
+        named = dict(zip(mesh_lib.AXES, axes, strict=True), topology=topology.name)
+        mesh = dataclasses.replace(config.mesh, **named, context_first=False)
+        for micro in micros:
             found = [
                 dataclasses.replace(
                     config,
@@ -232,8 +227,12 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
                 if (KERNEL not in REMAT_POLICIES[policy] or mesh.fsdp * context > 1)
                 and (GATHERED not in REMAT_POLICIES[policy] or tensor > 1)
             ]
-            if not list(preflight.mesh_problems(found[0], topology.num_devices)):
-                yield found
+            if list(preflight.mesh_problems(found[0], topology.num_devices)):
+                continue
+            yield found
+            if _order(topology, axes, True) != _order(topology, axes, False):
+                beside = dataclasses.replace(mesh, context_first=True)
+                yield [dataclasses.replace(candidate, mesh=beside) for candidate in found]
 
 
 def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
