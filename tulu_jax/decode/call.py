@@ -84,10 +84,12 @@ class Call:
             dtype=decoder.execution.compute_dtype,
         )  # fmt: skip
         by_row = parts == 1 and programs.goes_by_row(decoder.config, params, decoder.attend)
-        self.seats = seats.Seats(decoder.page) if by_row else None
-        self.fewest = same_bits.fewest_rows(
-            decoder.config, params, dtype=decoder.execution.compute_dtype, slots=decoder.slots
-        )
+        config, dtype = decoder.config, decoder.execution.compute_dtype
+        self.fewest = same_bits.fewest_rows(config, params, dtype=dtype, slots=decoder.slots)
+        self.seats = None
+        if by_row:
+            fewest = same_bits.fewest_seats(config, dtype=dtype, page=decoder.page)
+            self.seats = seats.Seats(decoder.page, fewest)
         self.stepped = programs.with_head(params) if self.fewest else params
         self.each: dict[int, Sampling] = {}
         self.words: dict[tuple[int, int], np.ndarray] = {}
@@ -243,7 +245,7 @@ class Call:
         waits, or else when what is left fits in a smaller program."""
         if self.schedule.waiting:
             return busy - 1
-        fewest = programs.FEWEST_ROWS if self.seats is None else 1
+        fewest = programs.FEWEST_ROWS if self.seats is None else self.seats.fewest
         shrinks = self.schedule.parts == 1 and size > fewest
         return min(busy - 1, 1 << ((size - 1).bit_length() - 1)) if shrinks else 0
 

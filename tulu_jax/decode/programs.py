@@ -126,7 +126,7 @@ def run_steps(
     B = table.shape[0]
     out = {"tokens": jnp.zeros((steps, B), jnp.int32), "logps": jnp.zeros((steps, B))}
     by_row = isinstance(cache, tuple)
-    pad = functools.partial(_padded, rows=max(multiplied, B))
+    pad, cut = functools.partial(_padded, rows=multiplied), functools.partial(_cut, rows=B)
     blocks = kept_keys.apart(config, execution, params) if by_row else None
 
     def step(state):
@@ -140,14 +140,14 @@ def run_steps(
             )
 
         def attended(q, k, v, cached, layer):
-            seen, cached = see(q[:B], k[:B], v[:B], cached, layer)
+            seen, cached = see(*map(cut, (q, k, v)), cached, layer)
             return pad(seen), cached
 
         hidden, cached = kept_keys.step(
             config, execution, params, cached, attended,
             tokens=pad(rows["token"]), positions=pad(rows["position"]), blocks=blocks,
         )  # fmt: skip
-        logits = llama.project_one(hidden, params)[:B]
+        logits = cut(llama.project_one(hidden, params))
         tokens, logps = sampling_lib.choose(
             logits, count=rows["count"], key_impl=key_impl, **settings
         )
@@ -172,7 +172,15 @@ def run_steps(
 
 
 def _padded(x, *, rows: int):
-    return jnp.pad(x, ((0, rows - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
+    """`x` with nobody's rows behind its own, which XLA would leave out of products by itself."""
+    if x.shape[0] >= rows:
+        return x
+    beside = jnp.pad(x, ((0, rows - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
+    return jax.lax.optimization_barrier(beside)
+
+
+def _cut(x, *, rows: int):
+    return x if x.shape[0] == rows else jax.lax.optimization_barrier(x)[:rows]
 
 
 @functools.partial(

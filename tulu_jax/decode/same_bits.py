@@ -19,6 +19,7 @@ from tulu_jax.models.config import LlamaConfig
 OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 MANY = 16  # rows, at which all programs of no more have the same bits
+LEAST = 2  # rows: a single one is no product of matrices, and what XLA makes of it varies
 LARGEST = 1 << 22  # elements of a matrix that is tried
 
 
@@ -34,6 +35,28 @@ def fewest_rows(config: LlamaConfig, params: llama.Params, *, dtype: str, slots:
     for rank in ranks:
         shapes |= {(size, rank) for size, _ in shapes} | {(rank, size) for _, size in shapes}
     return _fewest(tuple(sorted(shapes)), dtype, filled(max(slots, MANY)))
+
+
+@functools.cache
+def fewest_seats(config: LlamaConfig, *, dtype: str, page: int) -> int:
+    """1 if what the query of a row sees has the same bits alone as beside another's, else 2."""
+    K, H = config.num_kv_heads, config.head_dim
+    drawn = np.random.default_rng(0)
+
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    def seen(q, k, v, own, positions):
+        return row_attention.attend(q, k, v, (own,), 0, positions=positions)[0]
+
+    for pages in (1, 2, 4):
+        shapes = [(2, 1, config.num_heads, H), *[(2, 1, K, H)] * 2, *[(2, K, pages, page, H)] * 2]
+        q, k, v, *own = (
+            jnp.asarray(drawn.standard_normal(shape, np.float32), dtype) for shape in shapes
+        )
+        both = q, k, v, dict(zip("kv", own, strict=True)), jnp.full(2, pages * page - 1)
+        alone = jax.tree.map(lambda x: x[:1], both)
+        if not np.array_equal(seen(*alone), seen(*both)[:1]):
+            return 2
+    return 1
 
 
 def filled(rows: int) -> int:
@@ -54,7 +77,7 @@ def _fewest(shapes: tuple[tuple[int, int], ...], dtype: str, most: int) -> int:
         rows = [_cut(drawn[::-1], (most, D)).astype(dtype) for D, _ in shapes]
         found = jax.device_get(products(rows, kernels))
         fewest = most
-        while fewest > 1:
+        while fewest > LEAST:
             fewer = jax.device_get(products([x[: fewest // 2] for x in rows], kernels))
             if not all(map(np.array_equal, fewer, [y[: fewest // 2] for y in found])):
                 break

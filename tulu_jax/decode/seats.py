@@ -10,17 +10,18 @@ from tulu_jax.models import paged_attention, row_attention
 class Seats:
     """Which row has which place of `arrays`, where it stays until it ends.
 
-    There are places for 1, 2, 4, ... rows: with few rows left they move together.
+    There are places for `fewest`, twice as many, ... rows: with few rows left they move together.
     """
 
-    def __init__(self, page: int):
+    def __init__(self, page: int, fewest: int):
         self.arrays: row_attention.Rows = ()
+        self.fewest = fewest
         self.page, self.width = page, 0  # positions of a page, pages of a place
         self.rows: list[Row | None] = []
 
     def place(self, cache: paged_attention.Cache, rows: list[Row], steps: int) -> dict[int, Row]:
         """The places of `rows` for so many steps; those that have begun are copied from `cache`."""
-        size = 1 << (len(rows) - 1).bit_length()
+        size = max(self.fewest, 1 << (len(rows) - 1).bit_length())
         last = max(row.position + min(steps, row.most - len(row.ids)) for row in rows)
         width = programs.rounded(-(-last // self.page))
         if size == len(self.rows):
