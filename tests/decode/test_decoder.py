@@ -189,6 +189,16 @@ def test_short_prompts_have_the_same_bits_in_packed_rows_of_small_pages():
         assert (alone.ids, alone.logps) == (found[n].ids, found[n].logps)
 
 
+def test_a_head_beside_a_tied_embedding_copies_nothing_else():
+    untied = params()
+    assert programs.with_head(untied) is untied
+    tied = {"model": untied["model"]}
+    found = programs.with_head(tied)
+    assert found["model"] is tied["model"]
+    embedding = tied["model"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(found["lm_head"]["kernel"], embedding.T)
+
+
 def test_a_packed_row_is_no_longer_for_large_pages():
     for page in (64, 128, 256):
         decoder = Decoder(CONFIG, FLOAT32, page=page)

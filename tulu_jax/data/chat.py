@@ -198,13 +198,17 @@ def _counted_borders(rendered: Rendered, ids: np.ndarray, tokenizer: ChatTokeniz
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     if len(newlines) != text.count("\n") or len(ends) != text.count(EOS):
         return None
+    lines = ended = at = 0  # newlines and ends before `at`
     for turn in rendered.turns:
         is_swallowed = turn.behind == turn.end
         if text[turn.start - 1] != "\n" or not (is_swallowed or text[turn.behind - 1] == "\n"):
             return None
-        end = ends[text.count(EOS, 0, turn.content_end)]
-        behind = end if is_swallowed else newlines[text.count("\n", 0, turn.behind) - 1]
-        found.append((newlines[text.count("\n", 0, turn.start) - 1], end, behind))
+        lines += text.count("\n", at, turn.start)
+        ended += text.count(EOS, at, turn.content_end)
+        first, end = newlines[lines - 1], ends[ended]
+        at, ended = turn.behind, ended + 1
+        lines += text.count("\n", turn.start, at)
+        found.append((first, end, end if is_swallowed else newlines[lines - 1]))
     return found
 
 

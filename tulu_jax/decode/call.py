@@ -199,7 +199,7 @@ class Call:
         schedule, decoder = self.schedule, self.decoder
         by_part = [schedule.of_part(part) for part in range(schedule.parts)]
         most = max(map(len, by_part))
-        size = min(1 << (most - 1).bit_length(), max(schedule.slots, most))
+        size = min(same_bits.filled(most), max(schedule.slots, most))
         size = max(size, programs.FEWEST_ROWS)
         if self.seats is not None:
             placed = list(self.seats.place(self.cache, by_part[0], decoder.steps).items())
@@ -247,7 +247,7 @@ class Call:
             return busy - 1
         fewest = programs.FEWEST_ROWS if self.seats is None else self.seats.fewest
         shrinks = self.schedule.parts == 1 and size > fewest
-        return min(busy - 1, 1 << ((size - 1).bit_length() - 1)) if shrinks else 0
+        return min(busy - 1, same_bits.filled(size) // 2) if shrinks else 0
 
     def _arrays(self, placed, size: int, pages: int) -> dict[str, np.ndarray]:
         """What a program needs to know of its `size` rows, of at most `pages` pages each."""

@@ -13,7 +13,7 @@ from tulu_jax.models import kept_keys, llama, lora, paged_attention, row_attenti
 from tulu_jax.models.config import ExecutionConfig
 from tulu_jax.parallel import sharding
 
-FEWEST_ROWS = 2  # of a program
+FEWEST_ROWS = 2  # of a program in pages: attention of a single row may have other bits
 
 
 def rounded(count: int) -> int:
@@ -85,13 +85,15 @@ def goes_by_row(config, params, attend) -> bool:
     return suits and attend is paged_attention.attend
 
 
-@jax.jit
 def with_head(params: llama.Params) -> llama.Params:
     """A tied embedding with its transpose for a head beside it, by which a CPU multiplies few rows
-    in half the time."""
-    return {"lm_head": {"kernel": llama.unembedding(params).T}} | params
+    in half the time; all else is shared."""
+    if "lm_head" in params:
+        return params
+    return params | {"lm_head": {"kernel": _transposed(llama.unembedding(params))}}
 
 
+_transposed = jax.jit(jnp.transpose)
 begin = functools.partial(jax.jit, donate_argnums=0)(row_attention.begun)
 seat = functools.partial(jax.jit, static_argnames="pages")(row_attention.seated)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tulu_jax.decode import programs
+from tulu_jax.decode import programs, same_bits
 from tulu_jax.decode.pages import Row
 from tulu_jax.models import paged_attention, row_attention
 
@@ -21,7 +21,7 @@ class Seats:
 
     def place(self, cache: paged_attention.Cache, rows: list[Row], steps: int) -> dict[int, Row]:
         """The places of `rows` for so many steps; those that have begun are copied from `cache`."""
-        size = max(self.fewest, 1 << (len(rows) - 1).bit_length())
+        size = max(self.fewest, same_bits.filled(len(rows)))
         last = max(row.position + min(steps, row.most - len(row.ids)) for row in rows)
         width = programs.rounded(-(-last // self.page))
         if size == len(self.rows):
