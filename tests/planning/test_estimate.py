@@ -10,7 +10,7 @@ import pytest
 from tulu_jax import cli
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
-from tulu_jax.planning import aot, cost, hlo, plan, rows, topology
+from tulu_jax.planning import aot, cost, hlo, plan, ranking, rows, topology
 
 PROGRAM = """HloModule jit_step
 
@@ -290,25 +290,25 @@ def test_slices_are_counted_in_devices_and_named_as_the_cloud_does():
 def test_the_search_is_the_same_twice_and_divides(absent_slices):
     config = cli.load("sft_7b.gin", workdir=None)
     slice_ = topology.parse("v5e:8x8")
-    first, second = plan.ranked(config, slice_), plan.ranked(config, slice_)
+    first, second = ranking.ranked(config, slice_), ranking.ranked(config, slice_)
     assert first == second
     best = first[0]
     assert not list(plan.problems(best, slice_))
-    seconds = [plan.guess(candidate, slice_)[0] for candidate in first]
+    seconds = [ranking.guess(candidate, slice_)[0] for candidate in first]
     assert seconds == sorted(seconds)
 
 
 def test_the_search_knows_rings_and_keeps_what_fits(absent_slices):
     config = cli.load("sft_70b.gin", workdir=None)
     slice_ = topology.parse("v5e:16x16")
-    found = plan.ranked(config, slice_)
+    found = ranking.ranked(config, slice_)
     meshes = [(c.mesh.fsdp, c.mesh.context, c.mesh.tensor) for c in found]
     assert meshes.index((16, 2, 8)) < meshes.index((4, 8, 8))  # the rows' axis closes a ring
     kept = {mesh: c.execution.remat_policy for mesh, c in zip(meshes, found, strict=True)}
     assert kept[16, 2, 8] == "save_projections"
     # Four times as many rows leave no room for products.
     rows_ = dataclasses.replace(config, batch_size=64, micro_batch_size=64)
-    full = {c.mesh.sizes(256)["context"]: c for c in plan.ranked(rows_, slice_)
+    full = {c.mesh.sizes(256)["context"]: c for c in ranking.ranked(rows_, slice_)
             if c.mesh.tensor == 8 and c.micro_batch_size == 64}  # fmt: skip
     assert full[2].execution.remat_policy == "nothing_saveable"
     assert all(c.optimizer.mu_dtype == "float32" for c in found)
@@ -316,7 +316,7 @@ def test_the_search_knows_rings_and_keeps_what_fits(absent_slices):
 
 def test_the_search_lays_context_first_where_that_is_another_mesh(absent_slices):
     slice_ = topology.parse("v3:16x16")
-    found = plan.ranked(cli.load("dpo_70b.gin", workdir=None), slice_)
+    found = ranking.ranked(cli.load("dpo_70b.gin", workdir=None), slice_)
     by_axes = collections.defaultdict(list)
     for place, candidate in enumerate(found):
         axes = tuple(candidate.mesh.sizes(512).values())
@@ -332,4 +332,4 @@ def test_the_search_lays_context_first_where_that_is_another_mesh(absent_slices)
 def test_nothing_fits_a_slice_that_is_too_small(absent_slices):
     config = cli.load("sft_70b.gin", workdir=None)
     with pytest.raises(ValueError, match="larger slice"):
-        plan.ranked(config, topology.parse("v5e:2x2"))
+        ranking.ranked(config, topology.parse("v5e:2x2"))
