@@ -213,6 +213,26 @@ def test_long_rows_go_through_a_layer_in_two_parts(tmp_path):
     assert_same_params(four_state, one_state, atol=2e-4)
 
 
+@pytest.mark.parametrize("policy", ["save_projections", "save_gathered"])
+def test_rows_gathered_between_pairs_first_are_the_same_rows(tmp_path, policy):
+    config, _ = make(tmp_path, "sft", batch_size=2)
+    config = builders.replace(
+        config,
+        execution__remat=True,
+        execution__row_parts=2,
+        execution__remat_policy=policy,
+        mesh=MeshConfig(data=1, fsdp=2, tensor=4, pairs_first=True),
+    )
+    assert config.execution.pairs_first  # the mesh of a run says it
+    plain = builders.replace(config, mesh=MeshConfig(data=1, fsdp=2, tensor=4))
+    batch, found = builders.sft_batch(2, 64), []
+    for run in (config, plain):
+        found.append(losses_and_state(run, batch, mesh=mesh_lib.make(run.mesh)))
+    (pairs, pairs_state), (whole, whole_state) = found
+    assert pairs == whole  # bit by bit: only the way of what moves differs
+    jax.tree.map(np.testing.assert_array_equal, pairs_state.params, whole_state.params)
+
+
 def test_what_was_gathered_is_kept_and_not_gathered_again(tmp_path):
     config, _ = make(tmp_path, "sft", batch_size=2)
     config = builders.replace(config, execution__remat=True, execution__row_parts=2)

@@ -80,7 +80,7 @@ class TrainConfig:
 
     def _put_on(self, slice):
         """Sets what `slice` decides; the rule that this breaks, if it does."""
-        policy, parts, apart = KEEP_NOTHING, 1, False
+        layout = slices.Layout(1, 1, 1, remat_policy=KEEP_NOTHING)
         if slice != slices.ANY:
             try:
                 mesh, layout = slices.find(
@@ -97,19 +97,19 @@ class TrainConfig:
                         f"two: remove the mesh, or set SLICE = {slices.ANY!r} to keep it",
                     )
                 ]
-            policy, parts, apart = layout.remat_policy, layout.row_parts, layout.products_apart
             micro = self.micro_batch_size or layout.micro_batch_size or self.batch_size
             object.__setattr__(self, "mesh", mesh)
             object.__setattr__(self, "micro_batch_size", micro)
         execution = dataclasses.replace(
             self.execution,
-            remat_policy=self.execution.remat_policy or policy,
-            row_parts=self.execution.row_parts or parts,
-            products_apart=apart
-            if self.execution.products_apart is None
-            else self.execution.products_apart,
+            **{
+                name: getattr(layout, name)
+                for name in slices.OF_EXECUTION
+                if getattr(self.execution, name) is None
+            },
             balanced=_balanced(self.execution.balanced, self.data.packing),
             adapter=self.adapter,
+            pairs_first=self.mesh.pairs_first,
         )
         object.__setattr__(self, "execution", execution)
         to_ends = self.objective.head == SCORE

@@ -252,6 +252,35 @@ def test_context_has_the_neighbours_where_tensor_loses_no_link_or_it_is_first(
     assert found == [context, tensor]
 
 
+@pytest.mark.parametrize(
+    "name, sizes, line",
+    [
+        ("v5p:2x4x4", (1, 4, 8), 0),
+        ("v6e:8x8", (1, 4, 16), 1),  # two places of an axis of eight
+        ("v5p:4x8x8", (16, 2, 8), None),  # a ring of eight
+        ("v5p:2x4x4", (8, 2, 2), None),  # two alone are no pairs of anything
+    ],
+)
+def test_neighbours_along_tensor_are_the_chips_of_a_line_of_two(absent_slices, name, sizes, line):
+    devices, axes = topology.parse(name).devices(), dict(zip(mesh_lib.AXES[1:], sizes, strict=True))
+    usual, paired = (
+        mesh_lib.make(mesh_lib.MeshConfig(data=-1, **axes, pairs_first=first), devices).devices
+        for first in (False, True)
+    )
+    if line is None:
+        assert (usual == paired).all()
+        return
+    groups = zip(usual.reshape(-1, sizes[-1]), paired.reshape(-1, sizes[-1]), strict=True)
+    assert all(set(before) == set(after) for before, after in groups)
+    for one, other in paired.reshape(-1, 2):
+        (differs,) = np.flatnonzero(np.subtract(one.coords, other.coords))
+        assert differs == line
+    rest = [np.delete(device.coords, line).tolist() for device in paired.reshape(-1, sizes[-1])[0]]
+    assert all(
+        len({tuple(place) for place in rest[first::2]}) == sizes[-1] // 2 for first in (0, 1)
+    )
+
+
 def test_rows_count_pairs_of_blocks():
     assert rows.WHOLE.pairs(8192, block=512, shards=1) == 16 * 17 / 2
     assert rows.WHOLE.pairs(8192, block=512, shards=8) == 15 + 16  # the last shard's

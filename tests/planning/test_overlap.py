@@ -6,6 +6,7 @@ seconds of one product and of one transfer.
 """
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -82,6 +83,20 @@ def permutes(x, a, b):
     return jax.lax.scan(layer, x, (a, b))[0]
 
 
+def rows_of_two_parts(x, a, b, *, pairs_first):
+    """Two products a layer, of rows that `tensor` divides, in two parts (`layers.Block`)."""
+    how = dict(pairs_first=pairs_first)
+
+    def layer(x, weights):
+        parts = jnp.split(x, 2, axis=1)
+        gathered = [sharding.gather(part, 1, "tensor", **how) for part in parts]
+        outs = [jnp.tanh(part @ weights[0]) @ weights[1] for part in gathered]
+        own = [sharding.scatter_sum(out, 1, "tensor", **how) for out in outs]
+        return jnp.concatenate([part + one for part, one in zip(parts, own, strict=True)], 1), None
+
+    return jax.lax.scan(layer, x, (a, b))[0]
+
+
 ROW, STACK, WEIGHTS = (
     (DEVICES * ROWS, WIDTH),
     (LAYERS, DEVICES * ROWS, WIDTH),
@@ -133,11 +148,7 @@ class Priced:
         return found
 
 
-def priced(chip, program, kind, size) -> Priced:
-    slice_ = topology.parse(SLICES[chip])
-    devices = slice_.devices()
-    mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=DEVICES), devices)
-    arguments, out = PROGRAMS[program]
+def compiled(slice_, mesh, program, arguments, out) -> tuple[hlo.Module, cost.Cost]:
     with jax.set_mesh(mesh):
         run = jax.shard_map(
             program, in_specs=tuple(s for _, s in arguments), out_specs=out, check_vma=False
@@ -147,11 +158,19 @@ def priced(chip, program, kind, size) -> Priced:
             for shape, spec in arguments
         ]
         lowered = jax.jit(run).trace(*abstract).lower(lowering_platforms=("tpu",))
-        options = compiler.options(devices[0].device_kind)
+        options = compiler.options(mesh.devices.flat[0].device_kind)
         made = aot.compiled_for(lowered, slice_, mesh, options)
     module, places = hlo.parse(made["hlo"]), aot.places(mesh, slice_)
     axes = cost.mesh_axes(dict(mesh.shape))
     found = cost.Estimator(module, slice_, places, axes, lambda name, text: None, 1.0).estimate()
+    return module, found
+
+
+def priced(chip, program, kind, size) -> Priced:
+    slice_ = topology.parse(SLICES[chip])
+    mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=DEVICES), slice_.devices())
+    module, found = compiled(slice_, mesh, program, *PROGRAMS[program])
+    places = aot.places(mesh, slice_)
     seconds = [s / runs for s, runs, _, what in found.top if what == "matrix product"]
     if kind == "collective-permute":
         moved, _ = cost.permute_seconds(size, RING, places, slice_)
@@ -234,3 +253,23 @@ def test_a_permute_runs_beside_a_product(absent_slices, chip):
     )
     over = max(0.0, found.moved - found.product)
     assert found.cost.interconnect == pytest.approx(LAYERS * over, abs=0.05 * LAYERS * found.moved)
+
+
+def test_over_a_line_of_two_and_a_ring_rows_move_beside_products_between_pairs_first(
+    absent_slices,
+):
+    """Over both at once the compiler gathers nothing beside compute."""
+    slice_ = topology.parse("v5p:2x4x1")
+    rows = ((1, DEVICES * ROWS, WIDTH), jax.P(None, "tensor"))
+    up = ((LAYERS, WIDTH, 4 * WIDTH), jax.P(None, None, "tensor"))
+    down = ((LAYERS, 4 * WIDTH, WIDTH), jax.P(None, "tensor"))
+    found = {}
+    for pairs_first in (False, True):
+        config = mesh_lib.MeshConfig(data=1, fsdp=1, tensor=8, pairs_first=pairs_first)
+        mesh = mesh_lib.make(config, slice_.devices())
+        program = functools.partial(rows_of_two_parts, pairs_first=pairs_first)
+        _, found[pairs_first] = compiled(slice_, mesh, program, [rows, up, down], rows[1])
+    assert found[True].hidden > 2 * found[False].hidden
+    assert found[True].interconnect < 0.75 * found[False].interconnect
+    sent = {kind for kind, _ in found[True].wire}
+    assert sent == {"all-gather", "reduce-scatter", "collective-permute"}

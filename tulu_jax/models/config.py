@@ -179,7 +179,7 @@ class ExecutionConfig:
     weights of linear layers over `fsdp` and `context` in codes, about half the bytes of bfloat16,
     and so multiplies with rounded weights (`quant/in_transit.py`); gradients go to the weights
     that are not, in the compute dtype. None gathers in the compute dtype. `adapter` is that of the
-    run (`recipe.TrainConfig.adapter`), which sets it here.
+    run (`recipe.TrainConfig.adapter`) and `pairs_first` that of its mesh: they are set here by it.
     """
 
     compute_dtype: str = "bfloat16"
@@ -192,6 +192,7 @@ class ExecutionConfig:
     balanced: bool | None = None
     gather_dtype: str | None = None
     adapter: LoRAConfig | None = None
+    pairs_first: bool = False
 
     def __post_init__(self):
         validation.check(self, self._rules)

@@ -269,7 +269,8 @@ class Block(nnx.Module):
     multiplied. Weights are gathered once for all parts and their gradients scattered once. Where
     the matrix units bind anyway, halves of products are a little slower, so the table of slices
     says where it pays (`parallel/slices.py`). So it does of `apart`, which keeps what is computed
-    element by element out of products (`products.apart`).
+    element by element out of products (`products.apart`), and of `pairs_first`, in which order
+    parts are gathered (`sharding.gather`).
     """
 
     def __init__(
@@ -279,10 +280,11 @@ class Block(nnx.Module):
         adapter,
         gather_dtype: str | None,
         apart: bool = False,
+        pairs_first: bool = False,
         rngs: nnx.Rngs,
     ):
         made = dict(adapter=adapter, gather_dtype=gather_dtype, rngs=rngs)  # of each projection
-        self.apart = apart
+        self.apart, self.pairs_first = apart, pairs_first
         self.input_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.self_attn = SelfAttention(config, apart=apart, **made)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, eps=config.norm_eps)
@@ -305,31 +307,33 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed = self._gathered(self.input_layernorm, parts)
             outs, kept = self.self_attn(normed, noise=noise, **attention_inputs)
-            return [checkpoint_name(part, "residual") for part in _added(parts, outs)], kept
+            return [checkpoint_name(part, "residual") for part in self._added(parts, outs)], kept
 
     def _fed_forward(self, parts, noise):
         with jax.named_scope("mlp"):
             normed = self._gathered(self.post_attention_layernorm, parts)
-            return _added(parts, self.mlp(normed, noise))
+            return self._added(parts, self.mlp(normed, noise))
 
     def _gathered(self, norm, parts):
         """Each part normalised, with the positions of all devices along `tensor`."""
         normed = [norm(part) for part in parts]
         if sharding.axis_size("tensor") > 1:
-            normed = [sharding.gather(part, 1, "tensor") for part in normed]
+            how = dict(pairs_first=self.pairs_first)
+            normed = [sharding.gather(part, 1, "tensor", **how) for part in normed]
             normed = [checkpoint_name(part, "gathered") for part in normed]
         return [products.apart(part) for part in normed] if self.apart else normed
+
+    def _added(self, parts, outs):
+        """Each part plus its own positions of what the devices along `tensor` sum."""
+        how = dict(pairs_first=self.pairs_first)
+        sums = (sharding.scatter_sum(out, 1, "tensor", **how) for out in outs)
+        return [part + own for part, own in zip(parts, sums, strict=True)]
 
 
 def _cut(x, row_parts: int):
     """[B, S, D] in `row_parts` parts along S, where there is something to move beside them."""
     divides = sharding.axis_size("tensor") > 1 and x.shape[1] % row_parts == 0
     return jnp.split(x, row_parts, axis=1) if divides else [x]
-
-
-def _added(parts, outs):
-    """Each part plus its own positions of what the devices along `tensor` sum."""
-    return [p + sharding.scatter_sum(o, 1, "tensor") for p, o in zip(parts, outs, strict=True)]
 
 
 def _joined(parts):

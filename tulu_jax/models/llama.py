@@ -83,6 +83,7 @@ class Trunk(nnx.Module):
                 adapter=execution.adapter,
                 gather_dtype=execution.gather_dtype,
                 apart=bool(execution.products_apart),
+                pairs_first=bool(execution.pairs_first),
                 rngs=rngs,
             )
 

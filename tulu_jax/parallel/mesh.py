@@ -22,8 +22,10 @@ class MeshConfig:
     `data` replicates parameters (and spans slices); `fsdp` and `context` shard them over their
     embed axis, and a batch by its rows and along the sequence; `tensor` shards heads, the MLP and
     the vocabulary. Where `context` and `tensor` share torus axes, `context_first` says that
-    `context` has the most links, as suits a run whose weights are most of what moves. `topology` is
-    the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
+    `context` has the most links, as suits a run whose weights are most of what moves. Where
+    `tensor` lies over a line of two chips and a ring, `pairs_first` makes the two of the line
+    neighbours, which exchange what rows they have before the ring gathers them
+    (`sharding.gather`). `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
     dry run compiles for it.
     """
 
@@ -32,6 +34,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     context_first: bool = False
+    pairs_first: bool = False
     topology: str | None = None
 
     def __post_init__(self):
@@ -113,6 +116,7 @@ def make(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sha
         placed = np.asarray(devices).reshape(tuple(sizes.values()))
     else:
         placed = _laid(sizes, devices, slices, config.context_first)
+        placed = _paired(placed, list(sizes).index("tensor")) if config.pairs_first else placed
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=types)
 
 
@@ -149,6 +153,21 @@ def _laid(
     better = found(beside, "context") > found(usual, "context")
     free = context_first or found(beside, "tensor") >= found(usual, "tensor")
     return beside if better and free else usual
+
+
+def _paired(placed: np.ndarray, axis: int) -> np.ndarray:
+    """`placed` with neighbours along `axis` that differ, two by two, in one torus axis alone: one
+    along which the devices of `axis` have two places. As it is where they have none such."""
+    coords = np.moveaxis(placed, axis, -1).reshape(-1, placed.shape[axis])[0]
+    coords = np.array([device.coords for device in coords])
+    for torus_axis, places in enumerate(coords.T):
+        values, place = np.unique(places, return_inverse=True)
+        if len(values) == 2 and len(places) > 2:
+            order = np.argsort(place, kind="stable").reshape(2, -1).T.ravel()
+            pairs = np.delete(coords, torus_axis, 1)[order].reshape(len(places) // 2, 2, -1)
+            if (pairs[:, 0] == pairs[:, 1]).all():
+                return np.take(placed, order, axis)
+    return placed
 
 
 def links(places: Int[np.ndarray, "N axes"], shape: Sequence[int], wraps: int) -> float:

@@ -156,32 +156,46 @@ def axis_size(logical_axis: str) -> int:
     return math.prod(jax.lax.axis_size(name) for name in _bound(logical_axis))
 
 
-def gather(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
+def gather(x: jax.Array, axis: int, logical_axis: str, *, pairs_first: bool = False) -> jax.Array:
     """`x` whole along `axis`, whose shards follow `logical_axis`; its cotangent is
     reduce-scattered.
 
     One mesh axis after the other, the minor first: a slice's torus has a ring for each, while a
-    group over three torus dimensions has none and XLA would sum zero-padded copies.
+    group over three torus dimensions has none and XLA would sum zero-padded copies. With
+    `pairs_first` the devices of a mesh axis exchange what they have with their neighbours, two by
+    two, and then gather among every other: for an axis laid over a line of two chips and a ring
+    (`mesh.make`), over which together the compiler gathers nothing beside compute.
     """
     for name in reversed(_bound(logical_axis)):
-        x = _gather(x, name, axis)
+        x = _gather(x, name, axis, pairs_first)
     return x
 
 
-def scatter_sum(x: jax.Array, axis: int, logical_axis: str) -> jax.Array:
-    """Sum of the devices' `x`, of which each keeps its shard of `axis`; cotangents are gathered."""
+def scatter_sum(
+    x: jax.Array, axis: int, logical_axis: str, *, pairs_first: bool = False
+) -> jax.Array:
+    """Sum of the devices' `x`, of which each keeps its shard of `axis`; cotangents are gathered, as
+    `gather` does."""
     for name in _bound(logical_axis):
-        x = _scatter(x, name, axis)
+        x = _scatter(x, name, axis, pairs_first)
     return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, name, axis):
-    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x, name, axis, pairs_first):
+    devices = jax.lax.axis_size(name)
+    if not pairs_first or devices % 2 or devices == 2:
+        return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    other = jax.lax.ppermute(x, name, [(device, device ^ 1) for device in range(devices)])
+    is_first = jax.lax.axis_index(name) % 2 == 0
+    pair = [jnp.concatenate(both, axis) for both in ((x, other), (other, x))]
+    groups = [list(range(first, devices, 2)) for first in (0, 1)]
+    x = jnp.where(is_first, *pair)
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scatter(x, name, axis):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _scatter(x, name, axis, pairs_first):
     """Where that costs no copy the shards lead in memory: from other layouts XLA may sum all of `x`
     on every device and then cut.
 
@@ -205,12 +219,12 @@ def _scatter(x, name, axis):
 
 
 _gather.defvjp(
-    lambda x, name, axis: (_gather(x, name, axis), None),
-    lambda name, axis, _, cotangent: (_scatter(cotangent, name, axis),),
+    lambda x, *how: (_gather(x, *how), None),
+    lambda name, axis, pairs_first, _, cotangent: (_scatter(cotangent, name, axis, pairs_first),),
 )
 _scatter.defvjp(
-    lambda x, name, axis: (_scatter(x, name, axis), None),
-    lambda name, axis, _, cotangent: (_gather(cotangent, name, axis),),
+    lambda x, *how: (_scatter(x, *how), None),
+    lambda name, axis, pairs_first, _, cotangent: (_gather(cotangent, name, axis, pairs_first),),
 )
 
 

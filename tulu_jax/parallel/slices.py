@@ -17,14 +17,16 @@ from tulu_jax.parallel.mesh import AXES, DecodingMesh, MeshConfig
 ANY = "any"
 SIZES = {"7b": 6.74e9, "13b": 13.0e9, "34b": 33.7e9, "70b": 69.0e9}  # parameters
 NEAR = 1.5  # times the parameters of a size, or a part of them, are laid out as it is
+# Fields of a layout that a run takes unless it sets them.
+OF_EXECUTION = ("remat_policy", "row_parts", "products_apart")
 ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, in
-    how many parts it takes its rows and whether its products stand apart (`layers.Block`), and
-    whether `context` has the most links (`mesh.MeshConfig`)."""
+    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, how it
+    takes its rows (OF_EXECUTION: `config.ExecutionConfig`), and how the mesh is laid
+    (`mesh.MeshConfig`)."""
 
     fsdp: int
     context: int
@@ -34,6 +36,7 @@ class Layout:
     row_parts: int = 1
     products_apart: bool = False
     context_first: bool = False
+    pairs_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Slice:
 _PARTED = Layout(16, 2, 8, row_parts=2)
 # Nobody has compiled 34B DPO.
 _256 = {"dpo_34b": None, "sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
+# Here `tensor` lies over a line of two chips and a ring.
+_PAIRED = Layout(1, 4, 8, remat_policy="save_gathered", row_parts=2, pairs_first=True)
 _WIDER = {"sft_7b": Layout(16, 1, 16, row_parts=2)}
 
 
@@ -87,9 +92,9 @@ SLICES = {
         "v5p:2x4x4",
         ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
-        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": Layout(1, 4, 8)}
+        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": _PAIRED}
         | {"sft_13b": Layout(16, 1, 2, row_parts=2, products_apart=True)}
-        | {"dpo_70b": Layout(1, 4, 8, remat_policy="save_gathered", products_apart=True)},
+        | {"dpo_70b": dataclasses.replace(_PAIRED, products_apart=True)},
     ),
     "v5p_128": Slice(
         "v5p:4x4x4", LARGEST,
@@ -147,8 +152,8 @@ def find(name: str, *, num_params: int, stage: str) -> tuple[MeshConfig, Layout]
     layout = slice_.layout(stage, size) if slice_ else None
     if layout is not None:
         axes = dict(fsdp=layout.fsdp, context=layout.context, tensor=layout.tensor)
-        axes |= dict(topology=slice_.topology, context_first=layout.context_first)
-        return MeshConfig(**axes), layout
+        laid = dict(context_first=layout.context_first, pairs_first=layout.pairs_first)
+        return MeshConfig(topology=slice_.topology, **axes, **laid), layout
     what = f"{size} {stage}" if size else f"a model of {num_params:,} parameters"
     found = f"has no layout for {what}" if slice_ else "is not known"
     near = "" if slice_ else validation.nearest(str(name), [ANY, *SLICES])

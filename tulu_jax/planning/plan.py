@@ -76,6 +76,7 @@ class Result:
         return about | {
             "mesh": step.mesh,
             "context_first": self.config.mesh.context_first,
+            "pairs_first": self.config.mesh.pairs_first,
             "micro_batch_size": self.config.micro_batch_size or self.config.batch_size,
             "remat_policy": self.config.execution.remat_policy,
             "row_parts": self.config.execution.row_parts,
@@ -189,8 +190,8 @@ def search(
     config: TrainConfig, topology: Topology, *, compiles: int, out: epath.Path
 ) -> list[Result]:
     """The results of the `compiles` most promising candidates that were compiled, best first; the
-    fragment of the best, with products apart if that takes less and with the attention blocks that
-    count least for its part of a row, is written to `out`. The same inputs give the same choice.
+    fragment of the best, in the form of its layers that takes least (`with_best_form`) and with the
+    attention blocks that count least for its part of a row, is written to `out`. The same inputs give the same choice.
 
     Raises `UsageError` if nothing divides the slice.
     """
@@ -200,19 +201,28 @@ def search(
     results = [price(candidate, topology) for candidate in tqdm.tqdm(best, "plan", unit="compile")]
     results.sort(key=lambda r: (not (r.fits and r.spare >= ranking.SPARE), r.hours))
     if results[0].fits:
-        results[0] = with_best_blocks(with_best_products(results[0]))
+        results[0] = with_best_blocks(with_best_form(results[0]))
         atomic.write_text(out / "slice.gin", fragment(results[0]))
     return results
 
 
-def with_best_products(result: Result) -> Result:
-    """`result`, or what it is with products apart if they were not, or the other way round: what
-    takes less, compiled."""
-    execution = result.config.execution
-    other = dataclasses.replace(execution, products_apart=not execution.products_apart)
-    again = price(dataclasses.replace(result.config, execution=other), result.topology)
-    suits = again.fits and again.spare >= min(ranking.SPARE, result.spare)
-    return again if suits and again.hours < result.hours else result
+def with_best_form(result: Result) -> Result:
+    """`result` with its mesh and micro-batch, and of a layer what no estimate from shapes tells
+    (`ranking.FORMS`): each change is compiled on the best before it, and kept if it takes less,
+    fits as well and has no more faults."""
+    for change in ranking.FORMS:
+        changed = change(result.config, result.topology)
+        if changed is None:
+            continue
+        again = price(changed, result.topology)
+        if (
+            again.fits
+            and again.hours < result.hours
+            and again.spare >= min(ranking.SPARE, result.spare)
+            and len(again.step.faults) <= len(result.step.faults)
+        ):
+            result = again
+    return result
 
 
 def with_best_blocks(result: Result) -> Result:
@@ -268,6 +278,7 @@ def fragment(result: Result) -> str:
         f"mesh.MeshConfig.topology = {result.topology.name!r}",
         *(f"mesh.MeshConfig.{axis} = {size}" for axis, size in step.mesh.items()),
         f"mesh.MeshConfig.context_first = {config.mesh.context_first}",
+        f"mesh.MeshConfig.pairs_first = {config.mesh.pairs_first}",
         "recipe.TrainConfig.micro_batch_size = "
         f"{'%BATCH_SIZE' if whole else config.micro_batch_size}",
         f"config.ExecutionConfig.remat_policy = {config.execution.remat_policy!r}",

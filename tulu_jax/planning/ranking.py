@@ -38,7 +38,7 @@ def candidates(config: TrainConfig, topology: Topology) -> Iterator[list[TrainCo
         # Where a device holds many positions between blocks, two parts hide what `tensor` moves.
         parts = 2 if tensor > 1 and config.data.max_length >= LONG * context * tensor else 1
         named = dict(zip(mesh_lib.AXES, axes, strict=True), topology=topology.name)
-        mesh = dataclasses.replace(config.mesh, **named, context_first=False)
+        mesh = dataclasses.replace(config.mesh, **named, context_first=False, pairs_first=False)
         for micro in micros:
             found = [
                 dataclasses.replace(
@@ -120,14 +120,16 @@ def guess(config: TrainConfig, topology: Topology) -> tuple[float, float]:
 
 
 @functools.cache
-def _made(topology: Topology, sizes: tuple[int, ...], context_first: bool) -> jax.sharding.Mesh:
+def _made(
+    topology: Topology, sizes: tuple[int, ...], context_first: bool, pairs_first: bool = False
+) -> jax.sharding.Mesh:
     axes = dict(zip(mesh_lib.AXES, sizes, strict=True))
-    config = mesh_lib.MeshConfig(**axes, context_first=context_first)
+    config = mesh_lib.MeshConfig(**axes, context_first=context_first, pairs_first=pairs_first)
     return mesh_lib.make(config, topology.devices())
 
 
-def _order(topology: Topology, sizes: tuple[int, ...], context_first: bool) -> tuple[int, ...]:
-    return tuple(device.id for device in _made(topology, sizes, context_first).devices.flat)
+def _order(topology: Topology, *how) -> tuple[int, ...]:
+    return tuple(device.id for device in _made(topology, *how).devices.flat)
 
 
 @functools.cache
@@ -164,6 +166,47 @@ def _kept(config: TrainConfig, sizes: dict[str, int], micro: int) -> float:
                 2 * sum(math.prod(shape) for shape in model.projections.values()) / sizes["tensor"]
             )
     return layer * model.num_layers
+
+
+def _executed(config: TrainConfig, **changes) -> TrainConfig:
+    execution = dataclasses.replace(config.execution, **changes)
+    return dataclasses.replace(config, execution=execution)
+
+
+def _other_products(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """Products apart if they were not, and the other way round."""
+    return _executed(config, products_apart=not config.execution.products_apart)
+
+
+def _keeping(policy: str, config: TrainConfig, topology: Topology) -> TrainConfig | None:
+    """Kept of a layer what `policy` says, if all products are kept: there it may be faster to keep
+    what was gathered, or to gather it again."""
+    sizes, kept = config.mesh.sizes(topology.num_devices), REMAT_POLICIES[policy]
+    now = config.execution.remat_policy
+    if now == policy or now not in KEEPING:
+        return None
+    alone = {KERNEL: sizes["fsdp"] * sizes["context"], GATHERED: sizes["tensor"]}
+    if any(alone.get(name) == 1 for name in kept):
+        return None
+    return _executed(config, remat_policy=policy)
+
+
+def _by_pairs(config: TrainConfig, topology: Topology) -> TrainConfig | None:
+    """Rows in two parts, gathered between pairs first, where `tensor` lies over a line of two chips
+    and more."""
+    mesh = dataclasses.replace(config.mesh, pairs_first=True)
+    sizes = tuple(mesh.sizes(topology.num_devices).values())
+    positions = config.data.max_length // (sizes[-1] * sizes[-2])
+    usual, paired = (
+        _order(topology, sizes, mesh.context_first, pairs_first) for pairs_first in (False, True)
+    )
+    if config.mesh.pairs_first or usual == paired or positions % 2:
+        return None
+    return _executed(dataclasses.replace(config, mesh=mesh), row_parts=2)
+
+
+KEEPING = ("save_projections", "save_gathered", "save_kernels")
+FORMS = (_other_products, _by_pairs, *(functools.partial(_keeping, name) for name in KEEPING))
 
 
 def ranked(config: TrainConfig, topology: Topology) -> list[TrainConfig]:

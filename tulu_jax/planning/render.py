@@ -62,6 +62,7 @@ def _column(result: plan.Result) -> dict[str, str]:
         "micro-batch": f"{result.config.micro_batch_size or result.config.batch_size}",
         "remat": result.config.execution.remat_policy,
         "parts of rows": f"{result.config.execution.row_parts}",
+        "gathered by pairs first": "yes" if result.config.mesh.pairs_first else "no",
         "products apart": "yes" if result.config.execution.products_apart else "no",
         "weights gathered in": result.config.execution.gather_dtype
         or result.config.execution.compute_dtype,

@@ -21,7 +21,7 @@ _NOT_COMPARED = (
     "workdir", "reference_dir", "logging", "checkpoint", "mesh", "micro_batch_size", "eval_every",
     "data.workers", "data.cache_dir", "data.data_root", "execution.adapter",
     "execution.remat_policy", "execution.row_parts", "execution.products_apart",
-    "execution.balanced",
+    "execution.balanced", "execution.pairs_first",
 )  # fmt: skip
 _PATHS = (
     "base",
