@@ -358,6 +358,39 @@ def test_the_search_lays_context_first_where_that_is_another_mesh(absent_slices)
     assert slices.SLICES["v3_512"].layout("dpo", "70b").context_first
 
 
+def test_forms_of_a_layer_that_the_search_compiles(absent_slices):
+    config = cli.load("dpo_70b.gin", workdir=None)  # gathered between pairs first, kept, apart
+    slice_ = topology.parse("v5p:2x4x4")
+
+    def forms(config, slice_):
+        made = (change(config, slice_) for change in ranking.FORMS)
+        return [
+            (one.mesh.pairs_first, one.execution.row_parts, one.execution.products_apart,
+             one.execution.remat_policy)
+            for one in made if one is not None
+        ]  # fmt: skip
+
+    assert forms(config, slice_) == [
+        (True, 2, False, "save_gathered"),
+        (True, 2, True, "save_projections"),
+        (True, 2, True, "save_kernels"),
+    ]
+    mesh = dataclasses.replace(config.mesh, pairs_first=False)
+    execution = dataclasses.replace(config.execution, row_parts=1, remat_policy="nothing_saveable")
+    config = dataclasses.replace(config, mesh=mesh, execution=execution)
+    # What recomputes for room keeps doing so.
+    assert forms(config, slice_) == [
+        (False, 1, False, "nothing_saveable"), (True, 2, True, "nothing_saveable")
+    ]  # fmt: skip
+    # A ring of eight has no pairs, and nothing is gathered where nothing divides.
+    eight = dataclasses.replace(mesh, context=32, topology="v5p:4x8x8")
+    assert len(forms(dataclasses.replace(config, mesh=eight), topology.parse("v5p:4x8x8"))) == 1
+    alone = dataclasses.replace(mesh, context=32, tensor=1)
+    execution = dataclasses.replace(config.execution, remat_policy="save_projections")
+    config = dataclasses.replace(config, mesh=alone, execution=execution)
+    assert [form[-1] for form in forms(config, slice_)] == ["save_projections", "save_kernels"]
+
+
 def test_nothing_fits_a_slice_that_is_too_small(absent_slices):
     config = cli.load("sft_70b.gin", workdir=None)
     with pytest.raises(ValueError, match="larger slice"):

@@ -25,8 +25,8 @@ class MeshConfig:
     `context` has the most links, as suits a run whose weights are most of what moves. Where
     `tensor` lies over a line of two chips and a ring, `pairs_first` makes the two of the line
     neighbours, which exchange what rows they have before the ring gathers them
-    (`sharding.gather`). `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or '2*v5e:16x16' for two slices; the
-    dry run compiles for it.
+    (`sharding.gather`). `topology` is the TPU slice these sizes are meant for, e.g. 'v5p:4x4x8', or
+    '2*v5e:16x16' for two slices; the dry run compiles for it.
     """
 
     data: int = 1

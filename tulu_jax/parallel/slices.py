@@ -24,8 +24,8 @@ ALL, SMALL, LARGEST = tuple(SIZES), ("7b", "13b"), ("70b",)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps, how it
-    takes its rows (OF_EXECUTION: `config.ExecutionConfig`), and how the mesh is laid
+    """Mesh axes besides `data`, rows of a forward (None: the whole batch), what a layer keeps and
+    how it takes its rows (OF_EXECUTION: `config.ExecutionConfig`), and how the mesh is laid
     (`mesh.MeshConfig`)."""
 
     fsdp: int
@@ -56,14 +56,24 @@ class Slice:
         return self.layouts.get(f"{stage}_{size}", self.layouts.get(stage))
 
 
+def _apart(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, products_apart=True)
+
+
+def _kept(layout: Layout) -> Layout:
+    """What was gathered over `tensor` is kept for the backward pass."""
+    return dataclasses.replace(layout, remat_policy="save_gathered")
+
+
 # 16 rows of SFT divide over fsdp; 3 of DPO over nothing, so that each device has a piece of every
 # row. Heads bound tensor: 32 at 7B, 40 at 13B, 8 key/value heads at 34B and 70B.
-_PARTED = Layout(16, 2, 8, row_parts=2)
+_SFT, _DPO, _DPO_7B = Layout(16, 2, 8, row_parts=2), Layout(1, 32, 8), Layout(1, 16, 16)
 # Nobody has compiled 34B DPO.
-_256 = {"dpo_34b": None, "sft": _PARTED, "dpo": Layout(1, 32, 8), "dpo_7b": Layout(1, 16, 16)}
-# Here `tensor` lies over a line of two chips and a ring.
-_PAIRED = Layout(1, 4, 8, remat_policy="save_gathered", row_parts=2, pairs_first=True)
-_WIDER = {"sft_7b": Layout(16, 1, 16, row_parts=2)}
+_256 = {"dpo_34b": None, "sft": _SFT, "dpo": _kept(_DPO), "dpo_7b": _kept(_DPO_7B)}
+# On 32 chips of v5p `tensor` 8 lies over a line of two and a ring.
+_SFT_32 = Layout(16, 1, 2, row_parts=2)
+_DPO_32 = _kept(Layout(1, 4, 8, row_parts=2, pairs_first=True))
+_WIDER = {"sft_7b": _kept(Layout(16, 1, 16, row_parts=2)), "sft_13b": _kept(_SFT)}
 
 
 def _few(chips: int) -> Layout:
@@ -79,33 +89,37 @@ _PIECES = dataclasses.replace(_8, fsdp=2, context=4, micro_batch_size=2)
 SLICES = {
     "v3_256": Slice(
         "v3:8x16", ALL,
-        _256 | {"sft_70b": dataclasses.replace(_PARTED, remat_policy="save_gate")}
-        | {"dpo_70b": Layout(1, 32, 8, context_first=True)},
+        _256 | {"sft_70b": dataclasses.replace(_SFT, remat_policy="save_gate"), "dpo_7b": _DPO_7B}
+        | {"dpo_70b": _kept(Layout(1, 32, 8, context_first=True))},
     ),
     "v3_512": Slice(
         "v3:16x16", LARGEST,
-        {"sft": Layout(16, 4, 8), "dpo": Layout(1, 64, 8, context_first=True)},
+        {"sft": Layout(16, 4, 8), "dpo": _kept(Layout(1, 64, 8, context_first=True))},
     ),
-    "v4_512": Slice("v4:4x8x8", ALL, _256),
-    "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER),
+    "v4_512": Slice(
+        "v4:4x8x8", ALL,
+        _256 | {"sft": _apart(_SFT), "sft_34b": _SFT, "dpo_70b": _apart(_kept(_DPO))},
+    ),
+    "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER | {"dpo_70b": _DPO}),
     "v5p_64": Slice(
-        "v5p:2x4x4",
-        ALL,
+        "v5p:2x4x4", ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
-        | {"sft": Layout(16, 1, 2, row_parts=2), "dpo": _PAIRED}
-        | {"sft_13b": Layout(16, 1, 2, row_parts=2, products_apart=True)}
-        | {"dpo_70b": dataclasses.replace(_PAIRED, products_apart=True)},
+        | {"sft": _apart(_SFT_32), "sft_7b": _apart(_kept(_SFT_32))}
+        | {"dpo": _DPO_32, "dpo_70b": _apart(_DPO_32)},
     ),
     "v5p_128": Slice(
         "v5p:4x4x4", LARGEST,
-        {"sft": Layout(16, 1, 4, row_parts=2, products_apart=True), "dpo": Layout(1, 16, 4)},
+        {"sft": _apart(Layout(16, 1, 4, row_parts=2)), "dpo": _apart(_kept(Layout(1, 16, 4)))},
     ),
     "v5p_512": Slice(
-        "v5p:4x8x8", ALL, _256 | {"sft_70b": dataclasses.replace(_PARTED, products_apart=True)}
+        "v5p:4x8x8", ALL,
+        _256 | {"sft": _apart(_SFT), "sft_7b": _SFT}
+        | {"dpo": _apart(_kept(_DPO)), "dpo_7b": _apart(_kept(_DPO_7B))},
     ),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
-        {"sft": Layout(16, 1, 4, row_parts=2), "dpo": Layout(1, 8, 8), "dpo_7b": Layout(1, 4, 16)},
+        {"sft": Layout(16, 1, 4, row_parts=2), "sft_7b": _kept(Layout(16, 1, 4, row_parts=2))}
+        | {"dpo": _kept(Layout(1, 8, 8)), "dpo_7b": _kept(Layout(1, 4, 16))},
     ),
     "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
     # Adapters: rows of 4,096 one by one, on few chips.
@@ -122,11 +136,11 @@ SLICES = {
     # products bind then, and halves of them are 1.4 % slower.
     "v5p_512_wide": Slice(
         "v5p:4x8x8", LARGEST,
-        {"sft": Layout(64, 2, 2, micro_batch_size=128, products_apart=True)},
+        {"sft": _apart(Layout(64, 2, 2, micro_batch_size=128))},
     ),
     "v6e_256_wide": Slice(
         "v6e:16x16", LARGEST,
-        {"sft": Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2, products_apart=True)},
+        {"sft": _apart(Layout(16, 8, 2, 256, "nothing_saveable", row_parts=2))},
     ),
 }  # fmt: skip
 

@@ -191,7 +191,8 @@ def search(
 ) -> list[Result]:
     """The results of the `compiles` most promising candidates that were compiled, best first; the
     fragment of the best, in the form of its layers that takes least (`with_best_form`) and with the
-    attention blocks that count least for its part of a row, is written to `out`. The same inputs give the same choice.
+    attention blocks that count least for its part of a row, is written to `out`. The same inputs
+    give the same choice.
 
     Raises `UsageError` if nothing divides the slice.
     """
