@@ -6,10 +6,11 @@ Examples:
   python -m tulu_jax.compare --gin_file=tulu_tiny_sft.gin --b=compute_dtype=bfloat16,context=2
   python -m tulu_jax.compare --gin_file=tulu_tiny_sft.gin --a=base=runs/one --b=base=runs/other
 
-A side is the run with other values of these fields: the axes of the mesh (1 where it names none),
-those of config.ExecutionConfig, rope_theta and norm_eps of config.LlamaConfig, base and
-param_dtype. The rows are the first ones of the run. On a CPU there are as many devices as the
-larger mesh takes. --all prints every tensor. Exit status 1 means that something differs.
+A side is the run with other values of these fields: the axes of the mesh (1 where it names none)
+and its pairs_first, those of config.ExecutionConfig, rope_theta and norm_eps of
+config.LlamaConfig, base and param_dtype. The rows are the first ones of the run. On a CPU there are
+as many devices as the larger mesh takes. --all prints every tensor. Exit status 1 means that
+something differs.
 """
 
 import ast
@@ -33,7 +34,11 @@ _ALL = flags.DEFINE_bool("all", False, "Print every tensor that is compared.")
 
 _OF_MODEL = ("rope_theta", "norm_eps")
 _OF_RUN = ("base", "param_dtype")
-_OF_EXECUTION = tuple(field.name for field in dataclasses.fields(ExecutionConfig))
+_OF_MESH = (*AXES, "pairs_first")
+_BY_THE_RUN = ("adapter", "pairs_first")  # fields that a run sets, whatever they are given
+_OF_EXECUTION = tuple(
+    field.name for field in dataclasses.fields(ExecutionConfig) if field.name not in _BY_THE_RUN
+)
 _SHOWN = 10  # tensors that differ
 
 
@@ -45,7 +50,7 @@ def side(config: TrainConfig, text: str) -> TrainConfig:
     values: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        known = (*AXES, *_OF_EXECUTION, *_OF_MODEL, *_OF_RUN)
+        known = (*_OF_MESH, *_OF_EXECUTION, *_OF_MODEL, *_OF_RUN)
         if not equals or name not in known or name in values:
             raise validation.UsageError(
                 f"found {part!r} in {text!r}; expected name=value, each name once, of "
@@ -63,7 +68,7 @@ def side(config: TrainConfig, text: str) -> TrainConfig:
 
     return dataclasses.replace(
         config,
-        mesh=MeshConfig(**{"fsdp": 1} | taken(AXES)),
+        mesh=MeshConfig(**{"fsdp": 1} | taken(_OF_MESH)),
         execution=dataclasses.replace(config.execution, **taken(_OF_EXECUTION)),
         model=dataclasses.replace(config.model, **taken(_OF_MODEL)),
         **taken(_OF_RUN),

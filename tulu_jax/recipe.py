@@ -109,8 +109,8 @@ class TrainConfig:
             },
             balanced=_balanced(self.execution.balanced, self.data.packing),
             adapter=self.adapter,
-            pairs_first=self.mesh.pairs_first,
         )
+        object.__setattr__(execution, "pairs_first", self.mesh.pairs_first)
         object.__setattr__(self, "execution", execution)
         to_ends = self.objective.head == SCORE
         if self.data.to_ends != to_ends:

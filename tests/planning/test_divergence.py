@@ -179,6 +179,7 @@ def test_the_command_names_the_first_place(compared):
         ("--b=compute_dtype=float17", "compute_dtype = 'float17'"),
         ("--b=base=none/such", "base = 'none/such': it does not exist"),
         ("--b=num_layers=4", "expected name=value"),
+        ("--b=adapter=None", "expected name=value"),  # the run sets it, whatever it is given
     ],
 )
 def test_sides_that_are_none_are_refused(compared, flag, said):

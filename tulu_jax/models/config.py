@@ -179,7 +179,8 @@ class ExecutionConfig:
     weights of linear layers over `fsdp` and `context` in codes, about half the bytes of bfloat16,
     and so multiplies with rounded weights (`quant/in_transit.py`); gradients go to the weights
     that are not, in the compute dtype. None gathers in the compute dtype. `adapter` is that of the
-    run (`recipe.TrainConfig.adapter`) and `pairs_first` that of its mesh: they are set here by it.
+    run (`recipe.TrainConfig.adapter`), which sets it here, as it does `pairs_first`, that of its
+    mesh (`mesh.MeshConfig`).
     """
 
     compute_dtype: str = "bfloat16"
@@ -192,7 +193,7 @@ class ExecutionConfig:
     balanced: bool | None = None
     gather_dtype: str | None = None
     adapter: LoRAConfig | None = None
-    pairs_first: bool = False
+    pairs_first: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self):
         validation.check(self, self._rules)
