@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tulu_jax import cli
+from tulu_jax import cli, step
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.parallel import slices
 from tulu_jax.planning import aot, cost, hlo, plan, ranking, rows, topology
@@ -358,6 +358,20 @@ def test_the_search_lays_context_first_where_that_is_another_mesh(absent_slices)
     assert slices.SLICES["v3_512"].layout("dpo", "70b").context_first
 
 
+@pytest.mark.parametrize("policy, told", [("save_gathered", True), ("save_all_gathered", False)])
+def test_weights_kept_as_they_were_gathered_are_no_copies_of_others(absent_slices, policy, told):
+    """A device's part of o_proj has the shape of all of k_proj there, 64 heads over 8 devices."""
+    config = cli.load("dpo_70b.gin", pod="v5p_512", workdir=None)
+    execution = dataclasses.replace(config.execution, remat_policy=policy)
+    config = dataclasses.replace(config, execution=execution)
+    mesh = mesh_lib.make(config.mesh, topology.parse("v5p:4x8x8").devices())
+    divided = aot._divided(config, mesh, *step.abstract_state(config, mesh))
+    of_attention = {f"model/layers/self_attn/{name}_proj/kernel" for name in "qkvo"}
+    of_mlp = {f"model/layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
+    assert of_mlp | {f"model/layers/self_attn/{name}_proj/kernel" for name in "qo"} <= set(divided)
+    assert (of_attention <= set(divided)) is told
+
+
 def test_forms_of_a_layer_that_the_search_compiles(absent_slices):
     config = cli.load("dpo_70b.gin", workdir=None)  # gathered between pairs first, kept, apart
     slice_ = topology.parse("v5p:2x4x4")
@@ -374,6 +388,7 @@ def test_forms_of_a_layer_that_the_search_compiles(absent_slices):
         (True, 2, False, "save_gathered"),
         (True, 2, True, "save_projections"),
         (True, 2, True, "save_kernels"),
+        (True, 2, True, "save_all_gathered"),
     ]
     mesh = dataclasses.replace(config.mesh, pairs_first=False)
     execution = dataclasses.replace(config.execution, row_parts=1, remat_policy="nothing_saveable")

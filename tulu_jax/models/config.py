@@ -13,11 +13,13 @@ ATTENTION_BLOCKS = (128, 256, 512, 1024)
 _OF_ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_lse")
 # What each keeps of a layer for the backward pass, by the names that the layer gives (`Block` and
 # `attention`), the most first; the last three are jax's own, of which the first keeps nothing.
-# Where memory is spare and the interconnect binds, the first keeps the weights as they were
-# gathered, and the second the activations that products took, gathered over `tensor`.
+# Where memory is spare and the interconnect binds, the first three keep what was gathered: the
+# activations that products took, over `tensor`, and the weights.
+GATHERED, KERNEL = "gathered", "kernel"
 REMAT_POLICIES = {
-    "save_kernels": (*_OF_ATTENTION, "residual", "gate", "up", "kernel"),
-    "save_gathered": (*_OF_ATTENTION, "residual", "gate", "up", "gathered"),
+    "save_all_gathered": (*_OF_ATTENTION, "residual", "gate", "up", GATHERED, KERNEL),
+    "save_kernels": (*_OF_ATTENTION, "residual", "gate", "up", KERNEL),
+    "save_gathered": (*_OF_ATTENTION, "residual", "gate", "up", GATHERED),
     "save_projections": (*_OF_ATTENTION, "residual", "gate", "up"),
     "save_gate": (*_OF_ATTENTION, "residual", "gate"),
     "save_attention": (*_OF_ATTENTION, "residual"),

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from tulu_jax import step as step_lib
 from tulu_jax.kernels import nf4_tiles
-from tulu_jax.models.config import KEEP_NOTHING, SCORE
+from tulu_jax.models.config import KEEP_NOTHING, KERNEL, REMAT_POLICIES, SCORE
 from tulu_jax.parallel import balance, compiler, sharding
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import calibration, compiled, cost, hlo, rows
@@ -206,7 +207,7 @@ def _make(lowered, options: dict[str, str]) -> dict[str, Any]:
 def _divided(config: TrainConfig, mesh, state, frozen) -> dict[str, tuple[int, ...]]:
     """Whole shapes of arrays of which no device should hold more than its part: stacked parameters
     and the residual; but for those that a device's part of another array has, as codes of a weight
-    may have that of an adapter."""
+    may have that of an adapter, and o_proj's kept as it was gathered that of k_proj."""
     whole = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -220,7 +221,21 @@ def _divided(config: TrainConfig, mesh, state, frozen) -> dict[str, tuple[int, .
     parts = {
         leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.params, frozen))
     }
+    if KERNEL in (REMAT_POLICIES[config.execution.remat_policy] or ()):
+        parts |= set(_gathered(state.params))
     return {name: shape for name, shape in whole.items() if shape not in parts}
+
+
+def _gathered(params) -> Iterator[tuple[int, ...]]:
+    """Shapes of a device's part of stacked weights when they were gathered, the axis along which
+    they were in front."""
+    for leaf in jax.tree.leaves(params):
+        by_gathers = sharding.rule("embed", leaf.sharding.mesh.axis_names)
+        for axis, divides in enumerate(leaf.sharding.spec):
+            if axis and divides == by_gathers:
+                layers, *part = leaf.sharding.shard_shape(leaf.shape)
+                del part[axis - 1]
+                yield (layers, leaf.shape[axis], *part)
 
 
 def faults(

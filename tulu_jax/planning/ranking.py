@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tulu_jax import preflight, validation
-from tulu_jax.models.config import REMAT_POLICIES
+from tulu_jax.models.config import GATHERED, KERNEL, REMAT_POLICIES
 from tulu_jax.parallel import mesh as mesh_lib
 from tulu_jax.planning import aot, cost
 from tulu_jax.planning.topology import Topology
@@ -18,8 +18,6 @@ from tulu_jax.recipe import TrainConfig
 
 SPARE = 0.05  # of HBM that a plan leaves
 LONG = 512  # positions of a device between blocks that are worth two parts
-KERNEL = "kernel"  # the name of a weight that was gathered
-GATHERED = "gathered"  # and of an activation
 POLICIES = [name for name, kept in REMAT_POLICIES.items() if kept is not None]
 
 
@@ -205,7 +203,7 @@ def _by_pairs(config: TrainConfig, topology: Topology) -> TrainConfig | None:
     return _executed(dataclasses.replace(config, mesh=mesh), row_parts=2)
 
 
-KEEPING = ("save_projections", "save_gathered", "save_kernels")
+KEEPING = ("save_projections", "save_gathered", "save_kernels", "save_all_gathered")
 FORMS = (_other_products, _by_pairs, *(functools.partial(_keeping, name) for name in KEEPING))
 
 
