@@ -60,20 +60,30 @@ def _apart(layout: Layout) -> Layout:
     return dataclasses.replace(layout, products_apart=True)
 
 
-def _kept(layout: Layout) -> Layout:
+def _rows_kept(layout: Layout) -> Layout:
     """What was gathered over `tensor` is kept for the backward pass."""
     return dataclasses.replace(layout, remat_policy="save_gathered")
+
+
+def _weights_kept(layout: Layout) -> Layout:
+    """Weights are kept as they were gathered."""
+    return dataclasses.replace(layout, remat_policy="save_kernels")
+
+
+def _both_kept(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, remat_policy="save_all_gathered")
 
 
 # 16 rows of SFT divide over fsdp; 3 of DPO over nothing, so that each device has a piece of every
 # row. Heads bound tensor: 32 at 7B, 40 at 13B, 8 key/value heads at 34B and 70B.
 _SFT, _DPO, _DPO_7B = Layout(16, 2, 8, row_parts=2), Layout(1, 32, 8), Layout(1, 16, 16)
 # Nobody has compiled 34B DPO.
-_256 = {"dpo_34b": None, "sft": _SFT, "dpo": _kept(_DPO), "dpo_7b": _kept(_DPO_7B)}
+_256 = {"dpo_34b": None, "sft": _SFT, "dpo": _both_kept(_DPO), "dpo_7b": _both_kept(_DPO_7B)}
 # On 32 chips of v5p `tensor` 8 lies over a line of two and a ring.
 _SFT_32 = Layout(16, 1, 2, row_parts=2)
-_DPO_32 = _kept(Layout(1, 4, 8, row_parts=2, pairs_first=True))
-_WIDER = {"sft_7b": _kept(Layout(16, 1, 16, row_parts=2)), "sft_13b": _kept(_SFT)}
+_DPO_32 = _rows_kept(Layout(1, 4, 8, row_parts=2, pairs_first=True))
+_SFT_64 = Layout(16, 1, 4, row_parts=2)
+_WIDER = {"sft_7b": _rows_kept(Layout(16, 1, 16, row_parts=2)), "sft_13b": _rows_kept(_SFT)}
 
 
 def _few(chips: int) -> Layout:
@@ -89,37 +99,40 @@ _PIECES = dataclasses.replace(_8, fsdp=2, context=4, micro_batch_size=2)
 SLICES = {
     "v3_256": Slice(
         "v3:8x16", ALL,
-        _256 | {"sft_70b": dataclasses.replace(_SFT, remat_policy="save_gate"), "dpo_7b": _DPO_7B}
-        | {"dpo_70b": _kept(Layout(1, 32, 8, context_first=True))},
+        _256 | {"sft_70b": dataclasses.replace(_SFT, remat_policy="save_gate")}
+        | {"dpo_7b": _DPO_7B, "dpo_13b": _rows_kept(_DPO)}
+        | {"dpo_70b": _rows_kept(Layout(1, 32, 8, context_first=True))},
     ),
     "v3_512": Slice(
         "v3:16x16", LARGEST,
-        {"sft": Layout(16, 4, 8), "dpo": _kept(Layout(1, 64, 8, context_first=True))},
+        {"sft": Layout(16, 4, 8), "dpo": _rows_kept(Layout(1, 64, 8, context_first=True))},
     ),
     "v4_512": Slice(
         "v4:4x8x8", ALL,
-        _256 | {"sft": _apart(_SFT), "sft_34b": _SFT, "dpo_70b": _apart(_kept(_DPO))},
+        _256 | {"sft": _apart(_SFT), "sft_34b": _SFT, "sft_13b": _apart(_weights_kept(_SFT))}
+        | {"dpo_7b": _rows_kept(_DPO_7B), "dpo_13b": _rows_kept(_DPO)}
+        | {"dpo_70b": _apart(_both_kept(_DPO))},
     ),
     "v5e_256": Slice("v5e:16x16", ALL, _256 | _WIDER | {"dpo_70b": _DPO}),
     "v5p_64": Slice(
         "v5p:2x4x4", ALL,
         {"sft_34b": None, "sft_70b": None, "dpo_34b": None}
-        | {"sft": _apart(_SFT_32), "sft_7b": _apart(_kept(_SFT_32))}
+        | {"sft": _apart(_weights_kept(_SFT_32)), "sft_7b": _apart(_both_kept(_SFT_32))}
         | {"dpo": _DPO_32, "dpo_70b": _apart(_DPO_32)},
     ),
     "v5p_128": Slice(
         "v5p:4x4x4", LARGEST,
-        {"sft": _apart(Layout(16, 1, 4, row_parts=2)), "dpo": _apart(_kept(Layout(1, 16, 4)))},
+        {"sft": _apart(Layout(16, 1, 4, row_parts=2)), "dpo": _apart(_both_kept(Layout(1, 16, 4)))},
     ),
     "v5p_512": Slice(
         "v5p:4x8x8", ALL,
-        _256 | {"sft": _apart(_SFT), "sft_7b": _SFT}
-        | {"dpo": _apart(_kept(_DPO)), "dpo_7b": _apart(_kept(_DPO_7B))},
+        _256 | {"sft": _apart(_weights_kept(_SFT)), "sft_7b": _weights_kept(_SFT)}
+        | {"dpo": _apart(_both_kept(_DPO)), "dpo_7b": _apart(_both_kept(_DPO_7B))},
     ),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
-        {"sft": Layout(16, 1, 4, row_parts=2), "sft_7b": _kept(Layout(16, 1, 4, row_parts=2))}
-        | {"dpo": _kept(Layout(1, 8, 8)), "dpo_7b": _kept(Layout(1, 4, 16))},
+        {"sft": _weights_kept(_SFT_64), "sft_7b": _both_kept(_SFT_64)}
+        | {"dpo": _both_kept(Layout(1, 8, 8)), "dpo_7b": _both_kept(Layout(1, 4, 16))},
     ),
     "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
     # Adapters: rows of 4,096 one by one, on few chips.
