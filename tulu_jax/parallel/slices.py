@@ -131,7 +131,7 @@ SLICES = {
     ),
     "v6e_64": Slice(
         "v6e:8x8", SMALL,
-        {"sft": _weights_kept(_SFT_64), "sft_7b": _both_kept(_SFT_64)}
+        {"sft": _SFT_64, "sft_7b": _both_kept(_SFT_64)}
         | {"dpo": _both_kept(Layout(1, 8, 8)), "dpo_7b": _both_kept(Layout(1, 4, 16))},
     ),
     "v6e_256": Slice("v6e:16x16", ALL, _256 | _WIDER),
