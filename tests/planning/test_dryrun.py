@@ -80,6 +80,7 @@ def test_what_a_divided_step_should_not_have_is_found():
         """ENTRY %main (p: bf16[80,512,64]) -> bf16[80,8192,64] {
   %p = bf16[80,512,64] parameter(0)
   %sum = f32[4096,8192] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %two = (f32[160,8192], f32[160,8192]) all-reduce(%p, %p), replica_groups={{0,1,2,3}}
   %over_data = f32[4096,8192] all-reduce(%p), replica_groups={{0,4}}, to_apply=%add
   ROOT %whole = bf16[80,8192,64] all-gather(%p), replica_groups={{0,1,2,3}}
 }

@@ -24,7 +24,7 @@ from tulu_jax.training.state import VALUE
 
 PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the time does not
 ATTENTION_BLOCK = 512
-LARGEST_SUM = 8e6  # bytes that a step may all-reduce at once: norms' gradients and scalars
+LARGEST_SUM = 8e6  # bytes of an array that a step may all-reduce: a norm's gradient and scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,11 +243,12 @@ def faults(
 ) -> list[str]:
     """Large sums over devices that are not scattered, and whole copies of `divided` arrays.
 
-    Gradients are summed whole only over `data`, which does not divide what they belong to.
+    Gradients are summed whole only over `data`, which does not divide what they belong to. XLA sums
+    many arrays in one operation, as the norms' of both networks of PPO: the largest counts.
     """
     axes, found = cost.mesh_axes(mesh), []
     for i in (i for body in module.computations.values() for i in body):
-        size = sum(hlo.shape_bytes(i.shape))
+        size = max(hlo.shape_bytes(i.shape), default=0)
         if i.collective == "all-reduce" and size > LARGEST_SUM:
             over = axes(hlo.group(i, math.prod(mesh.values())))
             if over != "data":
