@@ -89,8 +89,11 @@ def test_what_a_divided_step_should_not_have_is_found():
     found = aot.faults(module, {"data": 2, "fsdp": 4}, {"model/layers/w": (80, 8192, 64)})
     assert found == [
         "sum sums 134 MB whole over fsdp",
+        "two sums 10 MB whole over fsdp",
         "whole holds model/layers/w [80, 8192, 64] whole",
     ]
+    of_two = aot.faults(module, {"data": 2, "fsdp": 4}, {}, networks=2)  # the norms of both
+    assert of_two == ["sum sums 134 MB whole over fsdp"]
 
 
 @pytest.mark.slow

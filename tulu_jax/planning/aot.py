@@ -24,7 +24,7 @@ from tulu_jax.training.state import VALUE
 
 PAIRS_PER_ROW = 256  # the shape depends on the shortest pair of the data, the time does not
 ATTENTION_BLOCK = 512
-LARGEST_SUM = 8e6  # bytes of an array that a step may all-reduce: a norm's gradient and scalars
+LARGEST_SUM = 8e6  # bytes that a step may all-reduce at once: a network's norms' and scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,12 @@ def compile_step(
         positions=math.prod(batch["tokens"].shape),
         examples=examples,
         compile_seconds=seconds,
-        faults=faults(module, dict(mesh.shape), _divided(config, mesh, state, frozen)),
+        faults=faults(
+            module,
+            dict(mesh.shape),
+            _divided(config, mesh, state, frozen),
+            networks=len(networks),
+        ),
         text=text,
     )
 
@@ -239,17 +244,21 @@ def _gathered(params) -> Iterator[tuple[int, ...]]:
 
 
 def faults(
-    module: hlo.Module, mesh: dict[str, int], divided: dict[str, tuple[int, ...]]
+    module: hlo.Module,
+    mesh: dict[str, int],
+    divided: dict[str, tuple[int, ...]],
+    *,
+    networks: int = 1,
 ) -> list[str]:
     """Large sums over devices that are not scattered, and whole copies of `divided` arrays.
 
-    Gradients are summed whole only over `data`, which does not divide what they belong to. XLA sums
-    many arrays in one operation, as the norms' of both networks of PPO: the largest counts.
+    Gradients are summed whole only over `data`, which does not divide what they belong to, but
+    for norms', of which a step trains those of `networks` and XLA sums all in one operation.
     """
     axes, found = cost.mesh_axes(mesh), []
     for i in (i for body in module.computations.values() for i in body):
-        size = max(hlo.shape_bytes(i.shape), default=0)
-        if i.collective == "all-reduce" and size > LARGEST_SUM:
+        size = sum(hlo.shape_bytes(i.shape))
+        if i.collective == "all-reduce" and size > networks * LARGEST_SUM:
             over = axes(hlo.group(i, math.prod(mesh.values())))
             if over != "data":
                 found.append(f"{i.name} sums {size / 1e6:,.0f} MB whole over {over}")
